@@ -1,0 +1,243 @@
+"""The only quantization arithmetic of the project: fit a grid, encode numbers on it, decode them again.
+
+Numbers come as ``[rows, columns]``; a group is ``scheme.group`` consecutive columns of one row (the last may be
+shorter). Arithmetic is float32 whatever dtype comes in; rounding is half to even; codes are clamped. Scales are cast to
+their stored dtype first and codes are found with the cast scale, so the error is that of what is stored.
+``scheme.axis`` is not looked at here: :class:`bitwright.core.qtensor.QuantizedTensor` turns columns into rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.core.codebook import FP8_MAX, decode_levels, encode_levels
+from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import QuantScheme
+
+__all__ = ["FitOptions", "Parameters", "decode", "encode", "fit", "rescale"]
+
+FLOAT32 = torch.finfo(torch.float32)
+TILE = 1 << 18  # numbers worked on at a time, so that the float32 copies stay in cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """How a range is chosen; the stored format does not depend on it.
+
+    Attributes:
+        symmetric_range: ``restricted``: scale = max|w| / (2^(b-1)-1); ``full``: max|w| / 2^(b-1) with the sign that
+            puts the extreme value on the lowest code; ``centred``: max|w| / ((2^b-1)/2), as compressed-tensors presets.
+        search: try ranges shrunk by each of ``SHRINK_RATIOS`` and keep, per group, the one of least squared error.
+    """
+
+    symmetric_range: Literal["restricted", "full", "centred"] = "restricted"
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        if self.symmetric_range not in ("restricted", "full", "centred"):
+            accepted = "accepted: restricted, full, centred"
+            raise BitwrightError("BW201", f"symmetric_range is {self.symmetric_range!r}", suggestion=accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The grid of each group: ``scale`` and ``zero`` (``None`` for symmetric schemes), both ``[rows, groups]``.
+
+    ``scale`` has the scheme's scale dtype, or float32 where that would under- or overflow; ``zero`` has the code dtype
+    (integer zero points) or the dtype of the scale (float ones).
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+# 1 comes first, so a search is never worse than none: a later ratio must be strictly better.
+SHRINK_RATIOS = tuple(1.0 - 0.02 * step for step in range(36))
+
+
+def fit(values: Tensor, *, scheme: QuantScheme, options: FitOptions | None = None) -> Parameters:
+    """Choose a grid for each group of ``values`` (``[rows, columns]``, any float dtype).
+
+    Raises:
+        BitwrightError: BW602 if a value is not finite.
+    """
+    options = options or FitOptions()
+    low, high, size = _ranges(values, scheme)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
+    scale = _scale(low, high, size, scheme, options)
+    dtype = _stored_dtype(scale, scheme)
+    if not options.search:
+        return Parameters(scale.to(dtype), _zero(low, high, scale.to(dtype), scheme))
+    return _search(values, low, high, size, dtype, scheme, options)
+
+
+def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Tensor:
+    """Codes of ``values`` (``[rows, columns]``) on the grid ``parameters``: same shape, the scheme's code dtype."""
+    codes = torch.empty(values.shape, dtype=scheme.code_dtype, device=values.device)
+    for rows in _row_tiles(values):
+        tile = values[rows].to(torch.float32)
+        for columns, groups, view in _group_views(tile, scheme.group):
+            scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
+            zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
+            codes[rows, columns] = _encode_groups(view, scale, zero, scheme).flatten(1)
+    return codes
+
+
+def decode(codes: Tensor, *, parameters: Parameters, scheme: QuantScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers (``dtype``, computed in float32) that ``codes`` (``[rows, columns]``) stand for."""
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows in _row_tiles(codes):
+        for columns, groups, view in _group_views(codes[rows], scheme.group):
+            scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
+            zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
+            values[rows, columns] = (_positions(view, zero, scheme) * scale).flatten(1).to(dtype)
+    return values
+
+
+def rescale(parameters: Parameters, scale: Tensor, scheme: QuantScheme) -> Parameters:
+    """The same ranges on other scales (``[rows, groups]``): integer zero points move to where the old lows now lie."""
+    if parameters.zero is None or scheme.zero == "float":
+        return Parameters(scale, parameters.zero)
+    low = (scheme.code_min - parameters.zero.to(torch.float32)) * parameters.scale.to(torch.float32)
+    return Parameters(scale, _zero(low, torch.full_like(low, torch.inf), scale, scheme))
+
+
+def _row_tiles(values: Tensor) -> Iterator[slice]:
+    rows = max(1, TILE // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], rows):
+        yield slice(start, min(start + rows, values.shape[0]))
+
+
+def _group_views(values: Tensor, group: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The full groups of ``values`` as ``[rows, groups, group]``, then the shorter last one, with where they lie."""
+    rows, columns = values.shape
+    size = columns if group is None else min(group, columns)
+    if size == 0:
+        return
+    full = columns // size
+    yield slice(0, full * size), slice(0, full), values[:, : full * size].reshape(rows, full, size)
+    if full * size < columns:
+        yield slice(full * size, columns), slice(full, full + 1), values[:, full * size :].unsqueeze(1)
+
+
+def _ranges(values: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Least, greatest and mean absolute value (used by 1-bit grids alone) of each group: float32 ``[rows, groups]``."""
+    pieces: list[list[Tensor]] = []
+    for rows in _row_tiles(values):
+        tile = values[rows].to(torch.float32)
+        views = [view for _, _, view in _group_views(tile, scheme.group)]
+        low = torch.cat([view.amin(-1) for view in views], dim=1)
+        high = torch.cat([view.amax(-1) for view in views], dim=1)
+        mean = torch.cat([view.abs().mean(-1) for view in views], dim=1) if scheme.bits == 1 else high
+        pieces.append([low, high, mean])
+    low, high, mean = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return low, high, mean
+
+
+def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
+    """The float32 scale of each group. A constant group takes its own magnitude, so that it comes back exactly."""
+    largest = torch.maximum(low.abs(), high.abs())
+    if not scheme.symmetric:
+        with_zero = (high.clamp(min=0), low.clamp(max=0)) if scheme.zero == "integer" else (high, low)
+        steps = (1 << scheme.bits) - 1
+        scale = with_zero[0] / steps - with_zero[1] / steps  # divided first: the difference of huge values overflows
+    elif scheme.is_codebook:
+        scale = largest / FP8_MAX if scheme.code == "fp8_e4m3" else largest
+    elif scheme.bits == 1:
+        scale = mean
+    elif options.symmetric_range == "full":
+        scale = torch.where(high > -low, -largest, largest) / -scheme.code_min
+    elif options.symmetric_range == "centred":
+        scale = largest / ((scheme.code_max - scheme.code_min) / 2)
+    else:
+        scale = largest / scheme.code_max
+    # A scale below the normal numbers has lost its precision; the smallest normal one keeps |w - w'| <= scale / 2.
+    scale = torch.where(scale.abs() < FLOAT32.tiny, FLOAT32.tiny * torch.where(scale < 0, -1.0, 1.0), scale)
+    scale = torch.where((low == high) & (largest >= FLOAT32.tiny), largest, scale)
+    return torch.where(largest == 0, 0.0, scale)
+
+
+def _stored_dtype(scale: Tensor, scheme: QuantScheme) -> torch.dtype:
+    """The scheme's scale dtype, or float32 where some scale (or one shrunk by a search) lies outside its normal range."""
+    limits = torch.finfo(scheme.scale_dtype)
+    size = scale[scale != 0].abs()
+    fits = size.numel() == 0 or (bool(size.min() * SHRINK_RATIOS[-1] >= limits.tiny) and bool(size.max() <= limits.max))
+    return scheme.scale_dtype if fits else torch.float32
+
+
+def _zero(low: Tensor, high: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor | None:
+    """Zero points for a stored scale, or ``None`` for symmetric schemes."""
+    if scheme.symmetric:
+        return None
+    if scheme.zero == "float":
+        # zero_point = Q_min - F_min / scale, from the range itself: a rounded scale would move it off exact halves.
+        # (Halved, the difference of huge values does not overflow.) A constant group sits one code beside its zero.
+        position = low / 2 / (high / 2 - low / 2) * ((1 << scheme.bits) - 1)
+        constant = (low < 0).to(torch.float32)
+        return (scheme.code_min + torch.where(low == high, constant, -position)).to(scale.dtype)
+    divisor = torch.where(scale == 0, 1.0, scale.to(torch.float32))
+    zero = scheme.code_min + torch.round(-low.clamp(max=0) / divisor)
+    return zero.clamp(scheme.code_min, scheme.code_max).to(scheme.code_dtype)
+
+
+def _encode_groups(values: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """Codes of ``[..., groups, size]`` float32 values; ``scale`` and ``zero`` are ``[..., groups, 1]`` float32."""
+    scaled = values / torch.where(scale == 0, 1.0, scale)
+    if scheme.is_codebook:
+        return encode_levels(scaled, scheme.code)
+    if scheme.symmetric and scheme.bits == 1:
+        codes = scaled.floor_()
+    elif scheme.zero == "float" and zero is not None:
+        codes = scaled.add_(zero).round_()
+    else:
+        codes = scaled.round_()
+        codes = codes if zero is None else codes.add_(zero)
+    return codes.clamp_(scheme.code_min, scheme.code_max).to(scheme.code_dtype)
+
+
+def _positions(codes: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """What each code is worth before it is multiplied by its scale (float32)."""
+    if scheme.is_codebook:
+        return decode_levels(codes, scheme.code)
+    if scheme.symmetric and scheme.bits == 1:
+        return codes.to(torch.float32) * 2 + 1  # two levels, -scale and +scale
+    return codes.to(torch.float32) if zero is None else codes.to(torch.float32) - zero
+
+
+def _search(
+    values: Tensor, low: Tensor, high: Tensor, mean: Tensor, dtype: torch.dtype, scheme: QuantScheme, options: FitOptions
+) -> Parameters:
+    """Per group, the shrunk range of least squared error; constant groups keep theirs, which is exact."""
+    scale = torch.empty_like(low, dtype=dtype)
+    zero: Tensor | None = None
+    least = torch.full_like(low, torch.inf)
+    for ratio in SHRINK_RATIOS:
+        factor = torch.where(low == high, 1.0, ratio)
+        candidate = _scale(low * factor, high * factor, mean * factor, scheme, options).to(dtype)
+        candidate_zero = _zero(low * factor, high * factor, candidate, scheme)
+        error = _squared_error(values, Parameters(candidate, candidate_zero), scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, candidate, scale)
+        if candidate_zero is not None:
+            zero = candidate_zero if zero is None else torch.where(better, candidate_zero, zero)
+    return Parameters(scale, zero)
+
+
+def _squared_error(values: Tensor, parameters: Parameters, scheme: QuantScheme) -> Tensor:
+    """Sum of squared errors of each group, ``[rows, groups]``."""
+    error = torch.empty(parameters.scale.shape, dtype=torch.float32, device=values.device)
+    for rows in _row_tiles(values):
+        tile = values[rows].to(torch.float32)
+        for _, groups, view in _group_views(tile, scheme.group):
+            scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
+            zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
+            rebuilt = _positions(_encode_groups(view, scale, zero, scheme), zero, scheme) * scale
+            error[rows, groups] = (rebuilt - view).square_().sum(-1)
+    return error

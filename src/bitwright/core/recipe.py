@@ -1,0 +1,124 @@
+"""How a model is made: algorithm, options, and which scheme each layer gets. Saved with the result as provenance."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme_names import parse
+
+__all__ = ["FLOAT", "OUTPUT_HEADS", "Override", "Recipe", "parse_override"]
+
+FLOAT = "float"  # the scheme name that leaves a layer as it is
+OUTPUT_HEADS = ("lm_head", "output_layer", "embed_out")  # left alone unless an override names them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """A rule for some layers: ``scheme`` is ``None`` to leave them in floating point.
+
+    ``pattern`` is an exact layer name or a regular expression that must match the whole name; with ``is_type`` it is
+    the class name of a layer (``Linear``, ``Conv1D``).
+    """
+
+    pattern: str
+    scheme: LayerScheme | None
+    is_type: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            message = f"override {self.pattern!r} is not a regular expression: {error}"
+            raise BitwrightError("BW201", message, suggestion="escape special characters with a backslash") from None
+
+    def matches(self, name: str, type_name: str) -> bool:
+        subject = type_name if self.is_type else name
+        return subject == self.pattern or re.fullmatch(self.pattern, subject) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides the result, and nothing that does not.
+
+    Precedence for one layer: ``scheme`` < type overrides < name overrides; among equals the last match wins, and an
+    override whose pattern is exactly the layer's name beats every expression. The output head stays in floating
+    point unless a name override matches it.
+
+    Example:
+        >>> Recipe(scheme=parse("w4g128"), overrides=(parse_override(r".*down_proj=w8"),))
+    """
+
+    scheme: LayerScheme
+    algorithm: str = "rtn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+    seed: int = 0
+
+    def scheme_for(self, name: str, type_name: str) -> LayerScheme | None:
+        """The scheme of the layer ``name`` of class ``type_name``; ``None`` leaves it in floating point."""
+        matching = [override for override in self.overrides if override.matches(name, type_name)]
+        if not any(not override.is_type for override in matching) and name.rpartition(".")[2] in OUTPUT_HEADS:
+            return None
+        if not matching:
+            return self.scheme
+        # Sorting is stable, so that among equal ranks the last given stays last.
+        rank = lambda override: (not override.is_type, override.pattern == name)  # noqa: E731
+        return sorted(matching, key=rank)[-1].scheme
+
+    def check_overrides(self, layers: Iterable[tuple[str, str]]) -> None:
+        """Raise if an override matches none of ``layers`` (pairs of name and class name).
+
+        Raises:
+            BitwrightError: BW208, naming the override and the nearest layers.
+        """
+        known = list(layers)
+        for override in self.overrides:
+            if any(override.matches(name, type_name) for name, type_name in known):
+                continue
+            names = sorted({type_name for _, type_name in known} if override.is_type else {name for name, _ in known})
+            near = difflib.get_close_matches(override.pattern, names, n=3, cutoff=0.0)
+            raise BitwrightError(
+                "BW208",
+                f"override {override.pattern!r} matches no {'layer type' if override.is_type else 'layer'}",
+                why="patterns are regular expressions that must match the whole name",
+                suggestion="nearest: " + ", ".join(near),
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record; equal recipes give equal records."""
+        overrides = [
+            {
+                "pattern": override.pattern,
+                "type": override.is_type,
+                "scheme": override.scheme.name if override.scheme else FLOAT,
+            }
+            for override in self.overrides
+        ]
+        return {
+            "algorithm": self.algorithm,
+            "options": dict(self.options),
+            "scheme": self.scheme.name,
+            "overrides": overrides,
+            "seed": self.seed,
+        }
+
+
+def parse_override(text: str) -> Override:
+    """Read ``NAME=SCHEME``, ``PATTERN=float`` or ``type:CLASS=SCHEME``.
+
+    Raises:
+        BitwrightError: BW201 for text without ``=``, BW202 for an unknown scheme.
+    """
+    pattern, equals, scheme = text.rpartition("=")
+    if not equals or not pattern:
+        message = f"cannot read override {text!r}"
+        raise BitwrightError("BW201", message, suggestion="NAME=SCHEME, for example 'model.layers.0.*=w8' or lm_head=w8")
+    is_type = pattern.startswith("type:")
+    layer_scheme = None if scheme.lower() == FLOAT else parse(scheme)
+    return Override(pattern=pattern.removeprefix("type:"), scheme=layer_scheme, is_type=is_type)

@@ -1,0 +1,152 @@
+"""What numbers are stored: the validated records that everything else is typed by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from bitwright.core.errors import BitwrightError
+
+__all__ = ["CODEBOOK_BITS", "Code", "LayerScheme", "QuantScheme"]
+
+Code = Literal["int", "uint", "nf4", "fp4_e2m1", "fp4_bnb", "fp8_e4m3"]
+
+# Code kinds whose values are looked up rather than counted, and the only width each exists in.
+CODEBOOK_BITS: dict[str, int] = {"nf4": 4, "fp4_e2m1": 4, "fp4_bnb": 4, "fp8_e4m3": 8}
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantScheme:
+    """How one tensor of numbers is stored.
+
+    Attributes:
+        code: ``int`` (two's complement, ``[-2^(b-1), 2^(b-1)-1]``), ``uint`` (``[0, 2^b-1]``), or a table of levels.
+        bits: 1 to 8; 4 for the four-bit tables, 8 for fp8.
+        group: how many consecutive numbers share a scale; ``None``: the whole row (one scale per output channel).
+        axis: 1: groups run along the input features of a row; 0: along the output features of a column.
+        symmetric: zero is code 0 and no zero point is stored.
+        zero: asymmetric only: the zero point is a rounded ``integer`` code, or a ``float`` (instant quantization, HQQ).
+        scale_dtype: dtype in which scales (and float zeros) are stored.
+        scale_scheme: double quantization: the scales themselves, flattened row by row, are stored in this scheme.
+
+    Raises:
+        BitwrightError: BW202, naming the field, its value and what is accepted.
+
+    Example:
+        >>> QuantScheme(bits=4, group=128).name
+        'w4g128'
+    """
+
+    code: Code = "int"
+    bits: int = 4
+    group: int | None = 128
+    axis: Literal[0, 1] = 1
+    symmetric: bool = True
+    zero: Literal["integer", "float"] = "integer"
+    scale_dtype: torch.dtype = torch.float16
+    scale_scheme: QuantScheme | None = None
+
+    def __post_init__(self) -> None:
+        _check("code", self.code, self.code in ("int", "uint", *CODEBOOK_BITS), f"int, uint, {', '.join(CODEBOOK_BITS)}")
+        _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8, "1 to 8")
+        group_is_valid = self.group is None or (type(self.group) is int and self.group >= 1)
+        _check("group", self.group, group_is_valid, "a positive whole number, or None for one scale per channel")
+        _check("axis", self.axis, self.axis in (0, 1), "1 (along the input features) or 0")
+        _check("symmetric", self.symmetric, type(self.symmetric) is bool, "True or False")
+        _check("zero", self.zero, self.zero in ("integer", "float"), "integer or float")
+        _check("scale_dtype", self.scale_dtype, self.scale_dtype in SCALE_DTYPES, ", ".join(map(str, SCALE_DTYPES)))
+        _check_combination(self)
+
+    @property
+    def is_codebook(self) -> bool:
+        return self.code in CODEBOOK_BITS
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code: ``-2^(b-1)`` for ``int``, else 0."""
+        return -(1 << (self.bits - 1)) if self.code == "int" else 0
+
+    @property
+    def code_max(self) -> int:
+        return self.code_min + (1 << self.bits) - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.code == "int" else torch.uint8
+
+    @property
+    def name(self) -> str:
+        """The short name that :func:`bitwright.core.scheme_names.parse` reads back to an equal scheme."""
+        parts = [f"w{self.bits}" if not self.is_codebook else self.code.replace("_", "")]
+        parts[0] += f"g{self.group}" if self.group is not None else ""
+        if not self.symmetric:
+            parts.append("asym")
+            parts += ["signed"] if self.code == "int" else []
+            parts += ["fz"] if self.zero == "float" else []
+        parts += ["axis0"] if self.axis == 0 else []
+        parts += [] if self.scale_dtype == torch.float16 else [DTYPE_TAGS[self.scale_dtype]]
+        name = "-".join(parts)
+        return name if self.scale_scheme is None else f"{name}-dq({self.scale_scheme.name})"
+
+
+DTYPE_TAGS = {torch.bfloat16: "sbf16", torch.float32: "sf32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerScheme:
+    """How a linear layer is stored and computed: its weight, and its activations if they are quantized too.
+
+    ``activation`` is applied while running: one scale per token (``group=None``), measured on the token itself.
+    """
+
+    weight: QuantScheme
+    activation: QuantScheme | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation is None:
+            return
+        activation = self.activation
+        dynamic_int8 = activation.code == "int" and activation.bits == 8 and activation.symmetric
+        _check("activation", activation.name, dynamic_int8 and activation.group is None, "int8, symmetric, per token")
+        if self.weight.is_codebook:
+            raise BitwrightError(
+                "BW202",
+                f"8-bit activations cannot be combined with {self.weight.code} weights",
+                why="the product of two integers is what makes 8-bit activations worth having",
+                suggestion="w8a8 or w4a8",
+            )
+        if self.weight.axis != 1:
+            raise BitwrightError(
+                "BW202",
+                "8-bit activations cannot be combined with weight groups along axis 0",
+                why="an integer sum runs along the input features, so its scale must be constant there",
+                suggestion="groups along axis 1, or none: w8a8, w4g32-a8",
+            )
+
+    @property
+    def name(self) -> str:
+        return self.weight.name if self.activation is None else self.weight.name + "-a8"
+
+
+def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
+    if not is_valid:
+        raise BitwrightError("BW202", f"scheme field {field} is {value!r}", suggestion=f"accepted: {accepted}")
+
+
+def _check_combination(scheme: QuantScheme) -> None:
+    if scheme.is_codebook:
+        bits = CODEBOOK_BITS[scheme.code]
+        _check("bits", scheme.bits, scheme.bits == bits, f"{bits} for {scheme.code}")
+        _check("symmetric", scheme.symmetric, scheme.symmetric, f"True for {scheme.code}")
+    if scheme.code == "uint":
+        _check("symmetric", scheme.symmetric, not scheme.symmetric, "False for uint (codes of one sign need a zero point)")
+    if scheme.symmetric:
+        _check("zero", scheme.zero, scheme.zero == "integer", "integer for symmetric schemes (no zero point is stored)")
+    if scheme.scale_scheme is not None:
+        nested = scheme.scale_scheme
+        _check("scale_scheme", nested.name, nested.scale_scheme is None, "one level of double quantization")
+        _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "an integer scheme along axis 1")
+        _check("zero", scheme.zero, scheme.zero == "integer", "integer together with double quantization")

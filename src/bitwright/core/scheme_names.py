@@ -1,0 +1,120 @@
+"""The short names of schemes: ``w4g128``, ``nf4g64-dq``, ``w8a8``, ``A16W4``. ``parse`` reads them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import CODEBOOK_BITS, DTYPE_TAGS, LayerScheme, QuantScheme
+
+__all__ = ["DOUBLE_QUANT_PRESETS", "DYNAMIC_INT8", "NAMED_SCHEMES", "parse"]
+
+# One int8 scale per token, measured on the token itself (symmetric, as the integer product needs).
+DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
+
+# Double quantization: "bnb" as bitsandbytes nests NF4, "ggml" as GGML's 4-bit K-quants.
+DOUBLE_QUANT_PRESETS: dict[str, QuantScheme] = {
+    "bnb": QuantScheme(code="uint", bits=8, group=256, symmetric=False, scale_dtype=torch.float32),
+    "ggml": QuantScheme(code="int", bits=6, group=8, scale_dtype=torch.float16),
+}
+
+# Instant quantization (asymmetric, float zero point, one scale per output channel), and the usual integer pairs.
+NAMED_SCHEMES: dict[str, LayerScheme] = {
+    "a16w8": LayerScheme(
+        weight=QuantScheme(
+            code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
+        )
+    ),
+    "a16w4": LayerScheme(
+        weight=QuantScheme(
+            code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
+        )
+    ),
+    "a8w8": LayerScheme(
+        weight=QuantScheme(
+            code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
+        ),
+        activation=DYNAMIC_INT8,
+    ),
+    "a8w4": LayerScheme(
+        weight=QuantScheme(
+            code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
+        ),
+        activation=DYNAMIC_INT8,
+    ),
+    "w8a8": LayerScheme(
+        weight=QuantScheme(bits=8, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8
+    ),
+    "w4a8": LayerScheme(
+        weight=QuantScheme(bits=4, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8
+    ),
+}
+
+HEAD = re.compile(r"(?:w(?P<bits>\d+)|(?P<table>nf4|fp4e2m1|fp4bnb|fp4|fp8e4m3|fp8))(?:g(?P<group>\d+))?")
+INSTANT_GROUP = re.compile(r"(?P<base>a16w[48])g(?P<group>\d+)")
+DOUBLE_QUANT = re.compile(r"-dq(?:\((?P<nested>[^()]*)\))?$")
+TABLE_CODES = {code.replace("_", ""): code for code in CODEBOOK_BITS} | {"fp4": "fp4_bnb", "fp8": "fp8_e4m3"}
+TAG_FIELDS: dict[str, dict[str, Any]] = {
+    "asym": {"code": "uint", "symmetric": False},
+    "sym": {"symmetric": True},
+    "signed": {"code": "int"},
+    "fz": {"zero": "float"},
+    "axis0": {"axis": 0},
+    **{tag: {"scale_dtype": dtype} for dtype, tag in DTYPE_TAGS.items()},
+}
+EXAMPLES = "w4g128, w4g128-asym, w8, w3g32, nf4g64, nf4g64-dq, fp4g32, fp8, w8a8, w4a8, A16W8, A16W4, A8W8, A8W4"
+
+
+def parse(text: str) -> LayerScheme:
+    """Read the name of a scheme; the inverse of ``LayerScheme.name`` and, for weights, of ``QuantScheme.name``.
+
+    Grammar: ``w<bits>`` or ``nf4|fp4|fp4e2m1|fp8``, then ``g<group>``, then any of ``-asym``, ``-signed`` (asymmetric
+    codes centred on zero), ``-fz`` (float zero point), ``-axis0``, ``-sbf16``/``-sf32`` (dtype of the scales, float16
+    unless said), ``-a8`` (8-bit activations) and last ``-dq`` or ``-dq(<scheme>)`` (double quantization). Or one of
+    ``NAMED_SCHEMES``. Case does not matter.
+
+    Raises:
+        BitwrightError: BW202, quoting the part that was not understood.
+    """
+    name = text.strip().lower()
+    if name in NAMED_SCHEMES:
+        return NAMED_SCHEMES[name]
+    instant = INSTANT_GROUP.fullmatch(name)
+    if instant is not None:
+        base = NAMED_SCHEMES[instant["base"]].weight.name.replace("-", f"g{instant['group']}-", 1)
+        return parse(base)
+    nested, name = _double_quant(name, text)
+    head, *tags = name.split("-")
+    match = HEAD.fullmatch(head)
+    if match is None:
+        raise BitwrightError("BW202", f"cannot read {head!r} in scheme {text!r}", suggestion=f"for example {EXAMPLES}")
+    fields: dict[str, Any] = {"scale_scheme": nested}
+    if match["table"]:
+        fields |= {"code": TABLE_CODES[match["table"]], "bits": CODEBOOK_BITS[TABLE_CODES[match["table"]]]}
+    else:
+        fields["bits"] = int(match["bits"])
+    fields["group"] = int(match["group"]) if match["group"] else None
+    activation = DYNAMIC_INT8 if "a8" in tags else None
+    for tag in tags:
+        if tag != "a8" and tag not in TAG_FIELDS:
+            known = ", ".join([*TAG_FIELDS, "a8", "dq"])
+            raise BitwrightError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known parts: {known}")
+        fields |= TAG_FIELDS.get(tag, {})
+    return LayerScheme(weight=QuantScheme(**fields), activation=activation)
+
+
+def _double_quant(name: str, text: str) -> tuple[QuantScheme | None, str]:
+    """Split ``-dq`` or ``-dq(...)`` off the end of a name."""
+    match = DOUBLE_QUANT.search(name)
+    if match is None:
+        return None, name
+    inner = match["nested"] or "bnb"
+    if inner in DOUBLE_QUANT_PRESETS:
+        return DOUBLE_QUANT_PRESETS[inner], name[: match.start()]
+    layer = parse(inner)
+    if layer.activation is not None:
+        raise BitwrightError("BW202", f"scales have no activations: {inner!r} in scheme {text!r}")
+    return layer.weight, name[: match.start()]

@@ -1,0 +1,32 @@
+"""The environment variables that bitwright reads, all of them, in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Settings", "read_settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``BITWRIGHT_CACHE``: where reference logits are kept (default ``~/.cache/bitwright``).
+
+    ``NO_COLOR``: any value turns colours off. ``BITWRIGHT_DEBUG``: any value shows tracebacks, as ``--debug`` does.
+    """
+
+    cache: Path
+    no_color: bool
+    debug: bool
+
+
+def read_settings() -> Settings:
+    """Read the environment now; nothing is cached, so a changed variable takes effect at the next call."""
+    cache = os.environ.get("BITWRIGHT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitwright"
+    return Settings(
+        cache=Path(cache) if cache else base,
+        no_color=bool(os.environ.get("NO_COLOR")),
+        debug=bool(os.environ.get("BITWRIGHT_DEBUG")),
+    )

@@ -1,0 +1,5 @@
+"""Measuring what quantization costs."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,5 @@
+"""Checkpoints on disk."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
