@@ -1,0 +1,83 @@
+"""The linear layer that runs from packed codes and keeps no dense copy of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import LayerScheme
+from bitwright.kernels.table import Kernel, KernelSpec, PackedWeight, select
+
+__all__ = ["QuantizedLinear"]
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x Wᵀ + bias`` with ``W`` (``[out, in]``) in the packing of the kernel that runs it.
+
+    The packed tensors are buffers, so that devices and state dicts see them, but a change of the model's dtype leaves
+    them alone: a rounded scale would be another weight. The output has the dtype of the input.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, kernel: Kernel) -> None:
+        super().__init__()
+        self.scheme, self.kernel = weight.scheme, kernel
+        self.out_features, self.in_features = weight.shape
+        self._packed_names: dict[str, str] = {}
+        for name, tensor in weight.tensors.items():
+            buffer = "packed_" + name.replace(".", "_")
+            self._packed_names[buffer] = name
+            self.register_buffer(buffer, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def build(cls, tensor: QuantizedTensor, bias: Tensor | None, scheme: LayerScheme) -> QuantizedLinear:
+        """Pack ``tensor`` (whose scheme is ``scheme.weight``) for the first kernel that accepts the layer.
+
+        Raises:
+            BitwrightError: BW206 if no kernel does.
+            ValueError: if the tensor is not of the scheme, or the bias is not ``[out]``.
+        """
+        if bias is not None and tuple(bias.shape) != tensor.shape[:1]:
+            raise ValueError(f"a bias of shape {list(bias.shape)} for {tensor.shape[0]} output features")
+        kernel = select(KernelSpec(scheme=scheme, shape=tensor.shape, device=tensor.codes.device))
+        return cls(kernel.pack(tensor, scheme), bias, kernel)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The operand, as the kernel takes it; its tensors are this module's buffers."""
+        buffers = ((name, self._buffers[buffer]) for buffer, name in self._packed_names.items())
+        tensors = {name: tensor for name, tensor in buffers if tensor is not None}
+        return PackedWeight(scheme=self.scheme, shape=(self.out_features, self.in_features), tensors=tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` to ``[..., out]``, same dtype."""
+        return self.kernel.run(x, self.packed, self.bias)
+
+    def unpack(self) -> QuantizedTensor:
+        """The weight as the canonical tensor, equal to the one that was packed."""
+        return self.kernel.unpack(self.packed)
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 ``[out, in]``, made anew at each call."""
+        return self.unpack().dequantize()
+
+    def resident_bytes(self) -> int:
+        """The bytes that the packed weight takes in memory, without the bias."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.tensors.values())
+
+    def extra_repr(self) -> str:
+        shape = f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, scheme={self.scheme.name}, kernel={self.kernel.name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Let the packed tensors follow to another device, never to another dtype."""
+        packed = dict(self.packed.tensors)
+        module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for buffer, name in self._packed_names.items():
+            moved = self._buffers[buffer]
+            if moved is not None and moved.dtype != packed[name].dtype:
+                self._buffers[buffer] = packed[name].to(moved.device)
+        return module
