@@ -1,0 +1,54 @@
+# make setup | demo | test | check | bench | lock | clean.  Needs Python 3.11+ and pip; everything else lands in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+SLOW ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The tests run in WORKERS processes: one OpenMP thread each, or they fight for the cores.
+test bench: export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test check format bench lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bitwright needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/bitwright demo
+
+# `make test` leaves out what is marked slow; `make test SLOW=1` runs everything.
+test: setup
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(if $(SLOW),-m "slow or not slow") $(ARGS)
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Writes down the newest version of everything. torch stays at the release that the figures in the docs were measured with.
+TORCH := torch==2.13.0
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet $(TORCH) hatchling editables '.[dev]'
+	{ sed '/^[^#]/,$$d' requirements-dev.lock; \
+	  .venv-lock/bin/python -m pip freeze --exclude bitwright | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > .venv-lock/lock
+	mv .venv-lock/lock requirements-dev.lock && rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,82 @@
+"""Quantize language models, prove the result, run it.
+
+Every name below is loaded when it is first used, so that ``import bitwright`` costs nothing and works without a GPU.
+
+Example:
+    >>> import bitwright
+    >>> report = bitwright.quantize("demo:", "out", scheme="w4g128")
+    >>> model = bitwright.load("out")
+    >>> comparison = bitwright.eval(["out"], reference="demo:")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitwright.cli.demo import demo
+    from bitwright.cli.doctor import doctor
+    from bitwright.cli.inspection import inspect
+    from bitwright.core.errors import BitwrightError, explain
+    from bitwright.core.qtensor import QuantizedTensor
+    from bitwright.core.scheme import LayerScheme, QuantScheme
+    from bitwright.core.scheme_names import parse
+    from bitwright.evaluation.comparison import evaluate as eval
+    from bitwright.models.generation import generate
+    from bitwright.models.loading import load
+    from bitwright.quantization.run import convert, prepare, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BitwrightError",
+    "LayerScheme",
+    "QuantScheme",
+    "QuantizedTensor",
+    "__version__",
+    "convert",
+    "demo",
+    "doctor",
+    "eval",
+    "explain",
+    "generate",
+    "inspect",
+    "load",
+    "parse",
+    "prepare",
+    "quantize",
+]
+
+# Where each public name lives: module and, if it is called otherwise there, its name.
+SOURCES = {
+    "BitwrightError": "core.errors",
+    "LayerScheme": "core.scheme",
+    "QuantScheme": "core.scheme",
+    "QuantizedTensor": "core.qtensor",
+    "convert": "quantization.run",
+    "demo": "cli.demo",
+    "doctor": "cli.doctor",
+    "eval": "evaluation.comparison:evaluate",
+    "explain": "core.errors",
+    "generate": "models.generation",
+    "inspect": "cli.inspection",
+    "load": "models.loading",
+    "parse": "core.scheme_names",
+    "prepare": "quantization.run",
+    "quantize": "quantization.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in SOURCES:
+        raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
+    module, _, original = SOURCES[name].partition(":")
+    value: object = getattr(importlib.import_module(f"bitwright.{module}"), original or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,62 @@
+"""What every test shares: where third-party models and texts are, no network, settled random properties."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before anything imports the hub's client: the tests never use a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # third-party models and texts lie beside the repository, and may be absent
+
+# The same examples on every run; `pytest --hypothesis-profile=explore` looks for new ones.
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("settled", deadline=None, derandomize=True, suppress_health_check=QUIET)
+settings.register_profile("explore", deadline=None, print_blob=True, suppress_health_check=QUIET)
+settings.load_profile("settled")
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of third-party trained models; the test is skipped where it is absent."""
+    return _present(SHARED / "models")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of third-party texts; the test is skipped where it is absent."""
+    return _present(SHARED / "data")
+
+
+def _present(folder: Path) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"no third-party material: {folder.name} is looked for in a folder 'shared' beside the repository")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's own cache of reference logits."""
+    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "bitwright-cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """A connection to another machine fails the test that tries it."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and not str(address).startswith("('127.0.0.1'"):
+            raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
