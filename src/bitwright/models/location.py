@@ -1,0 +1,109 @@
+"""Where a model is: the embedded one, a local directory, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from bitwright.core.errors import BitwrightError
+from bitwright.models.embedded_model import embedded_directory
+
+__all__ = ["DEMO", "HUB_FILES", "resolve_model"]
+
+DEMO = "demo:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Pickled weights are never fetched, nor are second copies of the weights in other layouts.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+HUB_SKIPPED = ("original/*", "onnx/*", "consolidated*.safetensors")
+
+
+def resolve_model(text: str | Path) -> Path:
+    """The local directory of a model: ``demo:`` is the embedded one; else a directory, else an id on the hub.
+
+    A name without a directory of its own is looked up on the hub only if it cannot have been meant as a path. ``demo``
+    without the colon works where no directory has that name.
+
+    Raises:
+        BitwrightError: BW301 if there is no such directory or repository (with the nearest names beside it), BW504 if
+            the hub cannot be reached and the model is not in its cache.
+    """
+    name = str(text).strip()
+    path = Path(name).expanduser() if name else None
+    if path is not None and _is_directory(path) and name != DEMO:
+        return path
+    if name in (DEMO, DEMO.rstrip(":")):
+        return embedded_directory()
+    if path is None or name.startswith(DEMO):
+        what = "the name of the model is empty" if path is None else f"there is no embedded model {name!r}"
+        raise BitwrightError("BW301", what, suggestion="demo: for the embedded model, a directory, or an id on the hub")
+    if isinstance(text, Path) or not HUB_ID.fullmatch(name) or _exists(path) or _looks_local(path):
+        raise _no_directory(path)
+    return _download(name)
+
+
+def _download(repository: str) -> Path:
+    """Fetch a repository, or find it in the cache."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_SKIPPED)))
+    except GatedRepoError:
+        advice = "ask for access on its page, then log in with `hf auth login`"
+        raise BitwrightError("BW301", f"{repository} is on the hub, but closed to you", suggestion=advice) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        why = "neither a directory here nor a public repository on the hub has that name"
+        near = _near(Path(repository))
+        raise BitwrightError("BW301", f"there is no model {repository!r}", why=why, suggestion=near) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BitwrightError(
+            "BW504",
+            f"{repository!r} is not a directory here, and the hub cannot be reached to look for it there",
+            why=reason,
+            suggestion="connect to the network, give the path of a local directory, or use demo:",
+        ) from None
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, or behind a directory that may not be read
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _looks_local(path: Path) -> bool:
+    """``models/llama`` is a path if there is a directory ``models`` here."""
+    return len(path.parts) > 1 and _is_directory(Path(path.parts[0]))
+
+
+def _no_directory(path: Path) -> BitwrightError:
+    what = f"{path} is a file" if _exists(path) else f"{path} does not exist"
+    suggestion = f"the directory of the model: {path.parent}" if _exists(path) else _near(path)
+    return BitwrightError("BW301", what, why="a model is a directory with config.json and weights", suggestion=suggestion)
+
+
+def _near(path: Path) -> str:
+    """The siblings whose names are nearest."""
+    try:
+        siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    except (OSError, ValueError):
+        return f"there is no directory {path.parent} either" if path.parent != path else ""
+    near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.4)
+    if not near:
+        return "check the spelling; demo: is the embedded model"
+    return "nearest names: " + ", ".join(str(path.parent / name) for name in near)
