@@ -49,7 +49,8 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """
     expected = packed_words(length, bits)
     if words.dtype != torch.int32 or words.shape[-1] != expected:
-        raise ValueError(f"{length} codes of {bits} bits are {expected} int32 words, not {words.shape[-1]} {words.dtype}")
+        found = f"{words.shape[-1]} {words.dtype}"
+        raise ValueError(f"{length} codes of {bits} bits are {expected} int32 words, not {found}")
     whole = -(-length // 32) * bits
     if whole != expected:
         words = torch.nn.functional.pad(words, (0, whole - expected))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CATALOGUE", "BitwrightError", "Entry", "Notice", "explain"]
+__all__ = ["CATALOGUE", "ArgumentError", "BitwrightError", "Entry", "Notice", "explain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "BW207": Entry(
         "unfinished run with other settings",
-        "The output directory holds an unfinished run whose model, recipe, calibration tokens, thread count or versions "
-        "differ from this command. Resuming would mix the two. Run the original command to resume, or give --restart to "
-        "discard the unfinished work.",
+        "The output directory holds an unfinished run whose model, recipe, calibration tokens, thread count or "
+        "versions differ from this command. Resuming would mix the two. Run the original command to resume, or give "
+        "--restart to discard the unfinished work.",
     ),
     "BW208": Entry(
         "override matches nothing",
@@ -196,6 +196,10 @@ class BitwrightError(Exception):
             if text:
                 lines.append(f"  {label}: {text}")
         return "\n".join(lines)
+
+
+class ArgumentError(BitwrightError, ValueError):
+    """A value that was refused when it was given (BW201, BW202): Python code may catch it as a ``ValueError`` too."""
 
 
 class Notice(UserWarning):

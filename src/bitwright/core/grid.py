@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.core.codebook import FP8_MAX, decode_levels, encode_levels
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.scheme import QuantScheme
 
 __all__ = ["FitOptions", "Parameters", "decode", "encode", "fit", "rescale"]
@@ -41,7 +41,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         if self.symmetric_range not in ("restricted", "full", "centred"):
             accepted = "accepted: restricted, full, centred"
-            raise BitwrightError("BW201", f"symmetric_range is {self.symmetric_range!r}", suggestion=accepted)
+            raise ArgumentError("BW201", f"symmetric_range is {self.symmetric_range!r}", suggestion=accepted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,10 @@ def fit(values: Tensor, *, scheme: QuantScheme, options: FitOptions | None = Non
     low, high, size = _ranges(values, scheme)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
+    if scheme.zero == "float":
+        low, high = _with_near_zero(low, high, scheme)
     scale = _scale(low, high, size, scheme, options)
-    dtype = _stored_dtype(scale, scheme)
+    dtype = _stored_dtype(scale * SHRINK_RATIOS[-1] if options.search else scale, scheme)
     if not options.search:
         return Parameters(scale.to(dtype), _zero(low, high, scale.to(dtype), scheme))
     return _search(values, low, high, size, dtype, scheme, options)
@@ -134,10 +136,15 @@ def _ranges(values: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor
         views = [view for _, _, view in _group_views(tile, scheme.group)]
         low = torch.cat([view.amin(-1) for view in views], dim=1)
         high = torch.cat([view.amax(-1) for view in views], dim=1)
-        mean = torch.cat([view.abs().mean(-1) for view in views], dim=1) if scheme.bits == 1 else high
+        mean = torch.cat([_mean_magnitude(view) for view in views], dim=1) if scheme.bits == 1 else high
         pieces.append([low, high, mean])
     low, high, mean = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return low, high, mean
+
+
+def _mean_magnitude(values: Tensor) -> Tensor:
+    """The mean absolute value along the last dimension, summed in float64: huge values would overflow float32."""
+    return values.abs().mean(-1, dtype=torch.float64).to(torch.float32)
 
 
 def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
@@ -146,7 +153,7 @@ def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options
     if not scheme.symmetric:
         with_zero = (high.clamp(min=0), low.clamp(max=0)) if scheme.zero == "integer" else (high, low)
         steps = (1 << scheme.bits) - 1
-        scale = with_zero[0] / steps - with_zero[1] / steps  # divided first: the difference of huge values overflows
+        scale = (with_zero[0] / 2 - with_zero[1] / 2) / (steps / 2)  # halved: the difference of huge values overflows
     elif scheme.is_codebook:
         scale = largest / FP8_MAX if scheme.code == "fp8_e4m3" else largest
     elif scheme.bits == 1:
@@ -163,11 +170,22 @@ def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options
     return torch.where(largest == 0, 0.0, scale)
 
 
+def _with_near_zero(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Ranges for float zero points, widened towards zero where they lie so far from it that their zero point, in its
+    stored dtype, would be off by more than a quarter of a code (or overflow)."""
+    reach = 1 / (2 * torch.finfo(scheme.scale_dtype).eps * ((1 << scheme.bits) - 1))  # the most ranges away from zero
+    nearest = max(0.0, 1 - 1 / reach)
+    constant = low == high  # has an exact grid of its own
+    near_low = torch.minimum(low, high.clamp(min=0) * nearest)
+    near_high = torch.maximum(high, low.clamp(max=0) * nearest)
+    return torch.where(constant | (low <= 0), low, near_low), torch.where(constant | (high >= 0), high, near_high)
+
+
 def _stored_dtype(scale: Tensor, scheme: QuantScheme) -> torch.dtype:
-    """The scheme's scale dtype, or float32 where some scale (or one shrunk by a search) lies outside its normal range."""
+    """The scheme's scale dtype, or float32 where some scale lies outside its normal range."""
     limits = torch.finfo(scheme.scale_dtype)
     size = scale[scale != 0].abs()
-    fits = size.numel() == 0 or (bool(size.min() * SHRINK_RATIOS[-1] >= limits.tiny) and bool(size.max() <= limits.max))
+    fits = size.numel() == 0 or (bool(size.min() >= limits.tiny) and bool(size.max() <= limits.max))
     return scheme.scale_dtype if fits else torch.float32
 
 
@@ -211,13 +229,19 @@ def _positions(codes: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tenso
 
 
 def _search(
-    values: Tensor, low: Tensor, high: Tensor, mean: Tensor, dtype: torch.dtype, scheme: QuantScheme, options: FitOptions
+    values: Tensor,
+    low: Tensor,
+    high: Tensor,
+    mean: Tensor,
+    dtype: torch.dtype,
+    scheme: QuantScheme,
+    options: FitOptions,
 ) -> Parameters:
     """Per group, the shrunk range of least squared error; constant groups keep theirs, which is exact."""
-    scale = torch.empty_like(low, dtype=dtype)
-    zero: Tensor | None = None
-    least = torch.full_like(low, torch.inf)
-    for ratio in SHRINK_RATIOS:
+    scale = _scale(low, high, mean, scheme, options).to(dtype)
+    zero = _zero(low, high, scale, scheme)
+    least = _squared_error(values, Parameters(scale, zero), scheme)
+    for ratio in SHRINK_RATIOS[1:]:
         factor = torch.where(low == high, 1.0, ratio)
         candidate = _scale(low * factor, high * factor, mean * factor, scheme, options).to(dtype)
         candidate_zero = _zero(low * factor, high * factor, candidate, scheme)
@@ -225,13 +249,13 @@ def _search(
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, candidate, scale)
-        if candidate_zero is not None:
-            zero = candidate_zero if zero is None else torch.where(better, candidate_zero, zero)
+        if zero is not None and candidate_zero is not None:
+            zero = torch.where(better, candidate_zero, zero)
     return Parameters(scale, zero)
 
 
 def _squared_error(values: Tensor, parameters: Parameters, scheme: QuantScheme) -> Tensor:
-    """Sum of squared errors of each group, ``[rows, groups]``."""
+    """Sum of squared errors of each group, in units of its largest value: ``[rows, groups]``."""
     error = torch.empty(parameters.scale.shape, dtype=torch.float32, device=values.device)
     for rows in _row_tiles(values):
         tile = values[rows].to(torch.float32)
@@ -239,5 +263,6 @@ def _squared_error(values: Tensor, parameters: Parameters, scheme: QuantScheme) 
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
             rebuilt = _positions(_encode_groups(view, scale, zero, scheme), zero, scheme) * scale
-            error[rows, groups] = (rebuilt - view).square_().sum(-1)
+            largest = view.abs().amax(-1, keepdim=True).clamp(min=FLOAT32.tiny)  # or squares over- and underflow
+            error[rows, groups] = (rebuilt - view).div_(largest).square_().sum(-1)
     return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,7 +119,8 @@ class QuantizedTensor:
     def stored_bits(self) -> int:
         """How many bits the tensor takes when its codes and integer zero points are packed densely."""
         bits = self.codes.numel() * self.scheme.bits
-        bits += self.scale.numel() * self.scale.element_size() * 8 if isinstance(self.scale, Tensor) else self.scale.stored_bits()
+        scale = self.scale
+        bits += scale.numel() * scale.element_size() * 8 if isinstance(scale, Tensor) else scale.stored_bits()
         if self.zero is not None:
             width = self.scheme.bits if self.scheme.zero == "integer" else self.zero.element_size() * 8
             bits += self.zero.numel() * width
@@ -135,14 +137,15 @@ class QuantizedTensor:
 def _check_shapes(tensor: QuantizedTensor) -> None:
     scheme, codes = tensor.scheme, tensor.codes
     if codes.dim() != 2 or codes.dtype != scheme.code_dtype:
-        raise ValueError(f"{scheme.name}: codes are a {scheme.code_dtype} matrix, not {codes.dtype} {list(codes.shape)}")
+        found = f"{codes.dtype} {list(codes.shape)}"
+        raise ValueError(f"{scheme.name}: codes are a {scheme.code_dtype} matrix, not {found}")
     other = codes.shape[1 - scheme.axis]
     expected = (other, tensor.group_count) if scheme.axis == 1 else (tensor.group_count, other)
     if isinstance(tensor.scale, Tensor):
         if tuple(tensor.scale.shape) != expected:
             raise ValueError(f"{scheme.name}: scales are {list(expected)}, not {list(tensor.scale.shape)}")
-    elif tensor.scale.shape != (1, expected[0] * expected[1]) or tensor.scale.scheme != scheme.scale_scheme:
-        raise ValueError(f"{scheme.name}: doubly quantized scales are [1, {expected[0] * expected[1]}] in the scale scheme")
+    elif tensor.scale.shape != (1, math.prod(expected)) or tensor.scale.scheme != scheme.scale_scheme:
+        raise ValueError(f"{scheme.name}: doubly quantized scales are [1, {math.prod(expected)}] in the scale scheme")
     if (tensor.zero is None) != scheme.symmetric:
         raise ValueError(f"{scheme.name}: zero points are {'not ' if scheme.symmetric else ''}part of the scheme")
     if tensor.zero is not None:

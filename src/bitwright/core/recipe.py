@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 
@@ -35,7 +35,7 @@ class Override:
             re.compile(self.pattern)
         except re.error as error:
             message = f"override {self.pattern!r} is not a regular expression: {error}"
-            raise BitwrightError("BW201", message, suggestion="escape special characters with a backslash") from None
+            raise ArgumentError("BW201", message, suggestion="escape special characters with a backslash") from None
 
     def matches(self, name: str, type_name: str) -> bool:
         subject = type_name if self.is_type else name
@@ -113,12 +113,14 @@ def parse_override(text: str) -> Override:
     """Read ``NAME=SCHEME``, ``PATTERN=float`` or ``type:CLASS=SCHEME``.
 
     Raises:
-        BitwrightError: BW201 for text without ``=``, BW202 for an unknown scheme.
+        ArgumentError: BW201 for text without ``=``, BW202 for an unknown scheme.
     """
     pattern, equals, scheme = text.rpartition("=")
     if not equals or not pattern:
         message = f"cannot read override {text!r}"
-        raise BitwrightError("BW201", message, suggestion="NAME=SCHEME, for example 'model.layers.0.*=w8' or lm_head=w8")
+        raise ArgumentError(
+            "BW201", message, suggestion=r"NAME=SCHEME, for example 'model\.layers\.0\..*=w8' or lm_head=w8"
+        )
     is_type = pattern.startswith("type:")
     layer_scheme = None if scheme.lower() == FLOAT else parse(scheme)
     return Override(pattern=pattern.removeprefix("type:"), scheme=layer_scheme, is_type=is_type)

@@ -7,14 +7,15 @@ from typing import Literal
 
 import torch
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError
 
-__all__ = ["CODEBOOK_BITS", "Code", "LayerScheme", "QuantScheme"]
+__all__ = ["CODEBOOK_BITS", "DYNAMIC_INT8", "Code", "LayerScheme", "QuantScheme"]
 
 Code = Literal["int", "uint", "nf4", "fp4_e2m1", "fp4_bnb", "fp8_e4m3"]
 
 # Code kinds whose values are looked up rather than counted, and the only width each exists in.
 CODEBOOK_BITS: dict[str, int] = {"nf4": 4, "fp4_e2m1": 4, "fp4_bnb": 4, "fp8_e4m3": 8}
+CODES = ("int", "uint", *CODEBOOK_BITS)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -33,7 +34,7 @@ class QuantScheme:
         scale_scheme: double quantization: the scales themselves, flattened row by row, are stored in this scheme.
 
     Raises:
-        BitwrightError: BW202, naming the field, its value and what is accepted.
+        ArgumentError: BW202, naming the field, its value and what is accepted.
 
     Example:
         >>> QuantScheme(bits=4, group=128).name
@@ -50,7 +51,7 @@ class QuantScheme:
     scale_scheme: QuantScheme | None = None
 
     def __post_init__(self) -> None:
-        _check("code", self.code, self.code in ("int", "uint", *CODEBOOK_BITS), f"int, uint, {', '.join(CODEBOOK_BITS)}")
+        _check("code", self.code, self.code in CODES, ", ".join(CODES))
         _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8, "1 to 8")
         group_is_valid = self.group is None or (type(self.group) is int and self.group >= 1)
         _check("group", self.group, group_is_valid, "a positive whole number, or None for one scale per channel")
@@ -94,6 +95,9 @@ class QuantScheme:
 
 DTYPE_TAGS = {torch.bfloat16: "sbf16", torch.float32: "sf32"}
 
+# The one way to quantize activations: an int8 scale per token, symmetric, as the integer product needs.
+DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScheme:
@@ -106,20 +110,19 @@ class LayerScheme:
     activation: QuantScheme | None = None
 
     def __post_init__(self) -> None:
+        _check("weight", self.weight, isinstance(self.weight, QuantScheme), "a QuantScheme")
         if self.activation is None:
             return
-        activation = self.activation
-        dynamic_int8 = activation.code == "int" and activation.bits == 8 and activation.symmetric
-        _check("activation", activation.name, dynamic_int8 and activation.group is None, "int8, symmetric, per token")
+        _check("activation", self.activation, self.activation == DYNAMIC_INT8, "DYNAMIC_INT8, or None")
         if self.weight.is_codebook:
-            raise BitwrightError(
+            raise ArgumentError(
                 "BW202",
                 f"8-bit activations cannot be combined with {self.weight.code} weights",
                 why="the product of two integers is what makes 8-bit activations worth having",
                 suggestion="w8a8 or w4a8",
             )
         if self.weight.axis != 1:
-            raise BitwrightError(
+            raise ArgumentError(
                 "BW202",
                 "8-bit activations cannot be combined with weight groups along axis 0",
                 why="an integer sum runs along the input features, so its scale must be constant there",
@@ -133,7 +136,7 @@ class LayerScheme:
 
 def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
     if not is_valid:
-        raise BitwrightError("BW202", f"scheme field {field} is {value!r}", suggestion=f"accepted: {accepted}")
+        raise ArgumentError("BW202", f"scheme field {field} is {value!r}", suggestion=f"accepted: {accepted}")
 
 
 def _check_combination(scheme: QuantScheme) -> None:
@@ -142,11 +145,12 @@ def _check_combination(scheme: QuantScheme) -> None:
         _check("bits", scheme.bits, scheme.bits == bits, f"{bits} for {scheme.code}")
         _check("symmetric", scheme.symmetric, scheme.symmetric, f"True for {scheme.code}")
     if scheme.code == "uint":
-        _check("symmetric", scheme.symmetric, not scheme.symmetric, "False for uint (codes of one sign need a zero point)")
+        _check("symmetric", scheme.symmetric, not scheme.symmetric, "False for uint (it needs a zero point)")
     if scheme.symmetric:
         _check("zero", scheme.zero, scheme.zero == "integer", "integer for symmetric schemes (no zero point is stored)")
     if scheme.scale_scheme is not None:
         nested = scheme.scale_scheme
+        _check("scale_scheme", nested, isinstance(nested, QuantScheme), "a QuantScheme, or None")
         _check("scale_scheme", nested.name, nested.scale_scheme is None, "one level of double quantization")
-        _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "an integer scheme along axis 1")
+        _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "integers along axis 1")
         _check("zero", scheme.zero, scheme.zero == "integer", "integer together with double quantization")

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
-from bitwright.core.errors import BitwrightError
-from bitwright.core.scheme import CODEBOOK_BITS, DTYPE_TAGS, LayerScheme, QuantScheme
+from bitwright.core.errors import ArgumentError
+from bitwright.core.scheme import CODEBOOK_BITS, DTYPE_TAGS, DYNAMIC_INT8, LayerScheme, QuantScheme
 
 __all__ = ["DOUBLE_QUANT_PRESETS", "DYNAMIC_INT8", "NAMED_SCHEMES", "parse"]
-
-# One int8 scale per token, measured on the token itself (symmetric, as the integer product needs).
-DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
 
 # Double quantization: "bnb" as bitsandbytes nests NF4, "ggml" as GGML's 4-bit K-quants.
 DOUBLE_QUANT_PRESETS: dict[str, QuantScheme] = {
@@ -24,43 +21,33 @@ DOUBLE_QUANT_PRESETS: dict[str, QuantScheme] = {
 # Instant quantization (asymmetric, float zero point, one scale per output channel), and the usual integer pairs.
 NAMED_SCHEMES: dict[str, LayerScheme] = {
     "a16w8": LayerScheme(
-        weight=QuantScheme(
-            code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
-        )
+        weight=QuantScheme(code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32)
     ),
     "a16w4": LayerScheme(
-        weight=QuantScheme(
-            code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
-        )
+        weight=QuantScheme(code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32)
     ),
     "a8w8": LayerScheme(
-        weight=QuantScheme(
-            code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
-        ),
+        weight=QuantScheme(code="int", bits=8, group=None, symmetric=False, zero="float", scale_dtype=torch.float32),
         activation=DYNAMIC_INT8,
     ),
     "a8w4": LayerScheme(
-        weight=QuantScheme(
-            code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32
-        ),
+        weight=QuantScheme(code="uint", bits=4, group=None, symmetric=False, zero="float", scale_dtype=torch.float32),
         activation=DYNAMIC_INT8,
     ),
-    "w8a8": LayerScheme(
-        weight=QuantScheme(bits=8, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8
-    ),
-    "w4a8": LayerScheme(
-        weight=QuantScheme(bits=4, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8
-    ),
+    "w8a8": LayerScheme(weight=QuantScheme(bits=8, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8),
+    "w4a8": LayerScheme(weight=QuantScheme(bits=4, group=None, scale_dtype=torch.float32), activation=DYNAMIC_INT8),
 }
 
-HEAD = re.compile(r"(?:w(?P<bits>\d+)|(?P<table>nf4|fp4e2m1|fp4bnb|fp4|fp8e4m3|fp8))(?:g(?P<group>\d+))?")
-INSTANT_GROUP = re.compile(r"(?P<base>a16w[48])g(?P<group>\d+)")
-DOUBLE_QUANT = re.compile(r"-dq(?:\((?P<nested>[^()]*)\))?$")
+HEAD = re.compile(
+    r"(?:w(?P<bits>[0-9]{1,18})|(?P<table>nf4|fp4e2m1|fp4bnb|fp4|fp8e4m3|fp8))(?:g(?P<group>[0-9]{1,18}))?"
+)
+INSTANT_GROUP = re.compile(r"(?P<base>a16w[48])g(?P<group>[0-9]{1,18})")
+DOUBLE_QUANT = re.compile(r"-dq(?:\((?P<nested>[^()]*)\))?(?=-|$)")
 TABLE_CODES = {code.replace("_", ""): code for code in CODEBOOK_BITS} | {"fp4": "fp4_bnb", "fp8": "fp8_e4m3"}
 TAG_FIELDS: dict[str, dict[str, Any]] = {
     "asym": {"code": "uint", "symmetric": False},
     "sym": {"symmetric": True},
-    "signed": {"code": "int"},
+    "signed": {"code": "int"},  # after asym, whose code it replaces
     "fz": {"zero": "float"},
     "axis0": {"axis": 0},
     **{tag: {"scale_dtype": dtype} for dtype, tag in DTYPE_TAGS.items()},
@@ -73,11 +60,11 @@ def parse(text: str) -> LayerScheme:
 
     Grammar: ``w<bits>`` or ``nf4|fp4|fp4e2m1|fp8``, then ``g<group>``, then any of ``-asym``, ``-signed`` (asymmetric
     codes centred on zero), ``-fz`` (float zero point), ``-axis0``, ``-sbf16``/``-sf32`` (dtype of the scales, float16
-    unless said), ``-a8`` (8-bit activations) and last ``-dq`` or ``-dq(<scheme>)`` (double quantization). Or one of
-    ``NAMED_SCHEMES``. Case does not matter.
+    unless said), ``-dq`` or ``-dq(<scheme>)`` (double quantization), ``-a8`` (8-bit activations), in any order. Or one
+    of ``NAMED_SCHEMES``. Case does not matter.
 
     Raises:
-        BitwrightError: BW202, quoting the part that was not understood.
+        ArgumentError: BW202, quoting the part that was not understood.
     """
     name = text.strip().lower()
     if name in NAMED_SCHEMES:
@@ -90,31 +77,40 @@ def parse(text: str) -> LayerScheme:
     head, *tags = name.split("-")
     match = HEAD.fullmatch(head)
     if match is None:
-        raise BitwrightError("BW202", f"cannot read {head!r} in scheme {text!r}", suggestion=f"for example {EXAMPLES}")
+        raise ArgumentError("BW202", f"cannot read {head!r} in scheme {text!r}", suggestion=f"for example {EXAMPLES}")
     fields: dict[str, Any] = {"scale_scheme": nested}
     if match["table"]:
         fields |= {"code": TABLE_CODES[match["table"]], "bits": CODEBOOK_BITS[TABLE_CODES[match["table"]]]}
     else:
         fields["bits"] = int(match["bits"])
     fields["group"] = int(match["group"]) if match["group"] else None
-    activation = DYNAMIC_INT8 if "a8" in tags else None
+    _check_tags(tags, text, is_table=bool(match["table"]))
+    for tag, values in TAG_FIELDS.items():
+        fields |= values if tag in tags else {}
+    return LayerScheme(weight=QuantScheme(**fields), activation=DYNAMIC_INT8 if "a8" in tags else None)
+
+
+def _check_tags(tags: list[str], text: str, *, is_table: bool) -> None:
     for tag in tags:
         if tag != "a8" and tag not in TAG_FIELDS:
             known = ", ".join([*TAG_FIELDS, "a8", "dq"])
-            raise BitwrightError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known parts: {known}")
-        fields |= TAG_FIELDS.get(tag, {})
-    return LayerScheme(weight=QuantScheme(**fields), activation=activation)
+            raise ArgumentError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known: {known}")
+    for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values())):
+        if exclusive <= set(tags):
+            raise ArgumentError("BW202", f"{' and '.join(sorted(exclusive))} contradict each other in scheme {text!r}")
+    if is_table and not {"asym", "signed"}.isdisjoint(tags):
+        raise ArgumentError("BW202", f"a table of levels is neither asym nor signed: scheme {text!r}")
 
 
 def _double_quant(name: str, text: str) -> tuple[QuantScheme | None, str]:
-    """Split ``-dq`` or ``-dq(...)`` off the end of a name."""
+    """Take ``-dq`` or ``-dq(...)`` out of a name."""
     match = DOUBLE_QUANT.search(name)
     if match is None:
         return None, name
-    inner = match["nested"] or "bnb"
+    inner, name = match["nested"] or "bnb", name[: match.start()] + name[match.end() :]
     if inner in DOUBLE_QUANT_PRESETS:
-        return DOUBLE_QUANT_PRESETS[inner], name[: match.start()]
+        return DOUBLE_QUANT_PRESETS[inner], name
     layer = parse(inner)
     if layer.activation is not None:
-        raise BitwrightError("BW202", f"scales have no activations: {inner!r} in scheme {text!r}")
-    return layer.weight, name[: match.start()]
+        raise ArgumentError("BW202", f"scales have no activations: {inner!r} in scheme {text!r}")
+    return layer.weight, name
