@@ -95,9 +95,6 @@ class QuantScheme:
 
 DTYPE_TAGS = {torch.bfloat16: "sbf16", torch.float32: "sf32"}
 
-# The one way to quantize activations: an int8 scale per token, symmetric, as the integer product needs.
-DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScheme:
@@ -154,3 +151,7 @@ def _check_combination(scheme: QuantScheme) -> None:
         _check("scale_scheme", nested.name, nested.scale_scheme is None, "one level of double quantization")
         _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "integers along axis 1")
         _check("zero", scheme.zero, scheme.zero == "integer", "integer together with double quantization")
+
+
+# The one way to quantize activations: an int8 scale per token, symmetric, as the integer product needs.
+DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
