@@ -1,0 +1,162 @@
+"""The compressed-tensors format, which vLLM, SGLang and transformers load: ``pack-quantized`` and ``int-quantized``.
+
+Codes are signed there; what is packed is the code plus ``2^(b-1)``, that is, the code counted from the smallest one.
+Weight-only layers are packed: ``NAME.weight_packed`` int32 along the input features, ``NAME.weight_scale`` ``[out, groups]``,
+``NAME.weight_shape`` int64 ``[2]`` and, where asymmetric, ``NAME.weight_zero_point`` int32, packed along the *output*
+features. Layers with 8-bit activations hold one int8 a code in ``NAME.weight``, as the package's own writer does, whatever
+the number of bits.
+
+Scales keep the dtype that they have. A negative scale (``full`` symmetric ranges) is stored as it is: decoding is
+``code * scale`` everywhere, so its sign needs no support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.core import bitpack
+from bitwright.core.errors import BitwrightError
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme_names import DYNAMIC_INT8
+from bitwright.formats import compressed_tensors_reading as reading
+from bitwright.formats.records import Format, LayerRecord
+
+__all__ = ["FORMAT"]
+
+# The first version of the package that packs odd widths densely, as we do.
+LAYOUT_VERSION = "0.18.0"
+PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+
+
+def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
+    """Why this format cannot store a layer ``shape`` (``[out, in]``), or ``None`` if it can."""
+    weight = scheme.weight
+    columns = shape[1]
+    if weight.is_codebook:
+        return f"it has no {weight.code} codes for weights of this kind"
+    if weight.scale_scheme is not None:
+        return "it has no double quantization"
+    if weight.zero == "float":
+        return "its zero points are whole numbers, not floats"
+    if weight.axis != 1:
+        return "its groups run along the input features alone"
+    if weight.bits == 1:
+        return "its readers expect at least 2 bits"
+    if weight.group is not None and columns % weight.group:
+        divisors = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
+        fitting = f" (these do: {', '.join(map(str, divisors))})" if divisors else ""
+        return f"its groups have one size, and groups of {weight.group} do not divide {columns} input features{fitting}"
+    if scheme.activation not in (None, DYNAMIC_INT8):
+        return "its activations are int8, one scale per token"
+    return None
+
+
+def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme) -> dict[str, Tensor]:
+    """The tensors of the layer ``name`` by their names in the file.
+
+    Raises:
+        BitwrightError: BW205 if the format cannot store the layer.
+    """
+    reason = refuse(scheme, tensor.shape)
+    if tensor.scheme != scheme.weight:
+        reason = f"its numbers are {tensor.scheme.name}, not {scheme.weight.name}"
+    elif tensor.group_index is not None:
+        reason = "its groups are runs of consecutive columns"
+    if reason is not None or not isinstance(tensor.scale, Tensor):
+        suggestion = "--format native stores every scheme"
+        what = f"{name} cannot be stored as compressed-tensors: {reason}"
+        raise BitwrightError("BW205", what, suggestion=suggestion)
+    bits = scheme.weight.bits
+    if scheme.activation is not None:
+        tensors = {f"{name}.weight": _signed(tensor.codes, bits), f"{name}.weight_scale": tensor.scale}
+        if tensor.zero is not None:
+            tensors[f"{name}.weight_zero_point"] = _signed(tensor.zero, bits)
+        return tensors
+    tensors = {
+        f"{name}.weight_packed": bitpack.pack(_unsigned(tensor.codes, bits), bits),
+        f"{name}.weight_scale": tensor.scale,
+        f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+    }
+    if tensor.zero is not None:
+        packed = bitpack.pack(_unsigned(tensor.zero, bits).t().contiguous(), bits)
+        tensors[f"{name}.weight_zero_point"] = packed.t().contiguous()
+    return tensors
+
+
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Codes counted from the smallest one, as uint8; those of ``uint`` schemes are so already."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) + (1 << (bits - 1))
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes as int8, those of ``uint`` schemes moved down by ``2^(b-1)``."""
+    return codes if codes.dtype == torch.int8 else (codes - (1 << (bits - 1))).view(torch.int8)
+
+
+def config(layers: Mapping[str, LayerRecord], ignored: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint with these layers.
+
+    All layers of one kind are the target ``Linear``; else every layer is named.
+    """
+    names: dict[LayerScheme, list[str]] = {}
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for name, record in layers.items():
+        names.setdefault(record.scheme, []).append(name)
+    for scheme, targets in names.items():
+        group = _config_group(scheme)
+        same = next((found for found in groups if found[0] == group), None)
+        if same is None:
+            groups.append((group, targets))
+        else:
+            same[1].extend(targets)
+    formats = {group["format"] for group, _ in groups}
+    return {
+        "quant_method": reading.METHOD,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "version": LAYOUT_VERSION,
+        "config_groups": {
+            f"group_{number}": {"targets": ["Linear"] if len(groups) == 1 else targets, **group}
+            for number, (group, targets) in enumerate(groups)
+        },
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _config_group(scheme: LayerScheme) -> dict[str, Any]:
+    weight = scheme.weight
+    weights: dict[str, Any] = {
+        "num_bits": weight.bits,
+        "type": "int",
+        "symmetric": weight.symmetric,
+        "strategy": "channel" if weight.group is None else "group",
+        "group_size": weight.group,
+        "dynamic": False,
+    }
+    activations: dict[str, Any] | None = None
+    if scheme.activation is not None:
+        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": PACKED if scheme.activation is None else BYTES,
+    }
+
+
+FORMAT = Format(
+    name=reading.METHOD,
+    refuse=refuse,
+    encode=encode,
+    config=config,
+    recognize=reading.recognize,
+    layers=reading.layers,
+    decode=reading.decode,
+)

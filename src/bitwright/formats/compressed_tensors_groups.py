@@ -1,0 +1,135 @@
+"""The ``config_groups`` of a compressed-tensors configuration: which numbers which layers are stored in."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from bitwright.core.errors import BitwrightError
+from bitwright.formats.checkpoint import CONFIG, Checkpoint
+
+__all__ = ["ConfigGroup", "find_group", "read_groups"]
+
+FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+MAX_GROUPS = 4096
+MAX_PATTERN = 512
+# Patterns come with the model. A repeated group that repeats inside, or many open repeats, can take forever to match.
+NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?:[*+]|\{)(?:[^()\\]|\\.)*\)\s*[*+{]")
+OPEN_REPEAT = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
+MAX_REPEATS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigGroup:
+    """One group: whom it is for, and the numbers its layers are stored in (``size``: columns per scale, or ``None``)."""
+
+    names: frozenset[str]
+    patterns: tuple[re.Pattern[str], ...]
+    is_general: bool
+    bits: int
+    symmetric: bool
+    size: int | None
+    has_activation: bool
+
+
+def read_groups(checkpoint: Checkpoint) -> tuple[ConfigGroup, ...]:
+    """All groups that have weights, in order.
+
+    Raises:
+        BitwrightError: BW311 for groups of a kind that is not read.
+    """
+    quantization = checkpoint.quantization or {}
+    if quantization.get("format") not in FORMATS:
+        raise _refusal(checkpoint, f"format {str(quantization.get('format'))[:80]!r} is not one of {', '.join(FORMATS)}")
+    if quantization.get("quantization_status", "compressed") != "compressed":
+        raise _refusal(checkpoint, "quantization_status is not 'compressed'")
+    if quantization.get("transform_config"):
+        raise _refusal(checkpoint, "transform_config calls for rotations of the activations, which are not read")
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not 0 < len(groups) <= MAX_GROUPS:
+        raise _refusal(checkpoint, "config_groups is not an object of groups")
+    read = tuple(_read_group(checkpoint, str(key), group) for key, group in groups.items())
+    return tuple(group for group in read if group is not None)
+
+
+def find_group(checkpoint: Checkpoint, groups: tuple[ConfigGroup, ...], name: str) -> ConfigGroup:
+    """The group of the layer ``name``: by its exact name, then by a pattern, then by its class.
+
+    Raises:
+        BitwrightError: BW311 if no group is for it.
+    """
+    for group in groups:
+        if name in group.names:
+            return group
+    for group in groups:
+        if any(pattern.match(name) for pattern in group.patterns):
+            return group
+    for group in groups:
+        if group.is_general:
+            return group
+    raise _refusal(checkpoint, f"no group of config_groups is for the quantized layer {name}")
+
+
+def _read_group(checkpoint: Checkpoint, key: str, group: Any) -> ConfigGroup | None:
+    if not isinstance(group, dict):
+        raise _refusal(checkpoint, f"group {key[:80]!r} is not an object")
+    weights, targets = group.get("weights"), group.get("targets")
+    if weights is None:
+        return None
+    if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise _refusal(checkpoint, f"group {key[:80]!r} has no weights and targets")
+    if group.get("output_activations") is not None:
+        raise _refusal(checkpoint, f"group {key[:80]!r} quantizes the outputs of layers, which is not read")
+    bits, size = weights.get("num_bits"), _group_size(checkpoint, key, weights)
+    if weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
+        raise _refusal(checkpoint, f"group {key[:80]!r} has weights other than whole numbers of 2 to 8 bits")
+    if type(weights.get("symmetric", True)) is not bool:
+        raise _refusal(checkpoint, f"group {key[:80]!r} does not say whether it is symmetric")
+    patterns = tuple(_compile(checkpoint, target[3:]) for target in targets if target.startswith("re:"))
+    return ConfigGroup(
+        names=frozenset(targets),
+        patterns=patterns,
+        is_general=any(re.fullmatch(r"[A-Z]\w*", target) is not None for target in targets),
+        bits=bits,
+        symmetric=weights.get("symmetric", True),
+        size=size,
+        has_activation=_has_activation(checkpoint, key, group.get("input_activations")),
+    )
+
+
+def _group_size(checkpoint: Checkpoint, key: str, weights: dict[str, Any]) -> int | None:
+    """Columns per scale; ``None`` for one scale per row, or one for all rows."""
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:
+        strategy = "group" if type(size) is int and size > 0 else "channel"
+    if strategy in ("channel", "tensor"):
+        return None
+    if strategy != "group" or type(size) is not int or not 0 < size < 1 << 31:
+        raise _refusal(checkpoint, f"group {key[:80]!r} has weights of the strategy {str(strategy)[:40]!r}")
+    return size
+
+
+def _has_activation(checkpoint: Checkpoint, key: str, activations: Any) -> bool:
+    if activations is None:
+        return False
+    expected = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True}
+    if not isinstance(activations, dict) or {**defaults, **activations} | expected != {**defaults, **activations}:
+        raise _refusal(checkpoint, f"group {key[:80]!r} has activations other than dynamic symmetric int8 per token")
+    return True
+
+
+def _compile(checkpoint: Checkpoint, pattern: str) -> re.Pattern[str]:
+    too_complex = len(pattern) > MAX_PATTERN or NESTED_REPEAT.search(pattern) is not None
+    if too_complex or len(OPEN_REPEAT.findall(pattern)) > MAX_REPEATS:
+        raise _refusal(checkpoint, f"the target {pattern[:80]!r} is too complex a pattern")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _refusal(checkpoint, f"the target {pattern[:80]!r} is not a regular expression: {error}") from error
+
+
+def _refusal(checkpoint: Checkpoint, what: str) -> BitwrightError:
+    suggestion = "bitwright reads pack-quantized and int-quantized checkpoints with whole-number codes"
+    return BitwrightError("BW311", what, where=str(checkpoint.directory / CONFIG), suggestion=suggestion)
