@@ -102,8 +102,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a directory of ``config.json`` and safetensors weights (one file, or shards with or without an index).
 
     Raises:
-        BitwrightError: BW301 not a model, BW302 an invalid weight file, BW303 shards or tensors missing or unexpected,
-            BW305 pickle weights only, BW307 an invalid ``config.json``, BW308 an unfinished output, BW310 an unsafe name.
+        BitwrightError: BW301 not a model, BW302 an invalid weight file, BW303 shards or tensors missing or
+            unexpected, BW305 pickle weights only, BW307 an invalid ``config.json``, BW308 an unfinished output,
+            BW310 an unsafe name.
     """
     if not directory.is_dir():
         problem = "is not a directory" if directory.exists() else "does not exist"
@@ -150,7 +151,8 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
     """Tensor name to file name, from the index; each file name is checked by itself when it is opened."""
     path = locate_file(directory, INDEX)
     weight_map = read_object(path, code="BW303", limit=INDEX_LIMIT).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not isinstance(weight_map, dict) or not weight_map or not is_map:
         what = f"{INDEX} has no weight_map from tensor names to file names"
         raise BitwrightError("BW303", what, where=str(path), suggestion="fetch this file again")
     if len(set(weight_map.values())) > MAX_SHARDS:

@@ -39,7 +39,8 @@ def verify_files(directory: Path) -> tuple[str, ...]:
     for name, expected in hashes.items():
         file = find_file(directory, name)
         if file is None or not file.is_file():
-            raise BitwrightError("BW303", f"{name} is missing", where=str(directory), suggestion="fetch this file again")
+            what = f"{name} is missing"
+            raise BitwrightError("BW303", what, where=str(directory), suggestion="fetch this file again")
         actual = _digest(file)
         if actual != expected:
             raise BitwrightError(

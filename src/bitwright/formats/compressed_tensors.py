@@ -1,10 +1,10 @@
 """The compressed-tensors format, which vLLM, SGLang and transformers load: ``pack-quantized`` and ``int-quantized``.
 
 Codes are signed there; what is packed is the code plus ``2^(b-1)``, that is, the code counted from the smallest one.
-Weight-only layers are packed: ``NAME.weight_packed`` int32 along the input features, ``NAME.weight_scale`` ``[out, groups]``,
-``NAME.weight_shape`` int64 ``[2]`` and, where asymmetric, ``NAME.weight_zero_point`` int32, packed along the *output*
-features. Layers with 8-bit activations hold one int8 a code in ``NAME.weight``, as the package's own writer does, whatever
-the number of bits.
+Weight-only layers are packed: ``NAME.weight_packed`` int32 along the input features, ``NAME.weight_scale`` (``[out,
+groups]``), ``NAME.weight_shape`` int64 ``[2]`` and, where asymmetric, ``NAME.weight_zero_point`` int32, packed along
+the *output* features. Layers with 8-bit activations hold one int8 a code in ``NAME.weight``, as the package's own
+writer does, whatever the number of bits.
 
 Scales keep the dtype that they have. A negative scale (``full`` symmetric ranges) is stored as it is: decoding is
 ``code * scale`` everywhere, so its sign needs no support.

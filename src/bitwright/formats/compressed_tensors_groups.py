@@ -22,7 +22,7 @@ MAX_REPEATS = 6
 
 @dataclass(frozen=True, slots=True)
 class ConfigGroup:
-    """One group: whom it is for, and the numbers its layers are stored in (``size``: columns per scale, or ``None``)."""
+    """One group: whom it is for, and the numbers that its layers are stored in (``size``: columns per scale)."""
 
     names: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
@@ -40,8 +40,9 @@ def read_groups(checkpoint: Checkpoint) -> tuple[ConfigGroup, ...]:
         BitwrightError: BW311 for groups of a kind that is not read.
     """
     quantization = checkpoint.quantization or {}
-    if quantization.get("format") not in FORMATS:
-        raise _refusal(checkpoint, f"format {str(quantization.get('format'))[:80]!r} is not one of {', '.join(FORMATS)}")
+    name = str(quantization.get("format"))
+    if name not in FORMATS:
+        raise _refusal(checkpoint, f"format {name[:80]!r} is not one of {', '.join(FORMATS)}")
     if quantization.get("quantization_status", "compressed") != "compressed":
         raise _refusal(checkpoint, "quantization_status is not 'compressed'")
     if quantization.get("transform_config"):
@@ -77,7 +78,8 @@ def _read_group(checkpoint: Checkpoint, key: str, group: Any) -> ConfigGroup | N
     weights, targets = group.get("weights"), group.get("targets")
     if weights is None:
         return None
-    if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    are_names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not isinstance(weights, dict) or not isinstance(targets, list) or not are_names:
         raise _refusal(checkpoint, f"group {key[:80]!r} has no weights and targets")
     if group.get("output_activations") is not None:
         raise _refusal(checkpoint, f"group {key[:80]!r} quantizes the outputs of layers, which is not read")

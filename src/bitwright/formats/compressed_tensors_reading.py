@@ -1,8 +1,9 @@
 """Reading compressed-tensors checkpoints, those of other writers too.
 
-The format's name does not tell how codes of 3, 5, 6 and 7 bits are packed: older writers leave the rest of each word empty
-once no whole code fits, newer ones pack densely. The widths of the packed tensors tell the two apart; where both come to the
-same width, the version in the configuration decides, and without one the bits that the older way leaves empty.
+The format's name does not tell how codes of 3, 5, 6 and 7 bits are packed: older writers leave the rest of each word
+empty once no whole code fits, newer ones pack densely. The widths of the packed tensors tell the two apart; where both
+come to the same width, the version in the configuration decides, and without one the bits that the older way leaves
+empty.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def _record(checkpoint: Checkpoint, layer: Layer) -> LayerRecord:
         symmetric=group.symmetric,
         scale_dtype=dtype,
     )
-    return LayerRecord(LayerScheme(weight=weight, activation=DYNAMIC_INT8 if group.has_activation else None), layer.shape)
+    activation = DYNAMIC_INT8 if group.has_activation else None
+    return LayerRecord(LayerScheme(weight=weight, activation=activation), layer.shape)
 
 
 def decode(checkpoint: Checkpoint, name: str, record: LayerRecord) -> QuantizedTensor:
@@ -190,9 +192,7 @@ def _read_bytes(checkpoint: Checkpoint, name: str, scheme: QuantScheme, shape: t
     return signed.view(torch.uint8) + half
 
 
-def _read_spread(
-    checkpoint: Checkpoint, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
-) -> Tensor:
+def _read_spread(checkpoint: Checkpoint, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> Tensor:
     """A tensor with one value per group, or one for all, or one per row without a second dimension."""
     stored = checkpoint.stored(name).entry.shape
     if stored == shape or shape[1] != 1 or stored not in ((), (1,), (1, 1), shape[:1]):

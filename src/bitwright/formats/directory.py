@@ -26,7 +26,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 def locate_file(directory: Path, name: str) -> Path:
     """The path of ``name`` in ``directory``, whether or not it exists.
 
-    A link may point at another file of the directory or, in the cache of the hub, at the ``blobs`` beside ``snapshots``.
+    A link may point at another file of the directory or, in the cache of the hub, at ``blobs`` beside ``snapshots``.
 
     Raises:
         BitwrightError: BW310 if the name is not a plain file name or leads, through links, outside the directory.
@@ -69,8 +69,8 @@ def read_object(path: Path, *, code: str, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most ``limit`` bytes.
 
     Raises:
-        BitwrightError: ``code``, if it is not a regular file, too large, not UTF-8, not JSON, nested without measure, has
-            a name twice or a number of thousands of digits, or is not an object.
+        BitwrightError: ``code``, if it is not a regular file, too large, not UTF-8, not JSON, nested without measure,
+            has a name twice or a number of thousands of digits, or is not an object.
     """
     try:
         value = json.loads(_read_bytes(path, limit), object_pairs_hook=_unique)

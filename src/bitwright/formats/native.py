@@ -1,10 +1,10 @@
 """The native format: every scheme, exactly as it is, with the record of each layer by its full name.
 
-``quantization_config`` is ``{"quant_method": "bitwright", "version": 1, "layers": {NAME: {"scheme", "shape"}}, "ignored":
-[NAME]}``. The tensors of a layer are ``NAME.codes`` (int32 words, each row packed on its own; what is packed is the code
-less the smallest one), ``NAME.scale`` in the dtype that the scales have, ``NAME.zero`` (integer zero points packed in one
-stream over all groups, float ones as they are) and, where groups are not runs of columns, ``NAME.group_index``. Doubly
-quantized scales are such a layer again, under ``NAME.scale``.
+``quantization_config`` is ``{"quant_method": "bitwright", "version": 1, "layers": {NAME: {"scheme", "shape"}},
+"ignored": [NAME]}``. The tensors of a layer are ``NAME.codes`` (int32 words, each row packed on its own; what is packed
+is the code less the smallest one), ``NAME.scale`` in the dtype that the scales have, ``NAME.zero`` (integer zero points
+packed in one stream over all groups, float ones as they are) and, where groups are not runs of columns,
+``NAME.group_index``. Doubly quantized scales are such a layer again, under ``NAME.scale``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
     """The records of all quantized layers.
 
     Raises:
-        BitwrightError: BW311 for an unknown version or an unreadable record, BW303 if a layer has no codes in the files.
+        BitwrightError: BW311 for an unknown version or an unreadable record, BW303 if a layer has no codes.
     """
     quantization = checkpoint.quantization or {}
     version = quantization.get("version")
@@ -115,8 +115,8 @@ def _read_record(checkpoint: Checkpoint, name: str, record: object) -> LayerReco
     if not isinstance(record, dict) or set(record) != {"scheme", "shape"}:
         raise _record_error(checkpoint, f"the record of {name} is not a scheme and a shape")
     shape, text = record["shape"], record["scheme"]
-    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
-    if not is_shape or not isinstance(text, str) or len(text) > 100:
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+    if not is_shape or not 0 < min(shape) <= max(shape) < 1 << 31 or not isinstance(text, str) or len(text) > 100:
         raise _record_error(checkpoint, f"the record of {name} is not a scheme and a shape")
     try:
         scheme = parse(text)
@@ -156,9 +156,7 @@ def _decode(checkpoint: Checkpoint, name: str, scheme: QuantScheme, shape: tuple
     return QuantizedTensor(scheme=scheme, codes=codes, scale=scale, zero=zero, group_index=index)
 
 
-def _decode_zero(
-    checkpoint: Checkpoint, name: str, scheme: QuantScheme, expected: tuple[int, int]
-) -> Tensor | None:
+def _decode_zero(checkpoint: Checkpoint, name: str, scheme: QuantScheme, expected: tuple[int, int]) -> Tensor | None:
     if scheme.symmetric:
         return None
     if scheme.zero == "float":

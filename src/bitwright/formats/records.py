@@ -31,8 +31,8 @@ class Format:
         name: what ``--format`` calls it.
         refuse: why a layer of this scheme and shape cannot be stored, or ``None`` if it can.
         encode: the tensors of one layer, by their names in the file; all begin with the layer's name and a dot.
-        config: the ``quantization_config`` of a checkpoint, from the records of its quantized layers and the names of the
-            linear layers that stay float.
+        config: the ``quantization_config`` of a checkpoint, from the records of its quantized layers and the names of
+            the linear layers that stay float.
         recognize: whether a ``quantization_config`` is of this format (whatever its version).
         layers: the records of the quantized layers of a checkpoint.
         decode: one layer of a checkpoint, as the canonical tensor.

@@ -1,4 +1,4 @@
-"""Tensors to and from safetensors files, streamed: no whole file, and where it can be helped no whole tensor, in memory."""
+"""Tensors to and from safetensors files, streamed: no whole file and, where possible, no whole tensor in memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ __all__ = ["DTYPES", "FileTensor", "TensorSource", "open_source", "read_tensor",
 
 CHUNK = 16 << 20
 DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64,
-    "U64": torch.uint64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANK = {name: rank for rank, name in enumerate(DTYPE_BITS)}
@@ -114,8 +115,8 @@ def serialize(
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, in chunks that are views of the tensors' own memory.
 
-    The same tensors give the same bytes, those of the reference implementation: widest dtypes first (so that each tensor
-    is aligned), then by name, whatever the order of ``tensors``.
+    The same tensors give the same bytes, those of the reference implementation: widest dtypes first (so that each
+    tensor is aligned), then by name, whatever the order of ``tensors``.
 
     Raises:
         BitwrightError: BW304 for a dtype that the format does not have.
@@ -140,7 +141,7 @@ def serialize(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor; through uint8, since numpy knows neither bf16 nor fp8."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _size(tensor: Tensor | TensorSource) -> int:

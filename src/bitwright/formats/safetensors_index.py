@@ -22,7 +22,6 @@ __all__ = ["DTYPE_BITS", "FileIndex", "TensorEntry", "parse_header", "read_index
 
 MAX_HEADER = 32 << 20
 MAX_TENSORS = 1 << 17
-MAX_RANK = 64
 MAX_NAME = 1024
 MAX_ELEMENTS = (1 << 63) - 1
 
@@ -60,8 +59,8 @@ class FileIndex:
 def read_index(path: Path) -> FileIndex:
     """Read and check the header of a safetensors file.
 
-    Checked in one pass: header length, UTF-8, JSON grammar, duplicate names, dtypes, shapes and their products, and that
-    the tensors fill the rest of the file without gap or overlap.
+    Checked in one pass: header length, UTF-8, JSON grammar, duplicate names, dtypes, shapes and their products, and
+    that the tensors fill the rest of the file without gap or overlap.
 
     Raises:
         BitwrightError: BW302 naming the file, the broken rule and the byte; BW303 if there is no such file.
@@ -70,7 +69,8 @@ def read_index(path: Path) -> FileIndex:
         # Without O_NONBLOCK a named pipe would wait here for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise BitwrightError("BW303", f"{path.name} is missing", where=str(path), suggestion="fetch it again") from error
+        what = f"{path.name} is missing"
+        raise BitwrightError("BW303", what, where=str(path), suggestion="fetch it again") from error
     except (OSError, ValueError) as error:
         _refuse(path, f"the file cannot be opened: {error}", 0)
     try:
@@ -131,16 +131,16 @@ def _refuse(path: Path, rule: str, byte: int) -> NoReturn:
 SPACE = rb"[ \t\n\r]*+"
 # Possessive (*+): nothing to backtrack into, so a string of megabytes takes no memory beyond its own.
 STRING = rb'"([^"\\\x00-\x1f]*+(?:\\["\\/bfnrtu][^"\\\x00-\x1f]*+)*+)"'
-NUMBER = rb"(?:0|[1-9][0-9]{0,18})(?![0-9.eE])"
+NUMBER = rb"(?:0|[1-9][0-9]{0,18})(?![0-9.eE])" + SPACE
 OPEN = re.compile(SPACE + rb"\{" + SPACE)
 CLOSE = re.compile(SPACE + rb"\}" + SPACE)
 COMMA = re.compile(SPACE + rb"," + SPACE)
 KEY = re.compile(STRING + SPACE + rb":" + SPACE)
 VALUE = re.compile(STRING)
+LIST = rb"\[" + SPACE + rb"((?:" + NUMBER + rb"(?:," + SPACE + rb"(?=[0-9])|(?=\]))){0,64}+)\]"
 FIELD = re.compile(
-    rb'"(dtype|shape|data_offsets)"' + SPACE + rb":" + SPACE
-    + rb'(?:"([A-Z0-9_]{1,16})"|\[' + SPACE + rb"((?:" + NUMBER + SPACE + rb"(?:," + SPACE + rb"(?=[0-9])|(?=\]))){0,64}+)\])"
-)  # fmt: skip
+    rb'"(dtype|shape|data_offsets)"' + SPACE + rb":" + SPACE + rb'(?:"([A-Z0-9_]{1,16})"|' + LIST + rb")"
+)
 
 
 class _Parser:

@@ -37,8 +37,8 @@ READ_SIZE = 1 << 20
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, size: int | None = None) -> str:
     """Write ``chunks`` to ``path`` durably and atomically; return the sha256 of the bytes, in hexadecimal.
 
-    The bytes go to ``.NAME.tmp`` beside it, which is synchronized and then renamed, so ``path`` holds what it held before
-    or all of the new bytes. ``size``, where known, lets a full disk be reported with the room that is missing.
+    The bytes go to ``.NAME.tmp`` beside it, which is synchronized and then renamed, so ``path`` holds what it held
+    before or all of the new bytes. ``size``, where known, lets a full disk be reported with the room that is missing.
 
     Raises:
         BitwrightError: BW501 if any call fails; the temporary file is removed first.
@@ -114,8 +114,11 @@ def make_directory(path: Path) -> None:
             missing.append(path)
             path = path.parent
         for directory in reversed(missing):
-            with contextlib.suppress(FileExistsError if directory.is_dir() else ()):
+            try:
                 os.mkdir(directory)
+            except FileExistsError:  # another process made it just now
+                if not directory.is_dir():
+                    raise
             _sync_directory(directory.parent)
     except OSError as error:
         raise _write_error(missing[0] if missing else path, error, 0) from error

@@ -1,4 +1,4 @@
-"""Reading the tensors of a layer with their dtypes and shapes checked against its record, before any memory is taken."""
+"""Reading the tensors of a layer, their dtypes and shapes checked against its record before any memory is taken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_checked(
     """Read the tensor ``name``, which must have one of ``dtypes`` and the shape ``shape``.
 
     Raises:
-        BitwrightError: BW303 if there is none, BW304 if it has another dtype or shape; ``field`` says what calls for it.
+        BitwrightError: BW303 if there is none, BW304 if it has another dtype or shape (``field``: what calls for it).
     """
     stored = checkpoint.stored(name)
     entry = stored.entry
