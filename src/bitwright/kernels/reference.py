@@ -59,11 +59,14 @@ KERNEL = Kernel(name="reference", refuse=refuse, pack=pack, unpack=unpack, run=r
 
 def _run_float(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Decode a tile to the dtype of ``x``, multiply, forget it."""
+    dtype = x.dtype
+    if dtype == torch.float16 and x.device.type == "cpu":  # several times faster, and nearer to the truth
+        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
     tiles = list(_tiles(weight.shape))
     parameters = _parameters(weight)
     if len(tiles) == 1:
-        return functional.linear(x, _decode(weight, parameters, tiles[0], x.dtype), bias)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        return functional.linear(x, _decode(weight, parameters, tiles[0], x.dtype), bias).to(dtype)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
     for rows in tiles:
         part = None if bias is None else bias[rows]
         y[:, rows] = functional.linear(x, _decode(weight, parameters, rows, x.dtype), part)

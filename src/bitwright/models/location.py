@@ -94,7 +94,7 @@ def _looks_local(path: Path) -> bool:
 def _no_directory(path: Path) -> BitwrightError:
     what = f"{path} is a file" if _exists(path) else f"{path} does not exist"
     suggestion = f"the directory of the model: {path.parent}" if _exists(path) else _near(path)
-    return BitwrightError("BW301", what, why="a model is a directory with config.json and weights", suggestion=suggestion)
+    return BitwrightError("BW301", what, why="a model is a directory with config.json", suggestion=suggestion)
 
 
 def _near(path: Path) -> str:
