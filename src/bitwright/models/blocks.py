@@ -1,0 +1,122 @@
+"""Finding the repeated blocks and the linear layers of any causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.errors import BitwrightError
+
+__all__ = [
+    "Blocks",
+    "find_blocks",
+    "is_linear",
+    "linear_shape",
+    "linear_weight",
+    "linears",
+    "output_head",
+    "set_module",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The transformer blocks of a model: ``name`` is where their list hangs (``model.layers``)."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}.{index}" for index in range(len(self.modules)))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies by one matrix: a Linear, or GPT-2's Conv1D, which keeps it transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D as ``[out, in]``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a Linear or Conv1D."""
+    weight = linear_weight(module)
+    return (weight.shape[0], weight.shape[1])
+
+
+def linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The Linear and Conv1D layers below ``module`` by full name, in order of definition."""
+    return {f"{prefix}.{name}": child for name, child in module.named_modules() if name and is_linear(child)}
+
+
+def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The name and module of the layer that makes logits, where the model says which it is."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_output_embeddings() if callable(get_output_embeddings) else None
+    if not isinstance(head, nn.Module) or not is_linear(head):
+        return None
+    return next((name, module) for name, module in model.named_modules() if module is head)
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The outermost ModuleList whose members all contain linear layers; the one with most weights if several.
+
+    Raises:
+        BitwrightError: BW313 if there is none, or if its blocks hold weight matrices in no Linear or Conv1D (fused
+            mixtures of experts), which would silently stay unquantized.
+    """
+    candidates: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(other + ".") for other in candidates)
+        if not isinstance(module, nn.ModuleList) or not len(module) or inside_another:
+            continue
+        if all(any(is_linear(child) for child in block.modules()) for block in module):
+            candidates[name] = module
+    if not candidates:
+        raise BitwrightError(
+            "BW313",
+            f"{type(model).__name__} has no ModuleList of blocks with Linear or Conv1D layers",
+            suggestion="quantize decoder-only models such as Llama, Mistral, Qwen2, GPT-2 or OPT",
+        )
+    name = max(candidates, key=lambda candidate: _weight_count(candidates[candidate]))
+    blocks = Blocks(name=name, modules=tuple(candidates[name]))
+    for block_name, block in zip(blocks.names(), blocks.modules, strict=True):
+        _refuse_fused_matrices(block_name, block)
+    return blocks
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` is."""
+    parent, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(parent) if parent else model
+    if isinstance(holder, nn.ModuleList | nn.Sequential) and leaf.isdigit():
+        holder[int(leaf)] = module
+    else:
+        setattr(holder, leaf, module)
+
+
+def _weight_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _refuse_fused_matrices(block_name: str, block: nn.Module) -> None:
+    """Three-dimensional weights of more than a convolution's size are experts fused into one parameter."""
+    counted: Mapping[str, Tensor] = dict(block.named_parameters())
+    for name, parameter in counted.items():
+        if parameter.dim() == 3 and min(parameter.shape[-2:]) > 8 and parameter.dtype in FLOAT_DTYPES:
+            raise BitwrightError(
+                "BW313",
+                f"{block_name}.{name} holds {parameter.shape[0]} fused expert matrices, which cannot be quantized yet",
+                why="leaving them out would leave most of the model in floating point",
+                suggestion="quantize a dense model",
+            )
+
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

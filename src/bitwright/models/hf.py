@@ -1,0 +1,164 @@
+"""Everything taken from transformers, in one module, so that its changes are mended in one place."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bitwright.core.errors import BitwrightError
+from bitwright.formats.checkpoint import Checkpoint
+
+__all__ = ["VERSION", "PreTrainedModel", "Tokenizer", "context_length", "empty_model", "load_tokenizer", "read_config"]
+
+VERSION = transformers.__version__
+LAYER_COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
+SIZE_FIELDS = (
+    *LAYER_COUNT_FIELDS, "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "n_embd", "n_head", "n_positions", "n_inner", "ffn_dim",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The transformers configuration of a checkpoint, without its quantization record and without remote code.
+
+    Raises:
+        BitwrightError: BW306 for a model type that transformers does not know, BW307 for fields that contradict
+            themselves or the weights.
+    """
+    fields = dict(checkpoint.config)
+    fields.pop("quantization_config", None)
+    remote = fields.pop("auto_map", None)
+    model_type = fields.pop("model_type", None)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=3, cutoff=0.3)
+        raise BitwrightError(
+            "BW306",
+            f"model type {model_type!r} is not a causal language model that transformers {VERSION} knows",
+            where=str(checkpoint.directory / "config.json"),
+            why="code shipped with a model (auto_map) is never run" if remote else "",
+            suggestion=f"nearest known types: {', '.join(near) or 'none'}",
+        )
+    _check_fields(checkpoint, fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # whatever a field of the wrong kind makes transformers raise
+        raise _bad_config(checkpoint, f"{type(error).__name__}: {error}") from None
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with every parameter on the meta device and every buffer real, in evaluation mode.
+
+    Raises:
+        BitwrightError: BW307 if the architecture cannot be built from the configuration.
+    """
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    try:
+        with _parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about generation settings, which are not used here
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except Exception as error:  # sizes that do not fit together surface as any kind of exception
+        message = f"config.json does not describe a model: {type(error).__name__}: {error}"
+        raise BitwrightError(
+            "BW307", message, suggestion="restore the config.json that belongs to the weights"
+        ) from None
+    model.tie_weights()
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory.
+
+    Raises:
+        BitwrightError: BW312 if it is missing or cannot be read.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise BitwrightError(
+            "BW312", "the model has no tokenizer", where=str(directory), suggestion="copy tokenizer.json there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizer readers raise anything, also from native code
+        raise BitwrightError(
+            "BW312",
+            f"the tokenizer cannot be read: {type(error).__name__}: {error}",
+            where=str(directory),
+            suggestion="fetch the tokenizer files of the model again",
+        ) from None
+    if not isinstance(tokenizer, Tokenizer):
+        raise BitwrightError("BW312", "the model's processor is not a text tokenizer", where=str(directory))
+    return tokenizer
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """How many positions the model was made for; ``None`` where the configuration does not say."""
+    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device as a module registers it; buffers, which no file holds, stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _check_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
+    """The contradictions that would otherwise surface late, or hang."""
+    faults = []
+    for name, value in fields.items():
+        if name in SIZE_FIELDS and value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
+            faults.append(f"{name} is {value!r}, not a whole number")
+    if not faults:
+        faults = _contradictions(checkpoint, fields)
+    if faults:
+        raise _bad_config(checkpoint, "; ".join(faults))
+
+
+def _contradictions(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name in LAYER_COUNT_FIELDS:
+        if fields.get(name, 0) > len(checkpoint.tensors):
+            faults.append(f"{name} is {fields[name]}, but the files hold {len(checkpoint.tensors)} tensors")
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if heads == 0 or hidden == 0:
+        faults.append("hidden_size and num_attention_heads must be at least 1")
+    elif heads and hidden and not fields.get("head_dim") and hidden % heads:
+        faults.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    key_heads = fields.get("num_key_value_heads")
+    if heads and key_heads is not None and (key_heads == 0 or heads % key_heads):
+        faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}")
+    return faults
+
+
+def _bad_config(checkpoint: Checkpoint, what: str) -> BitwrightError:
+    return BitwrightError(
+        "BW307",
+        what,
+        where=str(checkpoint.directory / "config.json"),
+        suggestion="restore the config.json that belongs to the weights",
+    )

@@ -1,0 +1,352 @@
+"""``bitwright.quantize``: from a model and a scheme to a checkpoint on disk, or to a quantized module in memory."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.recipe import Override, Recipe, parse_override
+from bitwright.core.scheme_names import parse
+from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
+from bitwright.formats.storage import lock_directory, make_directory, remove_tree
+from bitwright.models.hf import context_length, load_tokenizer
+from bitwright.models.location import resolve_model
+from bitwright.quantization.algorithms import get_algorithm, parse_options
+from bitwright.quantization.calibration import (
+    FEW_SAMPLES,
+    CalibrationTokens,
+    cut_windows,
+    read_calibration_text,
+    tokenize,
+)
+from bitwright.quantization.events import Event, EventSink, ignore_event
+from bitwright.quantization.job import Job, fingerprint
+from bitwright.quantization.journal import Journal
+from bitwright.quantization.plan import GroupFallback, Plan, make_plan
+from bitwright.quantization.report import REPORT_FILE, Report, host_facts, peak_resident_bytes, versions
+from bitwright.quantization.sources import DiskSource, MemorySource, Source
+from bitwright.quantization.writer import finish_checkpoint
+
+__all__ = ["DEFAULT_SEQLEN", "quantize"]
+
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The arguments of :func:`quantize` that decide how it goes, not what comes out."""
+
+    output: Path
+    format: str | None
+    group_fallback: GroupFallback
+    overwrite: bool
+    restart: bool
+    command: str
+    sink: EventSink
+    should_stop: Callable[[], bool]
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    scheme: str = "w4g128",
+    algorithm: str = "rtn",
+    options: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    calibration: str | Path | None = None,
+    samples: int = 128,
+    seqlen: int | None = None,
+    overrides: Sequence[str | Override] = (),
+    seed: int = 0,
+    threads: int | None = None,
+    group_fallback: GroupFallback = "error",
+    overwrite: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+    on_event: EventSink = ignore_event,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Quantize a causal language model block by block into a checkpoint directory.
+
+    Memory holds one block at a time, whatever the size of the model. A run that ends early resumes when it is called
+    again with the same arguments, and its result is the same to the last bit.
+
+    Args:
+        model: a local directory, a hub id, ``demo:``, or a module in memory (which is not changed).
+        output: the directory to write; it must not hold a finished checkpoint unless ``overwrite``.
+        scheme: what is stored, such as ``w4g128``; see :func:`bitwright.core.scheme_names.parse`.
+        algorithm: how weights are rounded, one of ``bitwright.quantization.algorithms.ALGORITHMS``.
+        options: of the algorithm, by name.
+        format: ``compressed-tensors`` or ``native``; by default the first of them that can store every layer.
+        calibration: text file or name of a text that ships with bitwright; needed by calibrated algorithms, and with
+            any other it adds measured output errors to the report.
+        samples, seqlen: how many windows of how many tokens (by default 2048, or the model's context if shorter).
+        overrides: rules such as ``lm_head=w8``, ``.*down_proj=w8g32``, ``type:Linear=float``; the last match wins.
+        seed: of everything random.
+        threads: for arithmetic; part of what a resumed run must repeat.
+        group_fallback: what to do where groups do not divide a layer: ``error``, ``pad``, ``per-channel``, ``skip``.
+        overwrite: replace a finished checkpoint. restart: discard an unfinished one.
+        command: what an unfinished directory tells people to run; by default this call, in Python.
+        on_event, should_stop: progress listener, and a question asked after each block.
+
+    Returns:
+        The report that is also written as ``report.json``.
+
+    Raises:
+        BitwrightError: with a code of the catalogue; nothing that was finished is lost.
+        Stopped: if ``should_stop`` said so.
+
+    Example:
+        >>> report = bitwright.quantize("demo:", "demo-w4", scheme="w4g128")
+    """
+    rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
+    recipe = Recipe(scheme=parse(scheme), algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+    parse_options(algorithm, recipe.options)
+    if get_algorithm(algorithm).calibrated and calibration is None:
+        calibration = "calibration"
+    _check_numbers(samples, seqlen, threads, seed)
+    request = _Request(
+        output=Path(output),
+        format=format,
+        group_fallback=group_fallback,
+        overwrite=overwrite,
+        restart=restart,
+        command=command or _python_call(model, output, scheme),
+        sink=on_event,
+        should_stop=should_stop,
+    )
+    with _thread_count(threads):
+        source, name = _open_source(model, request)
+        plan = make_plan(source, recipe, format=format, group_fallback=group_fallback)
+        tokens = None if calibration is None else _calibration(source, calibration, samples, seqlen, seed)
+        return _run(source, name, plan, recipe, tokens, samples, request)
+
+
+def _run(
+    source: Source,
+    name: str,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: CalibrationTokens | None,
+    samples: int,
+    request: _Request,
+) -> Report:
+    started = time.perf_counter()
+    notices = plan.notices + _sample_notices(tokens, samples)
+    request.sink(
+        Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", _plan_facts(name, plan, recipe, tokens))
+    )
+    for notice in notices:
+        request.sink(Event("notice", notice))
+    work = request.output / WORK_DIRECTORY
+    make_directory(work)
+    with lock_directory(work):
+        if request.restart or (request.overwrite and (request.output / INDEX).exists()):
+            _clear(request.output)
+        _check_room(request.output, plan)
+        journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command)
+        journal.open()
+        job = Job(
+            source=source,
+            plan=plan,
+            recipe=recipe,
+            algorithm=get_algorithm(recipe.algorithm),
+            options=parse_options(recipe.algorithm, recipe.options),
+            calibration=tokens,
+            output=request.output,
+            journal=journal,
+            sink=request.sink,
+            should_stop=request.should_stop,
+        )
+        with torch.no_grad():
+            job.run()
+        report = _report(name, source, plan, recipe, tokens, journal, notices)
+        facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
+        report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
+        finish_checkpoint(request.output, source, plan, journal.done, report)
+        remove_tree(work)
+    request.sink(Event("result", f"wrote {request.output}", report.to_dict()))
+    return report
+
+
+def _open_source(model: str | Path | nn.Module, request: _Request) -> tuple[Source, str]:
+    """The weights, once it is clear that the output may be written."""
+    if isinstance(model, nn.Module):
+        _check_output(request, None)
+        return MemorySource(model), type(model).__name__
+    directory = resolve_model(model)
+    _check_output(request, directory)
+    return DiskSource(directory), str(model)
+
+
+def _check_output(request: _Request, source: Path | None) -> None:
+    """Refuse to write over anything that was not asked to be replaced, and never over the source.
+
+    Raises:
+        BitwrightError: BW203.
+    """
+    output = request.output
+    if output.exists() and not output.is_dir():
+        raise BitwrightError("BW203", f"{output} is a file", suggestion="give a directory that is new or empty")
+    if source is not None and output.resolve() == source.resolve():
+        raise BitwrightError(
+            "BW203", f"{output} is the source model itself", suggestion="choose another output directory"
+        )
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if (output / WORK_DIRECTORY).is_dir():
+        return  # unfinished: the journal decides whether it can be resumed
+    if not ((output / INDEX).exists() and (output / REPORT_FILE).exists()):
+        raise BitwrightError(
+            "BW203",
+            f"{output} holds files that are not a checkpoint of bitwright",
+            suggestion="choose another directory",
+        )
+    if not request.overwrite:
+        raise BitwrightError(
+            "BW203",
+            f"{output} holds a finished checkpoint",
+            suggestion="choose another directory, or replace it with --overwrite",
+        )
+
+
+def _clear(output: Path) -> None:
+    """Remove an old checkpoint: the index first, so that what is left never looks whole."""
+    remove_tree(output / INDEX)
+    for entry in sorted(output.iterdir()):
+        if entry.name != WORK_DIRECTORY:
+            remove_tree(entry)
+    for entry in sorted((output / WORK_DIRECTORY).iterdir()):
+        if entry.name != "lock":
+            remove_tree(entry)
+
+
+def _check_room(output: Path, plan: Plan) -> None:
+    written = sum(entry.stat().st_size for entry in output.glob("model-*.safetensors"))
+    needed = int((plan.output_bytes - written) * 1.01) + (1 << 20)
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise BitwrightError(
+            "BW501",
+            f"the checkpoint needs {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free",
+            where=str(output.resolve()),
+            suggestion=f"free {(needed - free) / 1e9:.2f} GB, or choose an output directory on another disk",
+        )
+
+
+def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | None, seed: int) -> CalibrationTokens:
+    if source.directory is None:
+        message = "calibration text needs a tokenizer, and a model in memory has none"
+        raise BitwrightError(
+            "BW401", message, suggestion="use bitwright.prepare and run your own batches through the model"
+        )
+    context = context_length(getattr(source.model, "config"))  # noqa: B009 - nn.Module does not declare it
+    if seqlen is not None and context is not None and seqlen > context:
+        raise BitwrightError("BW401", f"--seqlen {seqlen} is beyond the model's context of {context} tokens")
+    length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
+    ids = tokenize(load_tokenizer(source.directory), read_calibration_text(name))
+    return cut_windows(ids, samples=samples, seqlen=length, seed=seed, source=str(name))
+
+
+def _sample_notices(tokens: CalibrationTokens | None, samples: int) -> tuple[str, ...]:
+    if tokens is None:
+        return ()
+    found = len(tokens.windows)
+    fewer = f" (the text has no more than {tokens.available})" if found < samples else ""
+    if found < FEW_SAMPLES:
+        advice = f"statistics of wide layers will be noisy; {FEW_SAMPLES} or more are better"
+        return (f"only {found} calibration samples{fewer}: {advice}",)
+    return (f"{found} calibration samples instead of {samples}{fewer}",) if found < samples else ()
+
+
+def _report(
+    name: str,
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: CalibrationTokens | None,
+    journal: Journal,
+    notices: tuple[str, ...],
+) -> Report:
+    rows = {layer: row for record in journal.done for layer, row in record.layers.items()}
+    quantized = sum(plan.shapes[layer][0] * plan.shapes[layer][1] for layer in rows)
+    bits = sum(row["bits_per_weight"] * plan.shapes[layer][0] * plan.shapes[layer][1] for layer, row in rows.items())
+    widened = [layer for layer, row in rows.items() if "scale_dtype" in row]
+    if widened:
+        notices += (
+            f"scales of {len(widened)} layers are stored in float32: their dtype cannot hold them ({widened[0]})",
+        )
+    calibration = None
+    if tokens is not None:
+        count, length = tokens.windows.shape
+        calibration = {"source": tokens.source, "samples": count, "seqlen": length, "sha256": tokens.fingerprint()}
+    return Report(
+        source=name,
+        format=plan.format.name,
+        recipe=recipe.to_dict(),
+        calibration=calibration,
+        layers=rows,
+        blocks={r.unit: r.output_error for r in journal.done if r.output_error is not None},
+        unquantized=plan.skipped,
+        parameters=sum(torch.Size(shape).numel() for shape in source.shapes().values()),
+        quantized_parameters=quantized,
+        bits_per_weight=round(bits / quantized, 4),
+        source_bytes=plan.source_bytes,
+        weight_bytes=sum(size for record in journal.done for size in record.tensors.values()),
+        notices=notices,
+        versions=versions(),
+    )
+
+
+def _plan_facts(name: str, plan: Plan, recipe: Recipe, tokens: CalibrationTokens | None) -> dict[str, Any]:
+    return {
+        "model": name,
+        "scheme": recipe.scheme.name,
+        "algorithm": recipe.algorithm,
+        "format": plan.format.name,
+        "layers": len(plan.schemes),
+        "left_float": len(plan.skipped),
+        "blocks": len(plan.blocks.modules),
+        "calibration": None if tokens is None else list(tokens.windows.shape),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+    }
+
+
+def _check_numbers(samples: int, seqlen: int | None, threads: int | None, seed: int) -> None:
+    for field, value, least in (
+        ("samples", samples, 1),
+        ("seqlen", seqlen, 2),
+        ("threads", threads, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None and (type(value) is not int or value < least):
+            raise BitwrightError("BW201", f"{field} is {value!r}", suggestion=f"a whole number of at least {least}")
+
+
+def _python_call(model: object, output: str | Path, scheme: str) -> str:
+    if isinstance(model, nn.Module):
+        return f"bitwright.quantize(model, {str(output)!r}, scheme={scheme!r})"
+    return f"bitwright quantize {shlex.quote(str(model))} -o {shlex.quote(str(output))} --scheme {scheme}"
+
+
+@contextmanager
+def _thread_count(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

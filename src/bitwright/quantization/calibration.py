@@ -1,0 +1,90 @@
+"""Calibration text to token windows: where texts come from and how they are cut."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitwright.core.errors import BitwrightError
+from bitwright.models.embedded_model import read_text
+from bitwright.models.hf import Tokenizer
+
+__all__ = ["FEW_SAMPLES", "CalibrationTokens", "cut_windows", "read_calibration_text", "tokenize"]
+
+FEW_SAMPLES = 32  # below this many, statistics of wide layers rest on too few tokens
+EMBEDDED_TEXTS = ("calibration", "heldout")  # ship with the embedded model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTokens:
+    """``windows``: int64 ``[samples, seqlen]``; ``available``: how many windows the text would have given."""
+
+    windows: Tensor
+    available: int
+    source: str
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_calibration_text(name: str | Path) -> str:
+    """The text of a file, or of a data set that ships with bitwright (``calibration``, ``heldout``).
+
+    Raises:
+        BitwrightError: BW402 for a name that is neither, BW401 for an empty or undecodable file.
+    """
+    path = Path(name)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise BitwrightError("BW401", f"{path} cannot be read as UTF-8 text: {error}") from None
+        if not text.strip():
+            raise BitwrightError(
+                "BW401", f"{path} holds no text", suggestion="give a file with text in the model's language"
+            )
+        return text
+    if str(name) in EMBEDDED_TEXTS:
+        return read_text(str(name))
+    raise BitwrightError(
+        "BW402",
+        f"{str(name)!r} is neither a file nor a data set that ships with bitwright",
+        suggestion=f"a path to a UTF-8 text file, or one of {', '.join(EMBEDDED_TEXTS)}",
+    )
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Token ids (int64) of a whole text; nothing is added, and no text becomes a special token by accident."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # One call of the underlying tokenizer: the wrapper would warn about texts longer than the context.
+        return torch.tensor(backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+
+
+def cut_windows(ids: Tensor, *, samples: int, seqlen: int, seed: int, source: str) -> CalibrationTokens:
+    """Cut ``ids`` into consecutive windows and draw ``samples`` of them, in text order, without repetition.
+
+    Raises:
+        BitwrightError: BW201 for impossible numbers, BW401 if not even one window is full.
+    """
+    if samples < 1 or seqlen < 2:
+        field, value = ("samples", samples) if samples < 1 else ("seqlen", seqlen)
+        raise BitwrightError("BW201", f"{field} is {value}", suggestion="at least 1 sample of at least 2 tokens")
+    available = len(ids) // seqlen
+    if available == 0:
+        raise BitwrightError(
+            "BW401",
+            f"{source} has {len(ids)} tokens, which is less than one sample of {seqlen}",
+            why=f"samples asked: {samples}; full samples found: 0",
+            suggestion=f"--seqlen {len(ids)} or less, or a longer text" if len(ids) >= 2 else "a longer text",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen: Sequence[int] = torch.randperm(available, generator=generator)[:samples].sort().values.tolist()
+    windows = ids[: available * seqlen].view(available, seqlen)[chosen]
+    return CalibrationTokens(windows=windows.clone(), available=available, source=source)

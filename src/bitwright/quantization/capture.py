@@ -1,0 +1,140 @@
+"""Recording what a model hands to its blocks, so that each block can be run alone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.errors import BitwrightError
+from bitwright.models.blocks import Blocks, set_module
+
+__all__ = ["BlockCall", "Captured", "capture", "run_block"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """How a model called a block, without the hidden states: masks, positions and the like."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    hidden_keyword: str | None  # the name under which the hidden states came, or None for the first argument
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """``inputs``: the first block's hidden states, one tensor a sample; ``calls[block][sample]``."""
+
+    inputs: tuple[Tensor, ...]
+    calls: tuple[tuple[BlockCall, ...], ...]
+
+
+class _Reached(Exception):
+    """Ends a forward pass once everything wanted has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes the call and passes the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module, *, as_tuple: bool, is_last: bool) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: the model must not find its parameters twice
+        self.as_tuple, self.is_last = as_tuple, is_last
+        self.seen: list[tuple[Tensor, BlockCall]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)  # models read attributes of their blocks, such as layer types
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        if arguments:
+            hidden, call = arguments[0], BlockCall(arguments[1:], keywords, None)
+        else:
+            hidden = keywords.pop("hidden_states")
+            call = BlockCall((), keywords, "hidden_states")
+        self.seen.append((hidden, call))
+        if self.is_last:
+            raise _Reached
+        return (hidden,) if self.as_tuple else hidden
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The hidden states that ``block`` makes of ``hidden``."""
+    output = _call(block, hidden, call)
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+@torch.no_grad()
+def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], object]]) -> Captured:
+    """Run ``forwards`` (one calibration sample each) with every block replaced by a recorder.
+
+    Everything before the blocks, and the first block, must be loaded; the others may be on the meta device.
+
+    Raises:
+        BitwrightError: BW601 naming the first sample whose embeddings are not finite.
+    """
+    names = blocks.names()
+    first = _Recorder(blocks.modules[0], as_tuple=False, is_last=True)
+    _run_with(model, names[:1], [first], forwards[0])
+    hidden, call = first.seen[0]
+    as_tuple = isinstance(_call(blocks.modules[0], hidden, call), tuple)
+    recorders = [
+        _Recorder(block, as_tuple=as_tuple, is_last=index == len(names) - 1)
+        for index, block in enumerate(blocks.modules)
+    ]
+    for forward in forwards:
+        _run_with(model, names, recorders, forward)
+    inputs = tuple(hidden.detach() for hidden, _ in recorders[0].seen)
+    for sample, tensor in enumerate(inputs):
+        if not torch.isfinite(tensor).all():
+            message = f"calibration sample {sample} makes NaN or infinity before the first block, {names[0]}"
+            raise BitwrightError("BW601", message, suggestion="check the embedding weights and this sample's text")
+    pool: list[BlockCall] = []
+    calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
+    return Captured(inputs, calls)
+
+
+def _call(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
+    if call.hidden_keyword is None:
+        return block(hidden, *call.arguments, **call.keywords)
+    return block(**{call.hidden_keyword: hidden}, **call.keywords)
+
+
+def _run_with(
+    model: nn.Module, names: Sequence[str], recorders: Sequence[_Recorder], forward: Callable[[], object]
+) -> None:
+    originals = [model.get_submodule(name) for name in names]
+    try:
+        for name, recorder in zip(names, recorders, strict=True):
+            set_module(model, name, recorder)
+        forward()
+    except _Reached:
+        pass
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            set_module(model, name, original)
+
+
+def _intern(call: BlockCall, pool: list[BlockCall]) -> BlockCall:
+    """Share equal calls: masks and positions of windows of one length are the same in every block and sample."""
+    for known in pool:
+        if _equal(known.arguments, call.arguments) and _equal(dict(known.keywords), dict(call.keywords)):
+            return known
+    pool.append(call)
+    return call
+
+
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left is right or (left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right))
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return left is right or bool(left == right)

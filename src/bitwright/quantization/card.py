@@ -1,0 +1,73 @@
+"""The model card of a quantized checkpoint, generated from its report; equal runs give equal cards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bitwright.quantization.report import Report
+
+__all__ = ["CARD_FILE", "render_card"]
+
+CARD_FILE = "README.md"
+
+
+def render_card(report: Report) -> str:
+    """Markdown for people who find the checkpoint: what it is, how it was made, what it cost, how to load it."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    name = report.source.rstrip("/").rpartition("/")[2]
+    yield from ("---", "library_name: transformers", f"base_model: {name}", "tags: [bitwright, quantized]", "---", "")
+    yield f"# {name}, {report.recipe['scheme']}"
+    yield ""
+    yield f"Quantized by bitwright {report.versions['bitwright']} with `{report.recipe['algorithm']}`."
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| format | {report.format} |"
+    yield f"| bits per weight, scales included | {report.bits_per_weight:.3f} |"
+    yield f"| quantized parameters | {report.quantized_parameters:,} of {report.parameters:,} |"
+    yield f"| weights, before and after | {_megabytes(report.source_bytes)} → {_megabytes(report.weight_bytes)} |"
+    yield f"| calibration | {_calibration(report)} |"
+    yield f"| left in floating point | {_listed(report.unquantized)} |"
+    yield ""
+    if report.recipe["overrides"]:
+        yield "Overrides: " + ", ".join(
+            f"`{rule['pattern']}` → {rule['scheme']}" for rule in report.recipe["overrides"]
+        )
+        yield ""
+    for notice in report.notices:
+        yield f"> {notice}"
+        yield ""
+    yield "## Worst layers"
+    yield ""
+    yield "| layer | scheme | relative weight error |"
+    yield "|---|---|---|"
+    for layer, error in report.worst_layers():
+        yield f"| {layer} | {report.layers[layer]['scheme']} | {error:.4f} |"
+    yield ""
+    yield "## Load it"
+    yield ""
+    yield from ("```python", "import bitwright", "", 'model = bitwright.load("path/to/this/directory")', "```")
+    if report.format == "compressed-tensors":
+        yield ""
+        yield "The checkpoint is in the compressed-tensors format: transformers, vLLM and SGLang load it as it is."
+    yield ""
+    yield "The record of every layer is in `report.json`."
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _calibration(report: Report) -> str:
+    if report.calibration is None:
+        return "none (data-free)"
+    record = report.calibration
+    return f"{record['samples']} samples of {record['seqlen']} tokens from {record['source']}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:5])
+    return (shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "no linear layer"

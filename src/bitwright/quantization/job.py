@@ -1,0 +1,247 @@
+"""One quantization run: its units in order, each journaled, and the checkpoint at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.recipe import Recipe
+from bitwright.formats.safetensors_file import TensorSource, read_tensor, serialize
+from bitwright.formats.safetensors_index import read_index
+from bitwright.formats.storage import write_file
+from bitwright.models.blocks import set_module
+from bitwright.models.names import shared_names
+from bitwright.quantization.algorithms import Algorithm
+from bitwright.quantization.calibration import CalibrationTokens
+from bitwright.quantization.capture import Captured, capture
+from bitwright.quantization.events import Event, EventSink, Stopped
+from bitwright.quantization.journal import Journal, UnitRecord
+from bitwright.quantization.plan import Plan, Unit
+from bitwright.quantization.report import versions
+from bitwright.quantization.sources import Source, refuse_nonfinite
+from bitwright.quantization.stream import Flow, quantize_block, round_layers
+from bitwright.quantization.writer import shard_name, tensor_bytes
+
+__all__ = ["Job", "fingerprint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A unit that is computed and waits to be written."""
+
+    unit: str
+    file: str
+    tensors: Mapping[str, Tensor | TensorSource]
+    rows: Mapping[str, Mapping[str, Any]]
+    inputs: tuple[Tensor, ...] = ()
+    output_error: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A planned run on one output directory.
+
+    ``captured`` is what the model hands to its blocks, and ``inputs`` the next block's inputs; calibrated runs only.
+    """
+
+    source: Source
+    plan: Plan
+    recipe: Recipe
+    algorithm: Algorithm
+    options: Any
+    calibration: CalibrationTokens | None
+    output: Path
+    journal: Journal
+    sink: EventSink
+    should_stop: Callable[[], bool]
+    captured: Captured | None = None
+    inputs: tuple[Tensor, ...] = ()
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Do every unit that the journal does not have; while one is computed, the one before it is written.
+
+        Raises:
+            Stopped: after a unit, if ``should_stop`` says so.
+            BitwrightError: whatever goes wrong; finished units stay.
+        """
+        done, total = len(self.journal.done), len(self.plan.units)
+        if done:
+            message = f"found {done}/{total} units done and intact, resuming at {done + 1}"
+            self.sink(Event("resume", message, {"done": done, "total": total}))
+        else:
+            refuse_nonfinite(self.source)
+        if self.calibration is not None and any(unit.is_block for unit in self.plan.units[done:]):
+            self._start_flow()
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            pending: Future[None] | None = None
+            for index in range(done, total):
+                started = time.perf_counter()
+                work = self._compute(index, self.plan.units[index])
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._commit, index, work, started)
+                if self.should_stop() and index + 1 < total:
+                    pending.result()
+                    raise Stopped(index + 1, total)
+            if pending is not None:
+                pending.result()
+
+    def _compute(self, index: int, unit: Unit) -> _Work:
+        file = shard_name(index, len(self.plan.units))
+        if unit.is_block:
+            return self._compute_block(unit, file)
+        tensors: dict[str, Tensor | TensorSource] = {name: self.source.stored(name) for name in unit.tensors}
+        rows: Mapping[str, Mapping[str, Any]] = {}
+        if unit.layers:
+            encoded, rows = self._compute_head(unit)
+            tensors = {name: tensor for name, tensor in tensors.items() if not _is_weight_of(name, unit.layers)}
+            tensors.update(encoded)
+        return _Work(unit=unit.name, file=file, tensors=tensors, rows=rows)
+
+    def _compute_head(self, unit: Unit) -> tuple[dict[str, Tensor], Mapping[str, Mapping[str, Any]]]:
+        """Quantize the output head from its weights alone."""
+        second_names = shared_names(self.source.model)
+        names = [second_names.get(f"{layer}.weight", f"{layer}.weight") for layer in unit.layers]
+        self.source.load(names)
+        modules = {name: self.source.model.get_submodule(name) for name in unit.layers}
+        tensors, rows = round_layers(modules, unit.layers, {}, self.algorithm, self.options)
+        self.source.release(names)
+        return self._encode(unit, tensors), rows
+
+    def _compute_block(self, unit: Unit, file: str) -> _Work:
+        self.source.load(unit.tensors)
+        number = self.plan.blocks.names().index(unit.name)
+        block = self.plan.blocks.modules[number]
+        layers = {name: self.source.model.get_submodule(name) for name in unit.layers}
+        flow = None if self.captured is None else Flow(self.inputs, self.captured.calls[number])
+        result = quantize_block(
+            unit.name, block, layers, unit.layers, flow, self.algorithm, self.options, self.recipe.seed
+        )
+        for name, layer in layers.items():
+            set_module(self.source.model, name, layer)
+        tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source.model, unit))
+        tensors.update(self._encode(unit, result.tensors))
+        self.inputs = result.outputs
+        self.source.release(unit.tensors)
+        return _Work(
+            unit=unit.name,
+            file=file,
+            tensors=tensors,
+            rows=result.rows,
+            inputs=result.outputs,
+            output_error=result.output_error,
+        )
+
+    def _encode(self, unit: Unit, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+        encoded: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            encoded |= self.plan.format.encode(name, tensor, unit.layers[name])
+        return encoded
+
+    def _commit(self, index: int, work: _Work, started: float) -> None:
+        """Write a unit's files, then its line in the journal."""
+        saved = None
+        if work.inputs:
+            name = f"inputs-{index + 1:05d}.safetensors"
+            tensors = {f"{sample:06d}": tensor for sample, tensor in enumerate(work.inputs)}
+            saved = (name, write_file(self.journal.work / name, serialize(tensors)))
+        record = UnitRecord(
+            unit=work.unit,
+            file=work.file,
+            sha256=write_file(self.output / work.file, serialize(work.tensors)),
+            tensors={name: tensor_bytes(tensor) for name, tensor in work.tensors.items()},
+            layers=work.rows,
+            inputs=saved,
+            output_error=work.output_error,
+        )
+        self.journal.append(record)
+        self._tell(index, record, time.perf_counter() - started)
+
+    def _start_flow(self) -> None:
+        """Record how the model calls its blocks, and find the inputs of the first block still to do."""
+        assert self.calibration is not None
+        before = [name for unit in self.plan.units if not unit.is_block for name in unit.tensors]
+        first = next(unit for unit in self.plan.units if unit.is_block)
+        self.sink(
+            Event("progress", f"running {len(self.calibration.windows)} calibration samples up to the first block")
+        )
+        self.source.load([*before, *first.tensors])
+        base = getattr(self.source.model, getattr(self.source.model, "base_model_prefix", ""), self.source.model)
+        forwards = [partial(_forward, base, window) for window in self.calibration.windows]
+        self.captured = capture(self.source.model, self.plan.blocks, forwards)
+        self.source.release([*before, *first.tensors])
+        self.inputs = self.captured.inputs
+        saved = self.journal.done[-1].inputs if self.journal.done else None
+        if saved is not None:
+            stored = _open_inputs(self.journal.work / saved[0])
+            self.inputs = tuple(stored[name] for name in sorted(stored))
+
+    def _tell(self, index: int, record: UnitRecord, seconds: float) -> None:
+        self.seconds.append(seconds)
+        remaining = len(self.plan.units) - index - 1
+        eta = remaining * sum(self.seconds) / len(self.seconds)
+        errors = [float(row["relative_error"]) for row in record.layers.values()]
+        data = {
+            "unit": record.unit,
+            "done": index + 1,
+            "total": len(self.plan.units),
+            "seconds": round(seconds, 3),
+            "eta_seconds": round(eta, 1),
+            "error": max(errors) if errors else None,
+            "output_error": record.output_error,
+        }
+        worst = f", worst weight error {max(errors):.4f}" if errors else ""
+        self.sink(Event("unit", f"{record.unit} done{worst}", data))
+
+
+def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: CalibrationTokens | None) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that it resumes."""
+    record = json.dumps(source.identity(), sort_keys=True)
+    return {
+        "model": hashlib.sha256(record.encode()).hexdigest(),
+        "recipe": recipe.to_dict(),
+        "schemes": hashlib.sha256(json.dumps({n: s.name for n, s in plan.schemes.items()}).encode()).hexdigest(),
+        "format": plan.format.name,
+        "calibration": None if calibration is None else calibration.fingerprint(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _open_inputs(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in the work directory."""
+    index = read_index(path)
+    return {name: read_tensor(path, entry) for name, entry in index.tensors.items()}
+
+
+def _forward(base: nn.Module, window: Tensor) -> object:
+    return base(input_ids=window.unsqueeze(0), use_cache=False)
+
+
+def _is_weight_of(name: str, layers: Mapping[str, Any]) -> bool:
+    return name.endswith(".weight") and name.removesuffix(".weight") in layers
+
+
+def _float_tensors(model: nn.Module, unit: Unit) -> dict[str, Tensor]:
+    """The unit's tensors that stay float, as they are in the module now: equalizing may have changed them."""
+    tensors = {}
+    for name in unit.tensors:
+        if not _is_weight_of(name, unit.layers):
+            parent, _, leaf = name.rpartition(".")
+            holder = model.get_submodule(parent)
+            tensor = holder._parameters.get(leaf, holder._buffers.get(leaf))
+            assert tensor is not None
+            tensors[name] = tensor.detach().contiguous()
+    return tensors

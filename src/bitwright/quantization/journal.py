@@ -1,0 +1,140 @@
+"""The record of what a run has finished, written so that a kill at any moment loses at most one unit of work.
+
+The work directory lies inside the output directory and holds ``journal.jsonl``: a header line with the fingerprint of
+the run, then a line for each finished unit. A unit's files are on disk under their final names before its line is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.errors import BitwrightError
+from bitwright.formats.checkpoint import WORK_DIRECTORY
+from bitwright.formats.storage import append_line, file_sha256, make_directory, remove_file, write_file
+
+__all__ = ["Journal", "UnitRecord"]
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRecord:
+    """One finished unit.
+
+    Attributes:
+        unit: its name.
+        file: the shard's name in the output directory, and its ``sha256``.
+        tensors: bytes of each tensor in the shard.
+        layers: the report's rows for the layers quantized in it.
+        inputs: the file in the work directory with the next block's inputs, and its hash; calibrated runs only.
+        output_error: relative squared error of the block's output; calibrated runs only.
+    """
+
+    unit: str
+    file: str
+    sha256: str
+    tensors: Mapping[str, int]
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs: tuple[str, str] | None = None
+    output_error: float | None = None
+
+
+class Journal:
+    """The journal of one output directory. ``done`` are the units that are finished and whose files are intact."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], command: str) -> None:
+        self.output, self.work = output, output / WORK_DIRECTORY
+        self._path = self.work / JOURNAL_FILE
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self._command = command
+        self.done: list[UnitRecord] = []
+
+    def open(self) -> None:
+        """Start a journal, or read the one that is there and check every file that it names.
+
+        Raises:
+            BitwrightError: BW207 if the journal belongs to a run with other settings, naming what differs.
+        """
+        make_directory(self.work)
+        lines = self._complete_lines()
+        if not lines:
+            self._write([])
+            return
+        header = lines[0]
+        differing = _differences(header.get("fingerprint", {}), self._fingerprint)
+        if differing:
+            raise BitwrightError(
+                "BW207",
+                f"{self.output} holds an unfinished run with another {', '.join(differing)}",
+                why="; ".join(f"{name}: {old} there, {new} now" for name, (old, new) in differing.items()),
+                suggestion=f"resume it with: {header.get('command', 'the first command')}; or discard it with --restart",
+            )
+        records = [_record(line) for line in lines[1:]]
+        self.done = self._intact(records)
+        self._write(self.done)  # drops a line cut short by a kill, and lines whose files are damaged
+
+    def append(self, record: UnitRecord) -> None:
+        """Note a finished unit; the inputs of the block before it are no longer needed and are removed."""
+        append_line(self._path, json.dumps(asdict(record), sort_keys=True))
+        previous = self.done[-1].inputs if self.done else None
+        self.done.append(record)
+        if previous is not None and previous != record.inputs:
+            remove_file(self.work / previous[0])
+
+    def _write(self, records: list[UnitRecord]) -> None:
+        lines = [{"fingerprint": self._fingerprint, "command": self._command}, *map(asdict, records)]
+        write_file(self._path, [(json.dumps(line, sort_keys=True) + "\n").encode() for line in lines])
+
+    def _complete_lines(self) -> list[dict[str, Any]]:
+        if not self._path.is_file():
+            return []
+        lines = []
+        for line in self._path.read_bytes().split(b"\n")[:-1]:  # without its line end a line was cut short
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def _intact(self, records: list[UnitRecord]) -> list[UnitRecord]:
+        """The leading records whose shards are as they were written, and which can be continued from."""
+        intact: list[UnitRecord] = []
+        for record in records:
+            if not _is_file_with(self.output / record.file, record.sha256):
+                break
+            intact.append(record)
+        # Only the last unit's inputs are kept. If a shard before it is damaged, a calibrated run starts over.
+        while intact and intact[-1].inputs is not None:
+            name, sha256 = intact[-1].inputs
+            if _is_file_with(self.work / name, sha256):
+                break
+            intact.pop()
+        return intact
+
+
+def _is_file_with(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
+
+
+def _record(line: Mapping[str, Any]) -> UnitRecord:
+    values = dict(line)
+    values["inputs"] = tuple(values["inputs"]) if values.get("inputs") else None
+    return UnitRecord(**values)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """What differs between two fingerprints, shortened for a message."""
+    return {
+        name: (_shorten(old.get(name)), _shorten(new.get(name)))
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,221 @@
+"""Everything decided before any work: which layer gets which scheme, in which format, and what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.formats.records import Format
+from bitwright.formats.table import FORMATS, get_format
+from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linears, output_head
+from bitwright.quantization.sources import Source
+
+__all__ = ["GroupFallback", "Plan", "Unit", "make_plan"]
+
+GroupFallback = Literal["error", "pad", "per-channel", "skip"]
+GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
+OUTER, HEAD = "outer", "head"  # names of the units that are not blocks
+USUAL_GROUPS = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One step of the run and one shard of the output.
+
+    Attributes:
+        name: of a block, or ``outer`` (embeddings, norms, a head left alone) or ``head`` (a quantized output head).
+        tensors: all tensors of the float model that belong to it, by name.
+        layers: the layers among them that are quantized, with their schemes.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    layers: Mapping[str, LayerScheme]
+
+    @property
+    def is_block(self) -> bool:
+        return self.name not in (OUTER, HEAD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """``skipped``: linear layers left in floating point. ``untied``: a tied head is stored apart from now on."""
+
+    units: tuple[Unit, ...]
+    blocks: Blocks
+    format: Format
+    schemes: Mapping[str, LayerScheme]
+    shapes: Mapping[str, tuple[int, int]]
+    skipped: tuple[str, ...]
+    untied: bool
+    notices: tuple[str, ...]
+    source_bytes: int
+    output_bytes: int
+
+
+def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallback: GroupFallback) -> Plan:
+    """Decide the scheme of every layer and the format of the checkpoint.
+
+    Raises:
+        BitwrightError: BW201, BW204, BW205, BW208 or BW313, before any weight is read.
+    """
+    if group_fallback not in GROUP_FALLBACKS:
+        accepted = "one of " + ", ".join(GROUP_FALLBACKS)
+        raise BitwrightError("BW201", f"group_fallback is {group_fallback!r}", suggestion=accepted)
+    model = source.model
+    blocks = find_blocks(model)
+    layers = _quantizable(model, blocks)
+    every_linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    recipe.check_overrides((name, type(module).__name__) for name, module in every_linear.items())
+    shapes = {name: linear_shape(module) for name, module in layers.items()}
+    wanted = {name: recipe.scheme_for(name, type(module).__name__) for name, module in layers.items()}
+    schemes = {name: scheme for name, scheme in wanted.items() if scheme is not None}
+    schemes, notices = _fit_groups(schemes, shapes, group_fallback)
+    if not schemes:
+        raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
+    chosen = _choose_format(schemes, shapes, layers, format)
+    head = output_head(model)
+    head_quantized = head is not None and head[0] in schemes
+    untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
+    units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None)
+    return Plan(
+        units=units,
+        blocks=blocks,
+        format=chosen,
+        schemes=schemes,
+        shapes=shapes,
+        skipped=tuple(name for name in every_linear if name not in schemes),
+        untied=untied,
+        notices=notices,
+        source_bytes=source.byte_count(),
+        output_bytes=_output_bytes(source, schemes, shapes),
+    )
+
+
+def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
+    """The linear layers inside blocks, then the output head."""
+    found: dict[str, nn.Module] = {}
+    for name, block in zip(blocks.names(), blocks.modules, strict=True):
+        found |= linears(block, name)
+    head = output_head(model)
+    return found if head is None else found | {head[0]: head[1]}
+
+
+def _fit_groups(
+    schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], fallback: GroupFallback
+) -> tuple[dict[str, LayerScheme], tuple[str, ...]]:
+    """Settle the layers whose grouped dimension the group size does not divide; never in silence."""
+    unfit = {name: scheme for name, scheme in schemes.items() if not _divides(scheme.weight, shapes[name])}
+    if not unfit:
+        return dict(schemes), ()
+    listed = ", ".join(list(unfit)[:5]) + (", ..." if len(unfit) > 5 else "")
+    sizes = {shapes[name][scheme.weight.axis] for name, scheme in unfit.items()}
+    if fallback == "error":
+        divisors = [group for group in USUAL_GROUPS if all(shapes[name][1] % group == 0 for name in schemes)]
+        known = f"group sizes that divide every layer: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
+        raise BitwrightError(
+            "BW204",
+            f"groups do not divide {len(unfit)} layers: {listed}",
+            why=f"their grouped dimension is {', '.join(map(str, sorted(sizes)))}",
+            suggestion=f"{known}; or --group-fallback pad (a shorter last group), per-channel, or skip",
+        )
+    settled: dict[str, LayerScheme | None] = dict(schemes)
+    for name, scheme in unfit.items():
+        per_channel = replace(scheme, weight=replace(scheme.weight, group=None))
+        settled[name] = {"pad": scheme, "per-channel": per_channel, "skip": None}[fallback]
+    outcome = {
+        "pad": "get a shorter last group",
+        "per-channel": "get one scale per channel",
+        "skip": "stay in floating point",
+    }
+    notice = f"{len(unfit)} layers whose dimension the group size does not divide {outcome[fallback]}: {listed}"
+    return {name: scheme for name, scheme in settled.items() if scheme is not None}, (notice,)
+
+
+def _divides(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
+    return scheme.group is None or shape[scheme.axis] % scheme.group == 0
+
+
+def _choose_format(
+    schemes: Mapping[str, LayerScheme],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, nn.Module],
+    wanted: str | None,
+) -> Format:
+    """The format asked for, or the most widely read one that can store every layer."""
+    for candidate in (get_format(wanted),) if wanted is not None else reversed(FORMATS):
+        reason = _refusal(candidate, schemes, shapes, layers)
+        if reason is None:
+            return candidate
+    raise BitwrightError(
+        "BW205",
+        f"the {candidate.name} format cannot store this model: {reason}",
+        suggestion="--format native stores every scheme",
+    )
+
+
+def _refusal(
+    candidate: Format,
+    schemes: Mapping[str, LayerScheme],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, nn.Module],
+) -> str | None:
+    for name, scheme in schemes.items():
+        if candidate.name != "native" and not isinstance(layers[name], nn.Linear):
+            return f"{name} is a {type(layers[name]).__name__}, which its readers do not replace"
+        reason = candidate.refuse(scheme, shapes[name])
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _units(source: Source, blocks: Blocks, schemes: Mapping[str, LayerScheme], head: str | None) -> tuple[Unit, ...]:
+    shapes = source.shapes()
+    members: dict[str, list[str]] = {OUTER: [], **{name: [] for name in blocks.names()}, HEAD: []}
+    for tensor in shapes:
+        block = next((name for name in _prefixes(tensor) if name in members), None)
+        is_head = head is not None and tensor.startswith(head + ".")
+        members[HEAD if is_head else block or OUTER].append(tensor)
+    units = []
+    for name, tensors in members.items():
+        prefix = head if name == HEAD else name
+        layers = {
+            layer: scheme for layer, scheme in schemes.items() if layer == prefix or layer.startswith(f"{prefix}.")
+        }
+        if tensors or layers:
+            units.append(Unit(name=name, tensors=tuple(tensors), layers=layers))
+    return tuple(units)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _output_bytes(source: Source, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """What the weights will take on disk, to within the headers."""
+    total = source.byte_count()
+    element = total / max(1, sum(_numel(shape) for shape in source.shapes().values()))
+    for name, scheme in schemes.items():
+        out, columns = shapes[name]
+        weight = scheme.weight
+        groups = 1 if weight.group is None else -(-shapes[name][weight.axis] // weight.group)
+        scales = groups * shapes[name][1 - weight.axis]
+        scale_bits = 8 if weight.scale_scheme else weight.scale_dtype.itemsize * 8
+        zero_bits = 0 if weight.symmetric else (weight.bits if weight.zero == "integer" else scale_bits)
+        stored = (out * columns * weight.bits + scales * (scale_bits + zero_bits)) / 8
+        total += int(stored - (out * columns * element if f"{name}.weight" in source.shapes() else 0))
+    return total
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

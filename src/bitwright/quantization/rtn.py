@@ -1,0 +1,39 @@
+"""Round to nearest: fit a grid to each group of weights and take the nearest code. Needs no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from bitwright.core.grid import FitOptions
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import QuantScheme
+from bitwright.quantization.statistics import SiteStatistics
+
+__all__ = ["RtnOptions", "round_to_nearest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RtnOptions:
+    """How ranges are chosen.
+
+    Attributes:
+        range: ``restricted`` (largest weight on the largest code), ``full`` (on the lowest code, its sign in the
+            scale), ``centred`` (half a step beyond, as compressed-tensors presets): symmetric schemes only.
+        search: try shrunk ranges and keep, per group, the one of least squared error.
+    """
+
+    range: Literal["restricted", "full", "centred"] = "restricted"
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        FitOptions(symmetric_range=self.range, search=self.search)
+
+
+def round_to_nearest(
+    weight: Tensor, statistics: SiteStatistics | None, scheme: QuantScheme, options: RtnOptions
+) -> QuantizedTensor:
+    """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at."""
+    return QuantizedTensor.quantize(weight, scheme, FitOptions(symmetric_range=options.range, search=options.search))

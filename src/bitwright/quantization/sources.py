@@ -1,0 +1,186 @@
+"""Where a model's weights come from: a directory of safetensors, read part by part, or a module in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.errors import BitwrightError
+from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.safetensors_file import TensorSource
+from bitwright.models.hf import empty_model, read_config
+from bitwright.models.names import match_names, shared_names, state_names
+
+__all__ = ["DiskSource", "MemorySource", "Source", "refuse_nonfinite"]
+
+# The bits that are all ones in a NaN or an infinity, and the whole numbers to look at them through.
+EXPONENTS = {
+    torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
+    torch.float16: (np.uint16, np.uint16(0x7C00)),
+    torch.float32: (np.uint32, np.uint32(0x7F800000)),
+}
+PIECE = 1 << 18  # numbers looked at together, so that the copy stays in cache
+
+
+class Source(Protocol):
+    """A model whose tensors can be brought into memory and let go again, by module name."""
+
+    model: nn.Module
+    config: Mapping[str, Any]
+    directory: Path | None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def load(self, names: Iterable[str]) -> None: ...
+    def release(self, names: Iterable[str]) -> None: ...
+    def stored(self, name: str) -> Tensor | TensorSource: ...
+    def identity(self) -> dict[str, Any]: ...
+    def byte_count(self) -> int: ...
+
+
+class DiskSource:
+    """A local Hugging Face directory. The model starts on the meta device; nothing is read before it is asked for.
+
+    Raises:
+        BitwrightError: whatever is wrong with the directory, before any weight is read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        checkpoint: Checkpoint = open_checkpoint(directory)
+        if checkpoint.quantization is not None:
+            method = checkpoint.quantization.get("quant_method", "unknown")
+            raise BitwrightError(
+                "BW201",
+                f"{directory} is quantized already (quant_method {method!r})",
+                why="rounding rounded weights again only adds error",
+                suggestion="quantize the original model",
+            )
+        self.directory: Path | None = directory
+        self.config: Mapping[str, Any] = checkpoint.config
+        self.model: nn.Module = empty_model(read_config(checkpoint))
+        self._checkpoint = checkpoint
+        self._files = match_names(self.model, checkpoint.tensors)
+        self._shapes = state_names(self.model)
+        self._shared = shared_names(self.model)
+        self._check_shapes()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def load(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._assign(name, self._checkpoint.read(self._files[name]))
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._assign(name, torch.empty(self._shapes[name], device="meta"))
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` where the parameter or buffer ``name`` is, and where it is tied to."""
+        for target in [name, *(second for second, first in self._shared.items() if first == name)]:
+            parent, _, leaf = target.rpartition(".")
+            holder = self.model.get_submodule(parent)
+            if leaf in holder._parameters:
+                holder._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                holder._buffers[leaf] = tensor
+
+    def stored(self, name: str) -> TensorSource:
+        return self._checkpoint.source(self._files[name])
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption: sizes, times and headers of the files."""
+        files = {}
+        for file in sorted({stored.file for stored in self._checkpoint.tensors.values()}):
+            path = self._checkpoint.directory / file
+            status = path.stat()
+            with path.open("rb") as opened:
+                head = hashlib.sha256(opened.read(1 << 20)).hexdigest()
+            files[file] = [status.st_size, status.st_mtime_ns, head]
+        return {"directory": str(self._checkpoint.directory.resolve()), "config": dict(self.config), "files": files}
+
+    def byte_count(self) -> int:
+        return sum(stored.entry.end - stored.entry.start for stored in self._checkpoint.tensors.values())
+
+    def _check_shapes(self) -> None:
+        for name, shape in self._shapes.items():
+            stored = tuple(self._checkpoint.tensors[self._files[name]].entry.shape)
+            if stored != shape:
+                raise BitwrightError(
+                    "BW304",
+                    f"tensor {self._files[name]} has shape {list(stored)}, but config.json calls for {list(shape)}",
+                    where=str(self._checkpoint.directory),
+                    suggestion="check hidden_size, intermediate_size, vocab_size and the head counts in config.json",
+                )
+
+
+class MemorySource:
+    """A module that is in memory already; loading and releasing do nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.directory: Path | None = None
+        config = getattr(model, "config", None)
+        self.config: Mapping[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return state_names(self.model)
+
+    def load(self, names: Iterable[str]) -> None: ...
+
+    def release(self, names: Iterable[str]) -> None: ...
+
+    def stored(self, name: str) -> Tensor:
+        tensor: Tensor = self.model.state_dict()[name]
+        return tensor.contiguous()
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return {"class": type(self.model).__name__, "sha256": digest.hexdigest()}
+
+    def byte_count(self) -> int:
+        shared = shared_names(self.model)
+        tensors = self.model.state_dict().items()
+        return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name not in shared)
+
+
+def refuse_nonfinite(source: Source) -> None:
+    """Look through every float weight before the first is touched.
+
+    Raises:
+        BitwrightError: BW309 naming the tensors and how many of their numbers are not finite.
+    """
+    counts = {name: _count_nonfinite(source.stored(name)) for name in source.shapes()}
+    broken = {name: count for name, count in counts.items() if count}
+    if broken:
+        listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
+        raise BitwrightError(
+            "BW309",
+            f"{len(broken)} tensors hold NaN or infinity: {listed}",
+            where=str(source.directory or "the model in memory"),
+            suggestion="fetch the weights again; the model cannot be right as it is",
+        )
+
+
+def _count_nonfinite(stored: Tensor | TensorSource) -> int:
+    """How many numbers of a float tensor are NaN or infinite; tensors of whole numbers have none."""
+    if stored.dtype not in EXPONENTS:
+        return 0
+    integer, exponent = EXPONENTS[stored.dtype]
+    chunks = [stored.reshape(-1).view(torch.uint8).numpy()] if isinstance(stored, Tensor) else stored.chunks()
+    count = 0
+    for chunk in chunks:
+        numbers = np.frombuffer(chunk, dtype=integer)
+        for start in range(0, len(numbers), PIECE):
+            exponents = numbers[start : start + PIECE] & exponent
+            if exponents.max() == exponent:
+                count += int(np.count_nonzero(exponents == exponent))
+    return count

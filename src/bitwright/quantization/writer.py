@@ -1,0 +1,94 @@
+"""Turning a run's results into a checkpoint directory, file by file, the index last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.core.scheme import LayerScheme
+from bitwright.formats.checkpoint import CONFIG, INDEX
+from bitwright.formats.checksums import CHECKSUMS, serialize_checksums
+from bitwright.formats.records import LayerRecord
+from bitwright.formats.safetensors_file import TensorSource
+from bitwright.formats.storage import write_file
+from bitwright.models.blocks import output_head
+from bitwright.quantization.card import CARD_FILE, render_card
+from bitwright.quantization.journal import UnitRecord
+from bitwright.quantization.plan import Plan
+from bitwright.quantization.report import REPORT_FILE, Report
+from bitwright.quantization.sources import Source
+
+__all__ = ["finish_checkpoint", "shard_name", "tensor_bytes"]
+
+# What belongs to a model besides its weights; copied byte for byte where it is there.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE",
+)  # fmt: skip
+
+
+def shard_name(index: int, total: int) -> str:
+    """The name of shard ``index`` (from 0) of ``total``, as every loader expects it."""
+    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def tensor_bytes(tensor: Tensor | TensorSource) -> int:
+    count = tensor.dtype.itemsize
+    for size in tensor.shape:
+        count *= size
+    return count
+
+
+def finish_checkpoint(output: Path, source: Source, plan: Plan, units: Iterable[UnitRecord], report: Report) -> None:
+    """Write everything beside the shards. The index comes last: while it is missing, loaders find no model."""
+    units = list(units)
+    if source.directory is not None:
+        for name in COMPANIONS:
+            companion = source.directory / name
+            if companion.is_file():
+                write_file(output / name, _blocks_of(companion))
+    hashes = {unit.file: unit.sha256 for unit in units}
+    hashes[CONFIG] = write_file(output / CONFIG, _json(_config(source, plan)))
+    write_file(output / CHECKSUMS, [serialize_checksums(hashes)])
+    write_file(output / REPORT_FILE, _json(report.to_dict()))
+    write_file(output / CARD_FILE, [render_card(report).encode()])
+    weight_map = {tensor: unit.file for unit in units for tensor in unit.tensors}
+    total = sum(size for unit in units for size in unit.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_file(output / INDEX, _json(index))
+
+
+def _config(source: Source, plan: Plan) -> dict[str, Any]:
+    config = {key: value for key, value in source.config.items() if key != "auto_map"}
+    records = {name: _record(plan.schemes[name], plan.shapes[name]) for name in plan.schemes}
+    config["quantization_config"] = plan.format.config(records, _ignored(source, plan))
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _record(scheme: LayerScheme, shape: tuple[int, int]) -> LayerRecord:
+    return LayerRecord(scheme, shape)
+
+
+def _ignored(source: Source, plan: Plan) -> list[str]:
+    """Linear layers in floating point. A tied head counts: readers that go by layer type would replace it."""
+    head = output_head(source.model)
+    names = list(plan.skipped)
+    if head is not None and head[0] not in plan.schemes and head[0] not in names:
+        names.append(head[0])
+    return names
+
+
+def _json(value: Any) -> list[bytes]:
+    return [(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()]
+
+
+def _blocks_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
