@@ -182,7 +182,8 @@ class BitwrightError(Exception):
     def __init__(self, code: str, what: str, *, where: str = "", why: str = "", suggestion: str = "") -> None:
         if code not in CATALOGUE:
             raise KeyError(f"{code} is not in the catalogue")
-        self.code, self.what, self.where, self.why, self.suggestion = code, what, where, why, suggestion
+        self.code, self.what, self.where = code, _printable(what), _printable(where)
+        self.why, self.suggestion = _printable(why), _printable(suggestion)
         super().__init__(self.render())
 
     @property
@@ -196,6 +197,13 @@ class BitwrightError(Exception):
             if text:
                 lines.append(f"  {label}: {text}")
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Names out of other people's files may hold what a terminal would obey, or no encoding can write."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 class ArgumentError(BitwrightError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,30 +107,16 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             unexpected, BW305 pickle weights only, BW307 an invalid ``config.json``, BW308 an unfinished output,
             BW310 an unsafe name.
     """
-    if not directory.is_dir():
-        problem = "is not a directory" if directory.exists() else "does not exist"
-        raise BitwrightError("BW301", f"{directory} {problem}", suggestion="give the directory that holds config.json")
     names = _list_directory(directory)
-    has_weights = SINGLE in names or INDEX in names
-    if WORK_DIRECTORY in names and not has_weights:
-        raise BitwrightError(
-            "BW308",
-            f"{directory} is the output of a run that has not ended",
-            where=str(directory / WORK_DIRECTORY),
-            suggestion="run the same 'bitwright quantize' command again: it resumes where the run stopped",
-        )
-    config_path = find_file(directory, CONFIG) if CONFIG in names else None
-    if config_path is None:
-        suggestion = "give the directory that holds config.json and *.safetensors"
-        raise BitwrightError("BW301", f"{directory} has no {CONFIG}", where=str(directory), suggestion=suggestion)
-    config = read_object(config_path, code="BW307", limit=CONFIG_LIMIT)
-    weight_map = _read_weight_map(directory) if INDEX in names else None
+    config = _read_config(directory, names)
+    # With both a single file and an index, the single file counts: transformers chooses so too.
+    weight_map = _read_weight_map(directory) if INDEX in names and SINGLE not in names else None
     files = sorted(set(weight_map.values())) if weight_map is not None else _find_weight_files(directory, names)
     indexes = _read_indexes(directory, files)
     tensors = _merge(directory, indexes)
     if weight_map is not None:
         _check_weight_map(directory, weight_map, tensors)
-    sizes = {index.path.name: index.path.stat().st_size for index in indexes}
+    sizes = {index.path.name: index.size for index in indexes}
     return Checkpoint(directory, config, tensors, sizes, indexes[0].metadata)
 
 
@@ -142,9 +129,26 @@ def list_names(names: Iterable[str]) -> str:
 
 def _list_directory(directory: Path) -> set[str]:
     try:
-        return {path.name for path in directory.iterdir()}
-    except OSError as error:
-        raise BitwrightError("BW301", f"{directory} cannot be read: {error.strerror}", where=str(directory)) from error
+        return set(os.listdir(directory))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        suggestion = "give the directory that holds config.json and *.safetensors"
+        raise BitwrightError("BW301", f"{directory} cannot be read: {reason}", suggestion=suggestion) from error
+
+
+def _read_config(directory: Path, names: set[str]) -> dict[str, Any]:
+    if WORK_DIRECTORY in names and not {SINGLE, INDEX} & names:
+        raise BitwrightError(
+            "BW308",
+            f"{directory} is the output of a run that has not ended",
+            where=str(directory / WORK_DIRECTORY),
+            suggestion="run the same 'bitwright quantize' command again: it resumes where the run stopped",
+        )
+    path = find_file(directory, CONFIG) if CONFIG in names else None
+    if path is None:
+        suggestion = "give the directory that holds config.json and *.safetensors"
+        raise BitwrightError("BW301", f"{directory} has no {CONFIG}", where=str(directory), suggestion=suggestion)
+    return read_object(path, code="BW307", limit=CONFIG_LIMIT)
 
 
 def _read_weight_map(directory: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from bitwright.formats.checkpoint import CONFIG, Checkpoint
 from bitwright.formats.compressed_tensors_groups import ConfigGroup, find_group, read_groups
 from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import DTYPES
-from bitwright.formats.stored import check_finite, check_group_index, read_checked
+from bitwright.formats.stored import check_finite, check_group_index, check_names, read_checked
 
 __all__ = ["METHOD", "decode", "layers", "recognize"]
 
@@ -68,7 +68,16 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
             found[name] = _record(checkpoint, Layer(name, False, _pair(stored.entry.shape), group))
     if not found:
         raise _record_error(checkpoint, "no tensor of the checkpoint is quantized")
+    required = {name: _tensor_names(checkpoint, name, record.scheme.weight) for name, record in found.items()}
+    check_names(checkpoint, required, {"bias", "weight_g_idx", "weight_zero_point"})
     return found
+
+
+def _tensor_names(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> set[str]:
+    """The tensors that a layer must have, without its own name. (Some writers store zero points that are all zero.)"""
+    is_packed = f"{name}.weight_packed" in checkpoint.tensors
+    names = {"weight_packed", "weight_scale", "weight_shape"} if is_packed else {"weight", "weight_scale"}
+    return names if scheme.symmetric else names | {"weight_zero_point"}
 
 
 def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> Layer:

@@ -86,14 +86,17 @@ def read_object(path: Path, *, code: str, limit: int) -> dict[str, Any]:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
+    # Without O_NONBLOCK a named pipe would wait here for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
         if status.st_size > limit:
             raise ValueError(f"it has {status.st_size} bytes; at most {limit} are read")
-        return file.read(limit)
+        return os.pread(descriptor, limit, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.core.scheme_names import parse
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
 from bitwright.formats.records import Format, LayerRecord
-from bitwright.formats.stored import check_finite, check_group_index, read_checked, require_layers
+from bitwright.formats.stored import check_finite, check_group_index, check_names, read_checked
 
 __all__ = ["FORMAT", "VERSION"]
 
@@ -92,7 +92,8 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
     """The records of all quantized layers.
 
     Raises:
-        BitwrightError: BW311 for an unknown version or an unreadable record, BW303 if a layer has no codes.
+        BitwrightError: BW311 for an unknown version or an unreadable record, BW303 if a layer lacks a tensor or has
+            one too many.
     """
     quantization = checkpoint.quantization or {}
     version = quantization.get("version")
@@ -107,8 +108,17 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
     if not isinstance(records, dict) or not records:
         raise _record_error(checkpoint, "quantization_config has no records of layers")
     found = {name: _read_record(checkpoint, name, record) for name, record in records.items()}
-    require_layers(checkpoint, {name: f"{name}.codes" for name in found})
+    required = {name: _tensor_names(record.scheme.weight) for name, record in found.items()}
+    check_names(checkpoint, required, {"bias", "group_index"})
     return found
+
+
+def _tensor_names(scheme: QuantScheme) -> set[str]:
+    """The tensors that a layer must have, without its own name."""
+    names = {"codes"} if scheme.symmetric else {"codes", "zero"}
+    if scheme.scale_scheme is None:
+        return names | {"scale"}
+    return names | {f"scale.{name}" for name in _tensor_names(scheme.scale_scheme)}
 
 
 def _read_record(checkpoint: Checkpoint, name: str, record: object) -> LayerRecord:

@@ -69,7 +69,10 @@ class FileTensor:
         try:
             for start in range(self.entry.start, self.entry.end, CHUNK):
                 wanted = min(CHUNK, self.entry.end - start)
-                chunk = os.pread(descriptor, wanted, start)
+                try:
+                    chunk = os.pread(descriptor, wanted, start)
+                except OSError as error:
+                    raise _unreadable(self.path, error) from error
                 if len(chunk) != wanted:
                     raise _truncated(self.path, self.entry)
                 yield chunk
@@ -104,7 +107,7 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
                 raise _truncated(path, entry)
             view, position = view[count:], position + count
     except OSError as error:
-        raise BitwrightError("BW302", f"{path.name} cannot be read: {error}", where=str(path)) from error
+        raise _unreadable(path, error) from error
     finally:
         os.close(descriptor)
     return tensor
@@ -168,6 +171,10 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BitwrightError("BW303", f"{path.name} cannot be opened: {error.strerror}", where=str(path)) from error
+
+
+def _unreadable(path: Path, error: OSError) -> BitwrightError:
+    return BitwrightError("BW302", f"{path.name} cannot be read: {error.strerror}", where=str(path))
 
 
 def _truncated(path: Path, entry: TensorEntry) -> BitwrightError:

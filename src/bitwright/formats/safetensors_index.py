@@ -49,11 +49,12 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileIndex:
-    """A valid safetensors file: its tensors in the order of the header, and its metadata."""
+    """A valid safetensors file: its tensors in the order of the header, its metadata, its size in bytes."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    size: int
 
 
 def read_index(path: Path) -> FileIndex:
@@ -99,7 +100,7 @@ def parse_header(header: bytes, file_size: int, path: Path) -> FileIndex:
         name: TensorEntry(dtype, shape, base + start, base + end)
         for name, (dtype, shape, start, end) in parser.tensors.items()
     }
-    return FileIndex(path, tensors, parser.metadata)
+    return FileIndex(path, tensors, parser.metadata, file_size)
 
 
 def _read_header(descriptor: int, file_size: int, path: Path) -> bytes:
@@ -256,9 +257,10 @@ class _Parser:
             self.refuse(f"{name!r} has the unknown dtype {dtype!r}", start)
         elements = 1
         for size in shape:
-            elements *= size
-            if elements > MAX_ELEMENTS or size > MAX_ELEMENTS:
+            elements *= max(size, 1)  # zero must not hide the sizes beside it: strides are made of them
+            if elements > MAX_ELEMENTS:
                 self.refuse(f"the shape of {name!r} has more elements than can be addressed", start)
+        elements = 0 if 0 in shape else elements
         if len(offsets) != 2 or offsets[0] > offsets[1]:
             self.refuse(f"the data_offsets of {name!r} must be a start and an end not before it", start)
         if elements * bits != (offsets[1] - offsets[0]) * 8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint, list_names
 from bitwright.formats.safetensors_file import DTYPES
 
-__all__ = ["check_finite", "check_group_index", "read_checked", "require_layers"]
+__all__ = ["check_finite", "check_group_index", "check_names", "read_checked"]
 
 
 def read_checked(
@@ -51,9 +51,27 @@ def check_group_index(name: str, index: Tensor, groups: int) -> None:
         raise BitwrightError("BW311", what, suggestion="the checkpoint is damaged: fetch it again")
 
 
-def require_layers(checkpoint: Checkpoint, needed: Mapping[str, str]) -> None:
-    """Raises BW303 naming the layers (keys) whose tensors (values) are not in the files."""
-    missing = [name for name, tensor in needed.items() if tensor not in checkpoint.tensors]
-    if missing:
-        what = f"{len(missing)} quantized layers have no weights in the files: {list_names(missing)}"
-        raise BitwrightError("BW303", what, where=str(checkpoint.directory), suggestion="fetch the model again")
+def check_names(checkpoint: Checkpoint, required: Mapping[str, Set[str]], optional: Set[str]) -> None:
+    """Check that each layer has its tensors and no others: names after the layer's own, ``required`` by layer.
+
+    Raises:
+        BitwrightError: BW303 naming the first five tensors that are missing, or that belong to no layer.
+    """
+    needed = {f"{layer}.{field}" for layer, fields in required.items() for field in fields}
+    missing = [name for name in needed if name not in checkpoint.tensors]
+    extra = [name for name in checkpoint.tensors if name not in needed and _is_stray(name, required, optional)]
+    for names, problem in ((missing, "tensors of quantized layers are missing"), (extra, "unexpected tensors")):
+        if names:
+            what = f"{len(names)} {problem}: {list_names(names)}"
+            suggestion = "fetch the model again: config.json and the weights are not of one version"
+            raise BitwrightError("BW303", what, where=str(checkpoint.directory), suggestion=suggestion)
+
+
+def _is_stray(name: str, layers: Mapping[str, Set[str]], optional: Set[str]) -> bool:
+    """Whether a tensor bears the name of a quantized layer but is none of its optional ones."""
+    position = name.find(".")
+    while position >= 0:
+        if name[:position] in layers:
+            return name[position + 1 :] not in optional
+        position = name.find(".", position + 1)
+    return False
