@@ -1,0 +1,228 @@
+"""A checkpoint as a running model: quantized layers stay packed, everything else is read one tensor at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
+from bitwright.formats.directory import find_file, read_object
+from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.stored import read_checked
+from bitwright.formats.table import find_format
+from bitwright.models.blocks import is_linear, linear_shape, set_module
+from bitwright.models.hf import PreTrainedModel, Tokenizer, empty_model, load_tokenizer, read_config
+from bitwright.models.location import resolve_model
+from bitwright.models.names import match_names
+from bitwright.models.quantized import QuantizedLinear
+
+__all__ = ["check_vocabulary", "load", "load_checkpoint", "load_with_tokenizer"]
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GENERATION_LIMIT = 1 << 20
+
+
+def load(model: str | Path, *, dtype: torch.dtype | None = None, threads: int | None = None) -> PreTrainedModel:
+    """A transformers causal language model in evaluation mode, its quantized layers running from packed codes.
+
+    Args:
+        model: ``demo:``, a directory, or an id on the hub; quantized in any format that bitwright reads, or float.
+        dtype: the dtype of everything that is not quantized, and so of the activations; as stored unless given.
+        threads: how many threads torch uses from now on, in the whole process.
+
+    Raises:
+        BitwrightError: BW201 for an argument; BW301, BW504 if there is no such model; BW302 to BW312 for what is wrong
+            with its files.
+
+    Example:
+        >>> model = bitwright.load("demo:")
+        >>> model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 2048])
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        accepted = ", ".join(str(accepted) for accepted in FLOAT_DTYPES)
+        raise ArgumentError("BW201", f"dtype is {dtype!r}", suggestion=f"one of {accepted}")
+    if threads is not None:
+        if type(threads) is not int or threads < 1:
+            raise ArgumentError("BW201", f"threads is {threads!r}", suggestion="a whole number, at least 1")
+        torch.set_num_threads(threads)
+    directory = resolve_model(model)
+    loaded = load_checkpoint(open_checkpoint(directory), dtype=dtype)
+    if find_file(directory, "tokenizer.json") is not None:
+        check_vocabulary(loaded, load_tokenizer(directory))
+    return loaded
+
+
+def load_with_tokenizer(
+    model: str | Path, *, dtype: torch.dtype | None = None, threads: int | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """The model, as :func:`load` gives it, and its tokenizer.
+
+    Raises:
+        BitwrightError: as :func:`load`; BW312 if there is no tokenizer.
+    """
+    directory = resolve_model(model)
+    loaded, tokenizer = load(directory, dtype=dtype, threads=threads), load_tokenizer(directory)
+    check_vocabulary(loaded, tokenizer)
+    return loaded, tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Raises BW312 if the tokenizer has a token without an embedding; spare embeddings are common and harmless."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and tokens > rows:
+        raise BitwrightError(
+            "BW312",
+            f"the tokenizer has {tokens} tokens, but the model has embeddings for {rows}",
+            where=str(tokenizer.name_or_path),
+            suggestion="restore the tokenizer files that belong to these weights",
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of an open checkpoint; see :func:`load`.
+
+    At no time is more in memory than the model so far, and one tensor.
+    """
+    quantization = checkpoint.quantization
+    layout = None if quantization is None else find_format(quantization)
+    config = read_config(checkpoint)
+    if dtype is not None:
+        config.dtype = dtype
+    model = empty_model(config)
+    layers: dict[str, tuple[str, LayerRecord]] = {}
+    if layout is not None:
+        layers = _place_layers(model, checkpoint, layout.layers(checkpoint))
+    taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
+    matched = match_names(model, [name for name in checkpoint.tensors if name not in taken])
+    _fill(model, checkpoint, matched)
+    if layout is not None:
+        _build_layers(model, checkpoint, layout, layers)
+    _read_generation_settings(model, checkpoint.directory)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
+    return model
+
+
+class _Vacancy(nn.Module):
+    """Where a quantized layer will be: its bias, which is an ordinary tensor, and no weight."""
+
+    def __init__(self, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias = bias
+
+
+def _place_layers(
+    model: PreTrainedModel, checkpoint: Checkpoint, records: Mapping[str, LayerRecord]
+) -> dict[str, tuple[str, LayerRecord]]:
+    """Empty the places of the quantized layers: ``{name in the model: (name in the files, record)}``.
+
+    The names in the files may carry the name of the base model as a prefix or lack it.
+    """
+    modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+    prefix = model.base_model_prefix + "."
+    layers: dict[str, tuple[str, LayerRecord]] = {}
+    homeless = []
+    for stored, record in records.items():
+        spellings = (stored, prefix + stored, stored.removeprefix(prefix))
+        name = next((spelling for spelling in spellings if spelling in modules and spelling not in layers), None)
+        if name is None:
+            homeless.append(stored)
+        else:
+            layers[name] = (stored, record)
+    if homeless:
+        what = f"{len(homeless)} quantized layers have no place in the model: {list_names(homeless)}"
+        raise BitwrightError(
+            "BW303", what, where=str(checkpoint.directory), suggestion="restore the config.json of these weights"
+        )
+    for name, (stored, record) in layers.items():
+        wanted = linear_shape(modules[name])
+        if record.shape != wanted:
+            raise _wrong_shape(checkpoint, stored, record.shape, wanted, model)
+        bias = modules[name].bias
+        set_module(model, name, _Vacancy(bias if isinstance(bias, nn.Parameter) else None))
+    return layers
+
+
+def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
+    """The names of the tensors that a format keeps of one layer."""
+    return (name for name in checkpoint.tensors if name.startswith(stored + ".") and name != stored + ".bias")
+
+
+def _build_layers(
+    model: PreTrainedModel, checkpoint: Checkpoint, layout: Format, layers: Mapping[str, tuple[str, LayerRecord]]
+) -> None:
+    for name, (stored, record) in layers.items():
+        bias = model.get_submodule(name).bias
+        tensor = layout.decode(checkpoint, stored, record)
+        layer = QuantizedLinear.build(tensor, bias if isinstance(bias, Tensor) else None, record.scheme)
+        set_module(model, name, layer.eval())
+
+
+def _fill(model: PreTrainedModel, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:
+    """Read each matched tensor into its parameter, wherever that is tied to, or its buffer."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((module, leaf))
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, stored in matched.items():
+        if name in buffers:
+            holder, _, leaf = name.rpartition(".")
+            model.get_submodule(holder)._buffers[leaf] = _read(model, checkpoint, stored, buffers[name])
+            continue
+        filled = nn.Parameter(_read(model, checkpoint, stored, parameters[name]), requires_grad=False)
+        for module, leaf in places[parameters[name]]:
+            module._parameters[leaf] = filled
+
+
+def _read(model: PreTrainedModel, checkpoint: Checkpoint, stored: str, like: Tensor) -> Tensor:
+    """One tensor from the files, of the shape of ``like`` and cast to its dtype."""
+    wanted, found = tuple(like.shape), checkpoint.stored(stored).entry.shape
+    if found != wanted:
+        raise _wrong_shape(checkpoint, stored, found, wanted, model)
+    dtypes = (*FLOAT_DTYPES, torch.float64) if like.is_floating_point() else (like.dtype,)
+    return read_checked(checkpoint, stored, dtypes, wanted, field="config.json").to(like.dtype)
+
+
+def _wrong_shape(
+    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...], model: PreTrainedModel
+) -> BitwrightError:
+    """BW304, with the fields of the configuration that have the numbers called for."""
+    sizes = {size for size, other in zip_longest(wanted, found) if size != other and size is not None}
+    fields = vars(model.config)
+    named = [f"{field} = {value}" for field, value in fields.items() if type(value) is int and value in sizes]
+    head = getattr(model.config, "head_dim", None)
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        if isinstance(head, int) and isinstance(fields.get(field), int) and fields[field] * head in sizes:
+            named.append(f"{field} x head_dim = {fields[field] * head}")
+    return BitwrightError(
+        "BW304",
+        f"{name} has the shape {list(found)}; config.json calls for {list(wanted)}",
+        where=str(checkpoint.directory / checkpoint.stored(name).file) if name in checkpoint.tensors else name,
+        why=f"config.json says {', '.join(named)}" if named else "",
+        suggestion="restore the config.json that belongs to the weights",
+    )
+
+
+def _read_generation_settings(model: PreTrainedModel, directory: Path) -> None:
+    """``generation_config.json``, where there is one: which tokens end a text."""
+    path = find_file(directory, "generation_config.json")
+    settings = model.generation_config
+    if path is None or settings is None:
+        return
+    fields = read_object(path, code="BW307", limit=GENERATION_LIMIT)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about settings that do not go together; they are not used here
+            model.generation_config = type(settings).from_dict(fields)
+    except Exception as error:  # whatever a field of the wrong kind makes transformers raise
+        what = f"generation_config.json cannot be read: {type(error).__name__}: {error}"
+        raise BitwrightError("BW307", what, where=str(path), suggestion="fetch this file again") from None
