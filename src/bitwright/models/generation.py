@@ -1,0 +1,186 @@
+"""Text from a model: greedy or sampled, token by token, with the cache of keys and values that transformers keeps."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
+from bitwright.models.loading import check_vocabulary, load_with_tokenizer
+from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
+
+__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "generate", "generate_tokens"]
+
+DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest (``temperature`` 0), or by chance from a seeded generator.
+
+    Raises:
+        ArgumentError: BW201, naming the field and what it may be.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+        _check("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
+        is_seed = type(self.seed) is int and 0 <= self.seed < 1 << 63
+        if not is_seed:
+            raise ArgumentError("BW201", f"seed is {self.seed!r}", suggestion="a whole number, 0 or more")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token from its ``logits`` (``[vocabulary]``, any float dtype).
+
+        Raises:
+            BitwrightError: BW601 if a logit is NaN or the largest is infinite.
+        """
+        logits = logits.to("cpu", torch.float64)
+        largest = logits.max()
+        if not bool(torch.isfinite(largest)):
+            advice = "the weights or the activations are broken; evaluate the model it was made from"
+            raise BitwrightError("BW601", "the model gives logits that are not numbers", suggestion=advice)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = ((logits - largest) / self.temperature).softmax(0)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(descending=True, stable=True)
+            outside = ordered.cumsum(0) - ordered >= self.top_p  # the likeliest token is always inside
+            probabilities[order[outside]] = 0
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def generate(
+    model_or_path: PreTrainedModel | str | Path,
+    prompt: str,
+    *,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    tokenizer: Tokenizer | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The model's continuation of ``prompt``, without the prompt.
+
+    Args:
+        model_or_path: what :func:`bitwright.load` takes or gives.
+        max_tokens: how many tokens at most; if not given, 128 or what is left of the context.
+        temperature: 0 for the likeliest token, else the divisor of the logits before sampling.
+        top_p: sample among the fewest tokens that have this probability together.
+        seed: equal seeds give equal texts.
+        chat: put the prompt into the model's chat template, as a message of the user.
+        tokenizer: instead of the one in the model's directory.
+        on_text: called with each piece of text as it comes; a piece never ends within a character.
+
+    Raises:
+        BitwrightError: BW201 for an argument, BW312 without a tokenizer, BW403 if the prompt and ``max_tokens`` do not
+            fit the context (nothing is cut), BW601 if the model gives NaN; and what :func:`bitwright.load` raises.
+
+    Example:
+        >>> bitwright.generate("demo:", "Once upon a time", max_tokens=40)
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ArgumentError("BW201", f"max_tokens is {max_tokens!r}", suggestion="a whole number, at least 1")
+    if isinstance(model_or_path, str | Path):
+        model, own_tokenizer = load_with_tokenizer(model_or_path)
+        tokenizer = tokenizer or own_tokenizer
+    else:
+        model = model_or_path
+        tokenizer = tokenizer or _own_tokenizer(model)
+        check_vocabulary(model, tokenizer)
+    tokens = encode_chat(tokenizer, prompt) if chat else encode_prompt(tokenizer, prompt)
+    limit = _room(model, len(tokens), max_tokens)
+    pieces: list[str] = []
+    for piece in _texts(model, tokenizer, tokens, limit, sampling):
+        pieces.append(piece)
+        if on_text is not None:
+            on_text(piece)
+    return "".join(pieces)
+
+
+def generate_tokens(model: PreTrainedModel, tokens: list[int], *, limit: int, sampling: Sampling) -> Iterator[int]:
+    """At most ``limit`` tokens that continue ``tokens``, one at a time; the token that ends a text is the last."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    ends = _end_tokens(model)
+    cache: object = None
+    recent = list(tokens)
+    for _ in range(limit):
+        with torch.no_grad():
+            inputs = torch.tensor([recent], device=model.device)
+            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last_only)
+        token = sampling.choose(output.logits[0, -1], generator)
+        yield token
+        if token in ends:
+            return
+        cache = getattr(output, "past_key_values", None)
+        recent = [token] if cache is not None else [*recent, token]
+
+
+def _own_tokenizer(model: PreTrainedModel) -> Tokenizer:
+    if not model.name_or_path:
+        raise BitwrightError("BW312", "the model does not come from a directory", suggestion="give tokenizer=...")
+    return load_tokenizer(Path(model.name_or_path))
+
+
+def _texts(
+    model: PreTrainedModel, tokenizer: Tokenizer, tokens: list[int], limit: int, sampling: Sampling
+) -> Iterator[str]:
+    detokenizer = Detokenizer(tokenizer, tokens)
+    ends = _end_tokens(model) | {tokenizer.eos_token_id}
+    for token in generate_tokens(model, tokens, limit=limit, sampling=sampling):
+        if token in ends:
+            break
+        piece = detokenizer.add(token)
+        if piece:
+            yield piece
+    rest = detokenizer.finish()
+    if rest:
+        yield rest
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a text, from the model's generation settings and its configuration."""
+    settings = (getattr(model, "generation_config", None), model.config)
+    found: set[int] = set()
+    for setting in settings:
+        ends = getattr(setting, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return found
+
+
+def _room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int | None) -> int:
+    """How many tokens may be generated."""
+    context = context_length(model.config)
+    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    if context is None:
+        return wanted
+    room = context - prompt_tokens
+    if room < (1 if max_tokens is None else wanted):
+        raise BitwrightError(
+            "BW403",
+            f"the prompt has {prompt_tokens} tokens and {wanted} are to be generated; the context holds {context}",
+            why="text is never cut off silently",
+            suggestion=f"ask for at most {room} tokens" if room > 0 else "shorten the prompt",
+        )
+    return min(wanted, room)
+
+
+def _check(field: str, value: object, accepts: Callable[[float], bool], accepted: str) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not accepts(float(value)):  # type: ignore[arg-type]
+        raise ArgumentError("BW201", f"{field} is {value!r}", suggestion=f"accepted: {accepted}")

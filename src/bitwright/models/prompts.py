@@ -1,0 +1,115 @@
+"""Text to tokens and back: what a user types never becomes a control token, and no character is shown in pieces."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.models.hf import Tokenizer
+
+__all__ = ["Detokenizer", "encode_chat", "encode_prompt"]
+
+INCOMPLETE = "�"  # what a decoder shows for bytes that are not, or not yet, a character
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of ``text``, after the tokens with which the tokenizer begins a text, if any.
+
+    Control tokens spelled out in the text are encoded as the letters that they are.
+
+    Raises:
+        ArgumentError: BW201 if the text is empty, gives no token, or is not valid Unicode.
+    """
+    _check_text(text)
+    plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if not plain:
+        raise ArgumentError("BW201", "the prompt has no token", suggestion="give text in a language of the model")
+    tokens: list[int] = tokenizer.encode(text, split_special_tokens=True)
+    # Some tokenizers also end a text, and after its end there is nothing to continue.
+    while len(tokens) > len(plain) and tokens[-len(plain) :] != plain:
+        tokens = tokens[:-1]
+    return tokens
+
+
+def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of the tokenizer's chat template for one message of the user, up to where the answer begins.
+
+    transformers renders the template in an immutable sandbox. Control tokens come from the template alone.
+
+    Raises:
+        ArgumentError: BW201 if the text is empty or not valid Unicode, or the tokenizer has no chat template.
+        BitwrightError: BW312 if the template fails.
+    """
+    _check_text(text)
+    if not tokenizer.chat_template:
+        raise ArgumentError("BW201", "the model has no chat template", suggestion="prompt it without chat")
+    options: dict[str, Any] = {"sanitize_control_tokens": True}
+    if not inspect.signature(tokenizer.apply_chat_template).parameters.keys() >= options.keys():
+        options = {}  # an older transformers, which would hand the option to the template
+        _refuse_control_tokens(tokenizer, text)
+    message = {"role": "user", "content": text}
+    try:
+        tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False, **options)
+    except Exception as error:  # a template is a program, and fails in as many ways
+        what = f"the chat template fails: {type(error).__name__}: {error}"
+        raise BitwrightError("BW312", what, suggestion="prompt the model without chat") from None
+    if not isinstance(tokens, list) or not tokens:
+        raise BitwrightError("BW312", "the chat template gives no token", suggestion="prompt the model without chat")
+    return [int(token) for token in tokens]  # type: ignore[arg-type]
+
+
+def _refuse_control_tokens(tokenizer: Tokenizer, text: str) -> None:
+    found = [token for token in tokenizer.all_special_tokens if token in text]
+    if found:
+        what = f"the message spells the control token {found[0]!r}"
+        raise ArgumentError("BW201", what, suggestion="remove it, or update transformers, which then reads it as text")
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str) or not text:
+        found = "empty" if isinstance(text, str) else f"a {type(text).__name__}"
+        raise ArgumentError("BW201", f"the prompt is {found}", suggestion="give a text to continue")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"the prompt is not valid Unicode at character {error.start}"
+        raise ArgumentError("BW201", what, suggestion="remove the lone surrogate") from None
+
+
+class Detokenizer:
+    """The text of generated tokens, in pieces that end between characters.
+
+    What a token adds to the text depends on those before it: on the prompt's last at first, later on those of the
+    piece before. Tokens are held back while their bytes end within a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(prompt)
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` completes: empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._text()
+        if not text or text.endswith(INCOMPLETE):
+            return ""
+        self._before, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """What was held back, without the bytes of an incomplete last character."""
+        text = self._text() if self._pending else ""
+        self._pending = []
+        return text.rstrip(INCOMPLETE)
+
+    def _text(self) -> str:
+        before = self._decode(self._before)
+        return self._decode(self._before + self._pending)[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
