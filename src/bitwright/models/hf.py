@@ -67,14 +67,16 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about generation settings, which are not used here
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            build: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = build(config, dtype=dtype)
     except Exception as error:  # sizes that do not fit together surface as any kind of exception
         message = f"config.json does not describe a model: {type(error).__name__}: {error}"
         raise BitwrightError(
             "BW307", message, suggestion="restore the config.json that belongs to the weights"
         ) from None
     model.tie_weights()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

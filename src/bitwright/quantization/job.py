@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.core.memory import trim_memory
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.recipe import Recipe
 from bitwright.formats.safetensors_file import TensorSource, read_tensor, serialize
@@ -167,6 +168,7 @@ class Job:
             output_error=work.output_error,
         )
         self.journal.append(record)
+        trim_memory()
         self._tell(index, record, time.perf_counter() - started)
 
     def _start_flow(self) -> None:

@@ -67,11 +67,12 @@ class Journal:
         header = lines[0]
         differing = _differences(header.get("fingerprint", {}), self._fingerprint)
         if differing:
+            command = header.get("command", "the first command")
             raise BitwrightError(
                 "BW207",
                 f"{self.output} holds an unfinished run with another {', '.join(differing)}",
                 why="; ".join(f"{name}: {old} there, {new} now" for name, (old, new) in differing.items()),
-                suggestion=f"resume it with: {header.get('command', 'the first command')}; or discard it with --restart",
+                suggestion=f"resume it with: {command}; or discard it with --restart",
             )
         records = [_record(line) for line in lines[1:]]
         self.done = self._intact(records)
