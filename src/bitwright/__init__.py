@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from bitwright.evaluation.comparison import evaluate as eval
     from bitwright.models.generation import generate
     from bitwright.models.loading import load
-    from bitwright.quantization.run import convert, prepare, quantize
+    from bitwright.quantization.api import quantize
+    from bitwright.quantization.session import convert, prepare
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,7 @@ SOURCES = {
     "LayerScheme": "core.scheme",
     "QuantScheme": "core.scheme",
     "QuantizedTensor": "core.qtensor",
-    "convert": "quantization.run",
+    "convert": "quantization.session",
     "demo": "cli.demo",
     "doctor": "cli.doctor",
     "eval": "evaluation.comparison:evaluate",
@@ -63,8 +64,8 @@ SOURCES = {
     "inspect": "cli.inspection",
     "load": "models.loading",
     "parse": "core.scheme_names",
-    "prepare": "quantization.run",
-    "quantize": "quantization.run",
+    "prepare": "quantization.session",
+    "quantize": "quantization.api",
 }
 
 

@@ -1,0 +1,228 @@
+"""The commands and their options, declared once. Each calls the Python function of its name and shows the outcome."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitwright import __version__
+from bitwright.cli.failures import notices_as_lines, report_failure
+from bitwright.core.settings import read_settings
+
+__all__ = ["app", "run"]
+
+# Plain help: the rich one takes longer to import than everything else together.
+app = typer.Typer(name="bitwright", rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+MODEL_HELP = "A directory of config.json and safetensors, an id on the Hugging Face hub, or demo: (the embedded model)."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
+Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic; as many as torch takes unless given.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; every outcome, failures too, is an exit status."""
+    debug, arguments = _take_debug(arguments)
+    name, command = "bitwright", typer.main.get_command(app)
+    if "--help" in arguments and arguments[0] in (commands := getattr(command, "commands", {})):
+        # Straight to the command's own help: reading the values of options before it would import pydantic.
+        name, command, arguments = f"bitwright {arguments[0]}", commands[arguments[0]], ["--help"]
+    with notices_as_lines(debug=debug):
+        try:
+            # Not command.main(): that would end the process, and turn Ctrl-C and errors into its own messages.
+            with command.make_context(name, list(arguments) or ["--help"], obj=arguments) as context:
+                command.invoke(context)
+        except typer.Exit as ended:
+            return ended.exit_code
+        except SystemExit:
+            raise
+        except BaseException as failure:
+            return report_failure(failure, arguments, debug=debug)
+    return 0
+
+
+def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
+    """``--debug`` counts wherever it stands before ``--``."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [text for text in arguments[:end] if text != "--debug"]
+    return len(options) < end or read_settings().debug, options + arguments[end:]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and other libraries' warnings.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize language models, prove the result, run it.
+
+    Start with: bitwright demo
+    """
+
+
+@app.command()
+def quantize(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")],
+    scheme: Annotated[str, typer.Option(help="What numbers are stored: w4g128, w8, w3g32-asym, nf4g64-dq, w8a8 ...")],
+    algorithm: Annotated[str, typer.Option(help="How they are chosen: rtn (round to nearest).")] = "rtn",
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors or native; the first that can store the scheme unless given.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file or data set (calibration, heldout) for algorithms that need one.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in each calibration sample; 2048 or the model's context, the smaller.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SCHEME", help="Another scheme (or float) for some layers; may be given many times."),
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    group_fallback: Annotated[
+        str, typer.Option(help="Where groups do not divide a layer: error, pad, per-channel or skip.")
+    ] = "error",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint in OUTPUT.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUTPUT.")] = False,
+    check: Annotated[
+        bool | None, typer.Option(help="Measure perplexity before and after; done for small models unless said.")
+    ] = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Quantize a model. Interrupted, the same command resumes where it stopped."""
+    from bitwright.cli.quantization import QuantizeRequest, run_quantize
+
+    request = QuantizeRequest(
+        arguments=context.obj,
+        check=check,
+        model=model,
+        output=output,
+        options={
+            "scheme": scheme,
+            "algorithm": algorithm,
+            "format": format,
+            "calibration": calibration,
+            "samples": samples,
+            "seqlen": seqlen,
+            "overrides": tuple(override or ()),
+            "seed": seed,
+            "threads": threads,
+            "group_fallback": group_fallback,
+            "overwrite": overwrite,
+            "restart": restart,
+        },
+    )
+    run_quantize(request, as_json=json, plain=plain)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    reference: Annotated[str | None, typer.Option(help="The model to compare with, before quantization.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text file or data set to read; heldout unless given.")] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
+    probes: Annotated[bool, typer.Option(help="Also ask the embedded questions.")] = True,
+    threads: Threads = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Measure models, and compare them with a reference.
+
+    Size, bits per weight, perplexity, KL divergence from the reference, top-1 agreement, embedded probes: one table.
+    """
+    from bitwright.cli.evaluation import run_eval
+
+    options = {"reference": reference, "text": text, "seqlen": seqlen, "probes": probes, "threads": threads}
+    run_eval(models, options, as_json=json, plain=plain)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or with --chat to answer.")],
+    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; higher: more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw only among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    json: Json = False,
+) -> None:
+    """Continue a text, printed as it is written."""
+    from bitwright.cli.generation import run_generate
+
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
+    run_generate(model, prompt, options, as_json=json)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also every kernel's answer, and why it refuses.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a checkpoint layer by layer.
+
+    How each layer is stored, what it costs, which kernel runs it on this machine and why.
+    """
+    from bitwright.cli import inspection
+
+    found = inspection.inspect(model)
+    _show(found.to_dict() if json else inspection.render_inspection(found, kernels=kernels))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show what this machine offers and what is missing.
+
+    Cores, instruction sets, GPU, memory, disk, and the kernels that will be used.
+    """
+    from bitwright.cli import doctor as machine
+
+    found = machine.doctor()
+    _show(found.to_dict() if json else machine.render_machine(found))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the models and the picture in this directory.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Try everything on the embedded model.
+
+    Quantizes it at 8, 4, 3 and 2 bits, compares the results in a table and a picture, and lets the original and the
+    4-bit model write a story each. Offline, in under a minute.
+    """
+    from bitwright.cli.demo import run_demo
+
+    run_demo(output, as_json=json)
+
+
+@app.command()
+def explain(code: Annotated[str, typer.Argument(metavar="CODE", help="The code in an error message: BW203.")]) -> None:
+    """Explain an error code."""
+    from bitwright.core.errors import explain as explain_code
+
+    print(explain_code(code))
+
+
+def _show(result: str | dict[str, object]) -> None:
+    print(result if isinstance(result, str) else json.dumps(result, indent=2))

@@ -1,0 +1,55 @@
+"""Ctrl-C once: stop after the block; twice: stop now. SIGTERM: stop after the block, or now if that takes 10 s."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from bitwright.cli.failures import Interrupted
+
+__all__ = ["StopRequest", "stop_on_signals"]
+
+GRACE_SECONDS = 10.0
+
+
+class StopRequest:
+    """Whether a signal asked to stop, and which (the last one). Calling it answers the first question."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+
+@contextlib.contextmanager
+def stop_on_signals(announce: Callable[[int], None], describe_stop: Callable[[], str]) -> Iterator[StopRequest]:
+    """Turn signals into a request to stop for as long as the context lasts; outside it they act as before.
+
+    Args:
+        announce: called with the number of the first signal, to tell the user what happens now.
+        describe_stop: what :class:`Interrupted` says when work is broken off at once.
+    """
+    request = StopRequest()
+
+    def stop_now(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(request.number or number, describe_stop())
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.number is not None:
+            stop_now(number, frame)
+        request.number = number
+        if number == signal.SIGTERM:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+        announce(number)
+
+    handlers = {signal.SIGINT: handle, signal.SIGTERM: handle, signal.SIGALRM: stop_now}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield request
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
