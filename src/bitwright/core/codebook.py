@@ -43,7 +43,7 @@ def encode_levels(values: Tensor, code: str) -> Tensor:
     if code == "fp8_e4m3":
         return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     midpoints, codes = _ascending(code)
-    return codes[torch.bucketize(values, midpoints, right=False)]
+    return codes[torch.bucketize(values.contiguous(), midpoints, right=False)]
 
 
 def decode_levels(codes: Tensor, code: str) -> Tensor:

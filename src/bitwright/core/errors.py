@@ -218,10 +218,10 @@ def explain(code: str) -> str:
     """Return the catalogue text of ``code`` (``"BW203"``; case and the prefix are optional).
 
     Raises:
-        BitwrightError: BW201 if no such code exists; the message lists them all.
+        ArgumentError: BW201 if no such code exists; the message lists them all.
     """
     digits = code.upper().removeprefix("BW")
     entry = CATALOGUE.get("BW" + digits)
     if entry is None:
-        raise BitwrightError("BW201", f"there is no error code {code!r}", suggestion="one of " + ", ".join(CATALOGUE))
+        raise ArgumentError("BW201", f"there is no error code {code!r}", suggestion="one of " + ", ".join(CATALOGUE))
     return f"BW{digits}: {entry.title} (exit status {digits[0]})\n\n{entry.text}"
