@@ -1,0 +1,1 @@
+"""How the embedded model is made: its text, its tokenizer, its training."""
