@@ -131,6 +131,8 @@ def _split(zero: Tensor | None, shift: int, scheme: QuantScheme) -> tuple[Tensor
 
 def _integer_products(left: Tensor, right: Tensor) -> Tensor:
     """``left [tokens, n]`` times ``right [rows, n]`` transposed, int8 both: exact int32 ``[tokens, rows]``."""
+    if left.shape[1] == 1:  # torch 2.13's own product reads a single column with the strides of a row
+        return left.to(torch.int32) * right.t().to(torch.int32)
     if left.device.type == "cpu" and _native_product_is_exact():
         return torch._int_mm(left, right.t())
     sums = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)

@@ -1,0 +1,44 @@
+"""The table: order, reasons, and the reference at the end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme_names import NAMED_SCHEMES, parse
+from bitwright.kernels import reference, table
+from bitwright.kernels.table import KERNELS, Kernel, KernelSpec, explain, select
+
+
+def spec(name: str) -> KernelSpec:
+    return KernelSpec(scheme=parse(name), shape=(64, 100), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["w1", "w4g7-asym-axis0", "nf4g64-dq", "fp8", *NAMED_SCHEMES])
+def test_the_reference_is_last_and_accepts_everything(name: str) -> None:
+    assert KERNELS[-1] is reference.KERNEL
+    assert explain(spec(name))[-1] == ("reference", None)
+    assert select(spec(name)).refuse(spec(name)) is None
+
+
+def picky(name: str) -> Kernel:
+    def refuse(asked: KernelSpec) -> str | None:
+        return None if asked.scheme.weight.bits == 4 else "4 bits only"
+
+    return replace(reference.KERNEL, name=name, refuse=refuse)
+
+
+def test_the_first_that_accepts_is_chosen_and_refusals_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "KERNELS", (picky("fast"), reference.KERNEL))
+    assert select(spec("w4")).name == "fast"
+    assert select(spec("w8")).name == "reference"
+    assert explain(spec("w8")) == [("fast", "4 bits only"), ("reference", None)]
+
+
+def test_if_all_refuse_each_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "KERNELS", (picky("fast"), picky("faster")))
+    with pytest.raises(BitwrightError, match=r"BW206.*w8(?s:.*)fast: 4 bits only; faster: 4 bits only"):
+        select(spec("w8"))
