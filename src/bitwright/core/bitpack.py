@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits as one dense stream of bits in 32-bit words: element i begins at bit i·b, least bit first.
 
-Padding bits are zero. Eight codes of b bits fill exactly b bytes, so every width is packed by the same few byte
-operations on whole columns; nothing loops over elements.
+Padding bits are zero. Eight codes, one a byte, are one 64-bit number, whose bits are drawn together in three steps:
+pairs of bytes, pairs of pairs, halves. So every width takes the same dozen operations on eight codes at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 __all__ = ["pack", "packed_words", "unpack", "unpack_padded"]
+
+TILE = 1 << 18  # codes worked on at a time, so that the intermediate numbers stay in cache
+NARROWER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of as many bytes
+LANES = (8, 16, 32)  # widths, in bits, of what the three steps bring together
 
 
 def packed_words(length: int, bits: int) -> int:
@@ -30,14 +34,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     length = codes.shape[-1]
     if length % 32:
         codes = torch.nn.functional.pad(codes, (0, 32 - length % 32))
-    lanes = codes.reshape(*codes.shape[:-1], -1, 8)
-    stream = torch.zeros(*lanes.shape[:-1], bits, dtype=torch.uint8, device=codes.device)
-    for lane in range(8):
-        byte, shift = divmod(lane * bits, 8)
-        stream[..., byte] |= lanes[..., lane] << shift
-        if shift + bits > 8:
-            stream[..., byte + 1] |= lanes[..., lane] >> (8 - shift)
-    words = stream.flatten(-2).view(torch.int32)
+    eights = codes.contiguous().view(torch.int64).flatten()
+    stream = torch.empty(eights.numel(), bits, dtype=torch.uint8, device=codes.device)
+    for part, target in zip(eights.split(TILE // 8), stream.split(TILE // 8), strict=True):
+        packed = _draw_together(part, bits)
+        if bits in NARROWER:
+            target.view(NARROWER[bits]).squeeze(-1).copy_(packed)  # converting to fewer bytes keeps the low ones
+        else:
+            target.copy_(packed.view(torch.uint8).view(-1, 8)[:, :bits])
+    words = stream.view(*codes.shape[:-1], -1).view(torch.int32)
     return words[..., : packed_words(length, bits)].contiguous()
 
 
@@ -49,20 +54,19 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """
     expected = packed_words(length, bits)
     if words.dtype != torch.int32 or words.shape[-1] != expected:
-        found = f"{words.shape[-1]} {words.dtype}"
-        raise ValueError(f"{length} codes of {bits} bits are {expected} int32 words, not {found}")
+        raise ValueError(
+            f"{length} codes of {bits} bits are {expected} int32 words, not {words.shape[-1]} {words.dtype}"
+        )
     whole = -(-length // 32) * bits
     if whole != expected:
         words = torch.nn.functional.pad(words, (0, whole - expected))
-    stream = words.contiguous().view(torch.uint8).reshape(*words.shape[:-1], -1, bits)
-    lanes = torch.empty(*stream.shape[:-1], 8, dtype=torch.uint8, device=words.device)
-    for lane in range(8):
-        byte, shift = divmod(lane * bits, 8)
-        value = stream[..., byte] >> shift
-        if shift + bits > 8:
-            value = value | (stream[..., byte + 1] << (8 - shift))
-        lanes[..., lane] = value & ((1 << bits) - 1)
-    return lanes.flatten(-2)[..., :length].contiguous()
+    stream = words.contiguous().view(torch.uint8).view(-1, bits)
+    codes = torch.empty(stream.shape[0], 8, dtype=torch.uint8, device=words.device)
+    for part, target in zip(stream.split(TILE // 8), codes.split(TILE // 8), strict=True):
+        eights = torch.zeros(part.shape[0], 8, dtype=torch.uint8, device=words.device)
+        eights[:, :bits] = part
+        target.copy_(_spread_apart(eights.view(torch.int64).flatten(), bits).view(torch.uint8).view(-1, 8))
+    return codes.view(*words.shape[:-1], -1)[..., :length].contiguous()
 
 
 def unpack_padded(words: Tensor, bits: int, length: int) -> Tensor:
@@ -78,3 +82,26 @@ def unpack_padded(words: Tensor, bits: int, length: int) -> Tensor:
     shifts = torch.arange(per_word, device=words.device) * bits
     codes = (words.unsqueeze(-1).to(torch.int64) >> shifts) & ((1 << bits) - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :length].contiguous()
+
+
+def _draw_together(eights: Tensor, bits: int) -> Tensor:
+    """Bring the ``bits`` low bits of each of eight bytes (int64) to the low end of the number."""
+    for lane in LANES if bits < 8 else ():
+        filled = bits * lane // 8
+        low = _low_bits(filled, 2 * lane)
+        eights = (eights & low) | ((eights >> (lane - filled)) & (low << filled))
+    return eights
+
+
+def _spread_apart(eights: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`_draw_together`."""
+    for lane in reversed(LANES) if bits < 8 else ():
+        filled = bits * lane // 8
+        low = _low_bits(filled, 2 * lane)
+        eights = (eights & low) | ((eights & (low << filled)) << (lane - filled))
+    return eights
+
+
+def _low_bits(count: int, period: int) -> int:
+    """A 64-bit mask of ``count`` ones at the low end of every ``period`` bits."""
+    return sum(((1 << count) - 1) << start for start in range(0, 64, period))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,20 +31,25 @@ def levels(code: str) -> Tensor:
 
 
 @cache
-def _ascending(code: str) -> tuple[Tensor, Tensor]:
-    """The midpoints between neighbouring distinct levels, and the code of each distinct level, both ascending."""
+def _ascending(code: str) -> tuple[int, tuple[tuple[float, int], ...]]:
+    """The code of the lowest level, then each midpoint between neighbours and the step (mod 256) to the code above it."""
     order = sorted({value: index for index, value in reversed(list(enumerate(TABLES[code])))}.items())
-    values = torch.tensor([value for value, _ in order], dtype=torch.float64)
-    midpoints = ((values[1:] + values[:-1]) / 2).to(torch.float32)
-    return midpoints, torch.tensor([index for _, index in order], dtype=torch.uint8)
+    steps = [
+        (float(torch.tensor((low + high) / 2, dtype=torch.float32)), (above - below) % 256)
+        for (low, below), (high, above) in pairwise(order)
+    ]
+    return order[0][1], tuple(steps)
 
 
 def encode_levels(values: Tensor, code: str) -> Tensor:
     """Codes (uint8) of the nearest levels to ``values`` (float32, divided by their scale); a midpoint goes down."""
     if code == "fp8_e4m3":
         return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    midpoints, codes = _ascending(code)
-    return codes[torch.bucketize(values.contiguous(), midpoints, right=False)]
+    lowest, steps = _ascending(code)
+    codes = torch.full(values.shape, lowest, dtype=torch.uint8, device=values.device)
+    for midpoint, step in steps:  # fifteen comparisons are many times faster than a search per number
+        codes.add_((values > midpoint).view(torch.uint8), alpha=step)
+    return codes
 
 
 def decode_levels(codes: Tensor, code: str) -> Tensor:

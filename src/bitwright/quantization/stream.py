@@ -26,6 +26,7 @@ from bitwright.quantization.statistics import SiteStatistics, collect_statistics
 
 __all__ = ["BlockResult", "Flow", "block_seed", "layer_row", "quantize_block", "quantized_linear", "round_layers"]
 
+TILE = 1 << 18  # weights compared at a time, so that the float32 copies stay in cache
 COMPARED_SAMPLES = 8  # a block's output error is measured on so many samples, to bound what is kept
 
 
@@ -130,7 +131,7 @@ def layer_row(
 ) -> dict[str, Any]:
     """The report's row of one layer."""
     weight = linear_weight(layer)
-    importance = None if statistics is None else statistics.sum_of_squares.to(torch.float32)
+    importance = None if statistics is None else statistics.sum_of_squares
     plain, weighted = _errors(weight, tensor, importance)
     row: dict[str, Any] = {
         "scheme": scheme.name,
@@ -171,16 +172,21 @@ def _run_sample(block: nn.Module, flow: Flow | None, sample: int) -> Tensor:
 
 def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) -> tuple[float, float | None]:
     """``|W - W'| / |W|`` in the Frobenius norm, and the same with each column weighted by its input's power."""
-    difference, size = torch.zeros(weight.shape[1]), torch.zeros(weight.shape[1])
-    rebuilt = tensor.dequantize()
-    for rows in range(0, weight.shape[0], 256):
-        part = weight[rows : rows + 256].to(torch.float32)
-        difference += (part - rebuilt[rows : rows + 256]).square_().sum(0)
+    difference = torch.zeros(weight.shape[1], dtype=torch.float64)
+    size = torch.zeros_like(difference)
+    separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
+    rebuilt = None if separable else tensor.dequantize()
+    count = max(1, TILE // weight.shape[1])
+    for start in range(0, weight.shape[0], count):
+        rows = slice(start, start + count)
+        part = weight[rows].to(torch.float32)
+        decoded = tensor.rows(rows).dequantize() if rebuilt is None else rebuilt[rows]
+        difference += (part - decoded).square_().sum(0)
         size += part.square().sum(0)
-    plain = float((difference.sum() / size.sum().clamp(min=1e-30)).sqrt())
+    plain = float((difference.sum() / size.sum().clamp(min=1e-300)).sqrt())
     if importance is None:
         return plain, None
-    return plain, float(((difference * importance).sum() / (size * importance).sum().clamp(min=1e-30)).sqrt())
+    return plain, float(((difference * importance).sum() / (size * importance).sum().clamp(min=1e-300)).sqrt())
 
 
 def _relative_square(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> float:
