@@ -22,7 +22,6 @@ from bitwright.core import bitpack
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
-from bitwright.core.scheme_names import DYNAMIC_INT8
 from bitwright.formats import compressed_tensors_reading as reading
 from bitwright.formats.records import Format, LayerRecord
 
@@ -51,8 +50,6 @@ def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
         divisors = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
         fitting = f" (these do: {', '.join(map(str, divisors))})" if divisors else ""
         return f"its groups have one size, and groups of {weight.group} do not divide {columns} input features{fitting}"
-    if scheme.activation not in (None, DYNAMIC_INT8):
-        return "its activations are int8, one scale per token"
     return None
 
 

@@ -31,9 +31,7 @@ VERSION = 1
 
 
 def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
-    """Why a layer cannot be stored: never, for a scheme that has a name."""
-    if parse(scheme.name) != scheme:
-        return f"the scheme {scheme.name} has settings that its name does not tell"
+    """Why a layer cannot be stored: never, since every scheme has a name that is read back to it."""
     return None
 
 
@@ -41,13 +39,11 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme) -> dict[str,
     """The tensors of the layer ``name`` by their names in the file.
 
     Raises:
-        BitwrightError: BW205 if ``scheme`` is not that of ``tensor`` or has no name.
+        BitwrightError: BW205 if ``scheme`` is not that of ``tensor``.
     """
-    reason = refuse(scheme, tensor.shape)
     if tensor.scheme != scheme.weight:
-        reason = f"its numbers are {tensor.scheme.name}, not {scheme.weight.name}"
-    if reason is not None:
-        raise BitwrightError("BW205", f"{name} cannot be stored in the native format: {reason}")
+        what = f"the numbers of {name} are {tensor.scheme.name}, not {scheme.weight.name}"
+        raise BitwrightError("BW205", what, suggestion="encode it with the scheme that it was quantized in")
     return _encode(name, tensor)
 
 

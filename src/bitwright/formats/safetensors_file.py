@@ -143,8 +143,11 @@ def serialize(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor; through uint8, since numpy knows neither bf16 nor fp8."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    """The memory of a contiguous tensor; through uint8, since numpy knows neither bf16 nor fp8.
+
+    (A dimension of one element may have any stride and still be contiguous, but not be viewed as bytes.)
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _size(tensor: Tensor | TensorSource) -> int:

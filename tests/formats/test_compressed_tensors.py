@@ -1,0 +1,393 @@
+"""The compressed-tensors format against the package of that name, and against files that two versions of it wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.core import bitpack
+from bitwright.core.errors import BitwrightError
+from bitwright.core.grid import FitOptions
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import QuantScheme
+from bitwright.core.scheme_names import parse
+from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.compressed_tensors import FORMAT
+from bitwright.formats.records import LayerRecord
+from bitwright.formats.safetensors_file import serialize
+from bitwright.formats.storage import write_file
+from tests.formats.layers import Layer, make_layer, random_layer, write_checkpoint
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+NAME = "model.layers.0.mlp.up_proj"
+PACKED = [f"w{bits}{group}{kind}" for bits in range(2, 9) for group in ("", "g32") for kind in ("", "-asym")]
+BYTES = ["w8-a8", "w4-a8", "w8-asym-a8", "w8g32-a8", "w4g32-asym-a8", "w6-a8"]
+SCALES = ["", "-sbf16", "-sf32"]
+SHAPES = [(24, 96), (5, 32), (1, 64), (33, 160)]
+
+
+def _compressor(record: LayerRecord) -> tuple[Any, Any]:
+    """The package's own compressor and scheme for a layer."""
+    package = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+
+    config = FORMAT.config({NAME: record}, [])
+    quantization = package.quantization.QuantizationConfig.model_validate(config)
+    scheme = quantization.config_groups["group_0"]
+    return BaseCompressor.get_value_from_registry(config["format"]), scheme
+
+
+def _with_scale(name: str, scale: str) -> str:
+    return name.removesuffix("-a8") + scale + ("-a8" if name.endswith("-a8") else "")
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    return codes if codes.dtype == torch.int8 else (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _encoded(layer: Layer) -> dict[str, Tensor]:
+    """Our tensors of a layer, without its name."""
+    return {key.removeprefix(NAME + "."): value for key, value in FORMAT.encode(NAME, *layer).items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", PACKED + BYTES)
+def test_our_tensors_are_those_of_the_package_bit_for_bit(name: str, scale: str, shape: tuple[int, int]) -> None:
+    """Given the same codes and scales: the package is handed the numbers that they stand for, and finds them again."""
+    layer, scheme = random_layer(_with_scale(name, scale), shape)
+    bits = scheme.weight.bits
+    compressor, package_scheme = _compressor(LayerRecord(scheme, shape))
+    zero = torch.zeros(layer.dense_scale().shape, dtype=torch.int8) if layer.zero is None else _signed(layer.zero, bits)
+    state = {
+        "weight": layer.dequantize(),
+        "weight_scale": layer.dense_scale().to(torch.float32),
+        "weight_zero_point": zero,
+    }
+    theirs = compressor.compress(state, package_scheme)
+    ours = _encoded((layer, scheme))
+    assert set(ours) == set(theirs)
+    for key, value in ours.items():
+        wanted = theirs[key].to(scheme.weight.scale_dtype) if key == "weight_scale" else theirs[key]
+        assert value.dtype == wanted.dtype and value.is_contiguous() and torch.equal(value, wanted), key
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", PACKED + BYTES)
+def test_the_package_decodes_our_tensors_to_our_numbers(name: str, scale: str) -> None:
+    """It computes in the dtype of the scales, so that is where the two are compared: there they agree exactly."""
+    layer, scheme = make_layer(_with_scale(name, scale), (24, 96))
+    compressor, package_scheme = _compressor(LayerRecord(scheme, (24, 96)))
+    decoded = compressor.decompress(_encoded((layer, scheme)), package_scheme)["weight"]
+    assert torch.equal(decoded, layer.dequantize(decoded.dtype))
+
+
+def test_negative_scales_are_stored_and_mean_the_same_to_the_package() -> None:
+    layer, scheme = make_layer("w4g32-sf32", (24, 96), options=FitOptions(symmetric_range="full"))
+    assert bool((layer.dense_scale() < 0).any()) and int(layer.codes.min()) == -8
+    compressor, package_scheme = _compressor(LayerRecord(scheme, (24, 96)))
+    decoded = compressor.decompress(_encoded((layer, scheme)), package_scheme)["weight"]
+    assert torch.equal(decoded, layer.dequantize())
+
+
+@pytest.mark.parametrize("name", PACKED + BYTES)
+def test_a_layer_comes_back_with_the_same_numbers(tmp_path: Path, name: str) -> None:
+    layer, scheme = make_layer(name, (24, 96))
+    checkpoint = write_checkpoint(tmp_path, FORMAT, {NAME: (layer, scheme)})
+    record = FORMAT.layers(checkpoint)[NAME]
+    assert record == LayerRecord(scheme, (24, 96))
+    read = FORMAT.decode(checkpoint, NAME, record)
+    assert torch.equal(read.codes, layer.codes) and torch.equal(read.dequantize(), layer.dequantize())
+    assert read.dense_scale().dtype == layer.dense_scale().dtype
+
+
+def test_codes_centred_on_zero_come_back_counted_from_it(tmp_path: Path) -> None:
+    """The format does not tell the two ways of writing asymmetric codes apart; the numbers are the same."""
+    layer, scheme = make_layer("w4g32-asym-signed", (24, 96))
+    checkpoint = write_checkpoint(tmp_path, FORMAT, {NAME: (layer, scheme)})
+    record = FORMAT.layers(checkpoint)[NAME]
+    assert record.scheme == parse("w4g32-asym")
+    assert torch.equal(FORMAT.decode(checkpoint, NAME, record).dequantize(), layer.dequantize())
+
+
+def test_scales_fallen_back_to_float32_survive(tmp_path: Path) -> None:
+    scheme = parse("w4g32")
+    tiny = QuantizedTensor.quantize(torch.randn(8, 64) * 1e-8, scheme.weight)
+    checkpoint = write_checkpoint(tmp_path, FORMAT, {"a": (tiny, scheme), "b": make_layer("w4g32", (8, 64))})
+    records = FORMAT.layers(checkpoint)
+    read = FORMAT.decode(checkpoint, "a", records["a"])
+    assert read.dense_scale().dtype == torch.float32 and torch.equal(read.dequantize(), tiny.dequantize())
+    assert records["a"].scheme == parse("w4g32-sf32") and records["b"].scheme == scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "words"),
+    [
+        ("nf4g32", 64, "nf4"), ("fp4g32", 64, "fp4"), ("fp8", 64, "fp8"), ("w4g32-dq", 64, "double"),
+        ("A16W4", 64, "floats"), ("A8W8", 64, "floats"), ("w4g32-axis0", 64, "input features"), ("w1", 64, "2 bits"),
+        ("w1-asym", 64, "2 bits"), ("w4g32", 72, "72"), ("w4g128", 64, "64, 32, 16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_stored_is_refused_with_the_reason(name: str, columns: int, words: str) -> None:
+    layer, scheme = make_layer(name, (8, columns))
+    reason = FORMAT.refuse(scheme, (8, columns))
+    assert reason is not None and words in reason
+    with pytest.raises(BitwrightError, match=r"(?s)BW205.*--format native"):
+        FORMAT.encode(NAME, layer, scheme)
+
+
+def test_a_group_index_and_a_foreign_scheme_are_refused() -> None:
+    layer, scheme = make_layer("w4g32", (8, 64))
+    indexed = replace(layer, group_index=torch.zeros(64, dtype=torch.int32))
+    for tensor, told in ((indexed, scheme), (layer, parse("w4g64"))):
+        with pytest.raises(BitwrightError, match="BW205"):
+            FORMAT.encode(NAME, tensor, told)
+
+
+@pytest.mark.parametrize("name", PACKED + BYTES)
+def test_the_configuration_means_to_the_package_what_it_means_to_us(name: str) -> None:
+    scheme = parse(name)
+    _, package_scheme = _compressor(LayerRecord(scheme, (24, 96)))
+    weights = package_scheme.weights
+    assert (weights.num_bits, weights.symmetric, weights.group_size) == (
+        scheme.weight.bits,
+        scheme.weight.symmetric,
+        scheme.weight.group,
+    )
+    assert weights.strategy == ("channel" if scheme.weight.group is None else "group")
+    assert (package_scheme.input_activations is None) == (scheme.activation is None)
+    assert package_scheme.targets == ["Linear"]
+
+
+def test_layers_of_several_kinds_are_named_one_by_one() -> None:
+    package = pytest.importorskip("compressed_tensors")
+    records = {
+        "a": LayerRecord(parse("w4g32"), (8, 64)),
+        "b": LayerRecord(parse("w8a8"), (8, 64)),
+        "c": LayerRecord(parse("w4g32-sf32"), (8, 64)),
+    }
+    config = FORMAT.config(records, ["lm_head"])
+    assert config["format"] == "mixed-precision" and config["ignore"] == ["lm_head"]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["a", "c"], ["b"]]
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+    read = package.quantization.QuantizationConfig.model_validate(config)
+    assert read.config_groups["group_1"].input_activations.dynamic is True
+    json.dumps(config)
+
+
+@pytest.mark.parametrize("version", ["0.17", "0.20"])
+def test_checkpoints_of_the_package_are_read(version: str) -> None:
+    """Version 0.17 pads codes of odd widths, 0.20 packs them densely; one layer is as wide either way."""
+    checkpoint = open_checkpoint(GOLDEN / f"compressed-tensors-{version}")
+    _assert_expected(checkpoint)
+    packed = checkpoint.stored("model.layers.0.linear.weight_packed").entry.shape
+    assert packed == ((16, 7) if version == "0.17" else (16, 6))
+
+
+@pytest.mark.parametrize("version", ["0.17", "0.20"])
+def test_without_a_version_the_empty_bits_tell_how_codes_are_packed(tmp_path: Path, version: str) -> None:
+    shutil.copytree(GOLDEN / f"compressed-tensors-{version}", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    del config["quantization_config"]["version"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _assert_expected(open_checkpoint(tmp_path))
+
+
+def _assert_expected(checkpoint: Checkpoint) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    expected = safetensors.load_file(checkpoint.directory / "expected.safetensors")
+    records = FORMAT.layers(checkpoint)
+    assert len(records) == 9
+    for name, record in records.items():
+        codes, zero = expected[f"{name}.codes"].float(), expected[f"{name}.zero"].float()
+        scale = checkpoint.read(f"{name}.weight_scale").float()
+        spread = codes.shape[1] // scale.shape[1]
+        wanted = (codes - zero.repeat_interleave(spread, 1)) * scale.repeat_interleave(spread, 1)
+        assert torch.equal(FORMAT.decode(checkpoint, name, record).dequantize(), wanted), name
+
+
+def _padded(codes: Tensor, bits: int) -> Tensor:
+    """Older packing, element by element: ``32 // bits`` codes a word, along the last dimension."""
+    per_word = 32 // bits
+    words = torch.zeros(codes.shape[0], -(-codes.shape[1] // per_word), dtype=torch.int64)
+    for row in range(codes.shape[0]):
+        for column in range(codes.shape[1]):
+            words[row, column // per_word] |= int(codes[row, column]) << (column % per_word * bits)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("shape", [(10, 32), (31, 64), (40, 40), (7, 96)], ids=str)
+def test_padded_codes_and_zero_points_are_read(tmp_path: Path, bits: int, shape: tuple[int, int]) -> None:
+    layer, scheme = random_layer(f"w{bits}-asym", shape)
+    assert layer.zero is not None
+    good = FORMAT.encode(NAME, layer, scheme)
+    write_checkpoint(tmp_path, FORMAT, {NAME: (layer, scheme)})
+    old = {
+        f"{NAME}.weight_packed": _padded(layer.codes, bits),
+        f"{NAME}.weight_zero_point": _padded(layer.zero.t(), bits).t().contiguous(),
+    }
+    write_file(tmp_path / "model.safetensors", serialize(good | old))
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    config["quantization_config"]["version"] = "0.15.0.1"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    read = FORMAT.decode(checkpoint, NAME, FORMAT.layers(checkpoint)[NAME])
+    assert torch.equal(read.codes, layer.codes) and read.zero is not None and torch.equal(read.zero, layer.zero)
+
+
+def test_what_other_writers_do_differently_is_read(tmp_path: Path) -> None:
+    """Zero points of symmetric layers, unpacked ones, scales without a second dimension, groups by pattern, g_idx."""
+    layer, scheme = random_layer("w4g32-asym", (8, 64))
+    assert layer.zero is not None
+    pack = FORMAT.encode("model.a.q_proj", layer, scheme)
+    pack["model.a.q_proj.weight_zero_point"] = _signed(layer.zero, 4)
+    pack["model.a.q_proj.weight_g_idx"] = torch.full((64,), -1, dtype=torch.int32)
+    byte_layer, byte_scheme = random_layer("w8a8", (8, 64))
+    data = FORMAT.encode("model.b", byte_layer, byte_scheme)
+    data["model.b.weight_scale"] = data["model.b.weight_scale"].reshape(8)
+    data["model.b.weight_zero_point"] = torch.zeros(8, 1, dtype=torch.int8)
+    index = (torch.arange(64) % 2).to(torch.int32)
+    reordered = FORMAT.encode("model.c", layer, scheme) | {"model.c.weight_g_idx": index}
+    records = {"x": LayerRecord(scheme, (8, 64)), "model.b": LayerRecord(byte_scheme, (8, 64))}
+    config = FORMAT.config(records, [])
+    config["config_groups"]["group_0"]["targets"] = [r"re:.*\.[qkv]_proj$", "model.c"]
+    config["config_groups"]["group_1"]["targets"] = ["Linear"]
+    write_file(tmp_path / "model.safetensors", serialize(pack | data | reordered))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    checkpoint = open_checkpoint(tmp_path)
+    found = FORMAT.layers(checkpoint)
+    assert {name: record.scheme for name, record in found.items()} == {
+        "model.a.q_proj": scheme,
+        "model.b": byte_scheme,
+        "model.c": scheme,
+    }
+    read = {name: FORMAT.decode(checkpoint, name, record) for name, record in found.items()}
+    assert torch.equal(read["model.a.q_proj"].dequantize(), layer.dequantize())
+    assert torch.equal(read["model.b"].dequantize(), byte_layer.dequantize())
+    assert torch.equal(read["model.c"].dequantize(), replace(layer, group_index=index).dequantize())
+
+
+def _quantization(change: dict[str, Any], *, group: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    config = FORMAT.config({NAME: LayerRecord(parse("w4g32"), (8, 64))}, [])
+    config["config_groups"]["group_0"] |= group
+    if isinstance(config["config_groups"]["group_0"]["weights"], dict):
+        config["config_groups"]["group_0"]["weights"] |= weights
+    return config | change
+
+
+ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "group", "weights", "code", "words"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, {}, {}, "BW311", "nvfp4"),
+        ({"format": None}, {}, {}, "BW311", "format"),
+        ({"quantization_status": "frozen"}, {}, {}, "BW311", "quantization_status"),
+        ({"transform_config": {"config_groups": {}}}, {}, {}, "BW311", "transform_config"),
+        ({"config_groups": []}, {}, {}, "BW311", "config_groups"),
+        ({"config_groups": {"W4A16": ["Linear"]}}, {}, {}, "BW311", "W4A16"),
+        ({}, {"weights": ["x"]}, {}, "BW311", "group_0"),
+        ({}, {"targets": "Linear"}, {}, "BW311", "group_0"),
+        ({}, {"targets": ["lm_head"]}, {}, "BW311", NAME),
+        ({}, {"targets": ["re:("]}, {}, "BW311", "regular expression"),
+        ({}, {"targets": ["re:(a+)+$"]}, {}, "BW311", "too complex"),
+        ({}, {"targets": ["re:" + ".*a" * 20]}, {}, "BW311", "too complex"),
+        ({}, {"output_activations": ACTIVATIONS}, {}, "BW311", "outputs"),
+        ({}, {"input_activations": ACTIVATIONS}, {}, "BW311", "activations"),
+        ({}, {"input_activations": "int8"}, {}, "BW311", "activations"),
+        ({}, {}, {"num_bits": 16}, "BW311", "2 to 8 bits"),
+        ({}, {}, {"num_bits": 4.0}, "BW311", "2 to 8 bits"),
+        ({}, {}, {"type": "float"}, "BW311", "whole numbers"),
+        ({}, {}, {"symmetric": "yes"}, "BW311", "symmetric"),
+        ({}, {}, {"strategy": "block"}, "BW311", "block"),
+        ({}, {}, {"group_size": -32}, "BW311", "strategy"),
+        ({}, {}, {"group_size": 48}, "BW304", "48"),
+        ({}, {}, {"group_size": 64}, "BW304", "weight_scale"),
+        ({}, {}, {"num_bits": 8}, "BW304", "weight_packed"),
+        ({}, {}, {"symmetric": False}, "BW303", "weight_zero_point"),
+    ],
+)
+def test_a_configuration_that_is_not_understood_is_refused(
+    tmp_path: Path, change: dict[str, Any], group: dict[str, Any], weights: dict[str, Any], code: str, words: str
+) -> None:
+    write_file(tmp_path / "model.safetensors", serialize(FORMAT.encode(NAME, *make_layer("w4g32", (8, 64)))))
+    config = {"quantization_config": _quantization(change, group=group, weights=weights)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(BitwrightError) as caught:
+        for name, record in FORMAT.layers(checkpoint).items():
+            FORMAT.decode(checkpoint, name, record)
+    assert caught.value.code == code and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("weight_shape", torch.tensor([8, 65]), "BW304"),
+        ("weight_shape", torch.tensor([9, 64]), "BW304"),
+        ("weight_shape", torch.tensor([8, -64]), "BW304"),
+        ("weight_shape", torch.tensor([8, 1 << 60]), "BW304"),
+        ("weight_shape", torch.tensor([8.0, 64.0]), "BW304"),
+        ("weight_packed", torch.zeros(8, 8), "BW304"),
+        ("weight_packed", torch.zeros(8, 9, dtype=torch.int32), "BW304"),
+        ("weight_packed", torch.zeros(2, 8, 8, dtype=torch.int32), "BW304"),
+        ("weight_scale", torch.ones(8, 2, dtype=torch.int32), "BW304"),
+        ("weight_scale", torch.ones(8, 1), "BW304"),
+        ("weight_scale", torch.full((8, 2), torch.nan), "BW309"),
+        ("weight_zero_point", torch.zeros(1, 2, dtype=torch.float16), "BW304"),
+        ("weight_zero_point", torch.full((8, 2), 9, dtype=torch.int8), "BW311"),
+        ("weight_g_idx", torch.full((64,), 2, dtype=torch.int32), "BW311"),
+        ("weight", torch.zeros(8, 64), "BW311"),
+        ("weight_global_scale", torch.zeros(1), "BW303"),
+    ],
+)
+def test_tensors_that_contradict_the_configuration_are_refused(
+    tmp_path: Path, field: str, value: Tensor, code: str
+) -> None:
+    layer = make_layer("w4g32-asym", (8, 64))
+    write_checkpoint(tmp_path, FORMAT, {NAME: layer})
+    tensors = FORMAT.encode(NAME, *layer) | {f"{NAME}.{field}": value}
+    write_file(tmp_path / "model.safetensors", serialize(tensors))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(BitwrightError) as caught:
+        for name, record in FORMAT.layers(checkpoint).items():
+            FORMAT.decode(checkpoint, name, record)
+    assert caught.value.code == code
+
+
+def test_narrow_codes_stored_in_bytes_must_keep_to_their_bits(tmp_path: Path) -> None:
+    layer = make_layer("w4a8", (8, 64))
+    write_checkpoint(tmp_path, FORMAT, {NAME: layer})
+    tensors = FORMAT.encode(NAME, *layer)
+    tensors[f"{NAME}.weight"][3, 5] = 8
+    write_file(tmp_path / "model.safetensors", serialize(tensors))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(BitwrightError, match=r"BW311.*4 bits"):
+        FORMAT.decode(checkpoint, NAME, FORMAT.layers(checkpoint)[NAME])
+
+
+def test_zero_points_lie_along_the_output_features() -> None:
+    """Word 0 of a column holds the zero points of output features 0 to 7, the first in the lowest bits."""
+    scheme = parse("w4g32-asym")
+    zero = torch.arange(16, dtype=torch.uint8).reshape(8, 2)
+    codes = torch.zeros(8, 64, dtype=torch.uint8)
+    tensor = QuantizedTensor(scheme=scheme.weight, codes=codes, scale=torch.ones(8, 2).half(), zero=zero)
+    words = FORMAT.encode(NAME, tensor, scheme)[f"{NAME}.weight_zero_point"]
+    assert [[word & 0xFFFFFFFF for word in row] for row in words.tolist()] == [[0xECA86420, 0xFDB97531]]
+    assert torch.equal(bitpack.unpack(words.t().contiguous(), 4, 8).t(), zero)
+
+
+def test_schemes_are_compared_by_what_is_stored() -> None:
+    """Scales of two dtypes are one group of the configuration: it does not say their dtype."""
+    bfloat = replace(parse("w4g32"), weight=QuantScheme(bits=4, group=32, scale_dtype=torch.bfloat16))
+    records = {"a": LayerRecord(parse("w4g32"), (8, 64)), "b": LayerRecord(bfloat, (8, 64))}
+    assert list(FORMAT.config(records, [])["config_groups"]) == ["group_0"]
