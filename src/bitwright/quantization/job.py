@@ -89,7 +89,9 @@ class Job:
             pending: Future[None] | None = None
             for index in range(done, total):
                 started = time.perf_counter()
-                work = self._compute(index, self.plan.units[index])
+                unit = self.plan.units[index]
+                self.sink(Event("progress", f"{unit.name} ...", {"unit": unit.name, "at": index + 1, "total": total}))
+                work = self._compute(index, unit)
                 if pending is not None:
                     pending.result()
                 pending = writer.submit(self._commit, index, work, started)
