@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,19 +20,21 @@ from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.formats.storage import lock_directory, make_directory, remove_tree
 from bitwright.models.hf import context_length, load_tokenizer
 from bitwright.models.location import resolve_model
+from bitwright.quantization.account import make_report, plan_facts, sample_notices
 from bitwright.quantization.algorithms import get_algorithm, parse_options
 from bitwright.quantization.calibration import (
-    FEW_SAMPLES,
     CalibrationTokens,
     cut_windows,
     read_calibration_text,
     tokenize,
 )
+from bitwright.quantization.destination import check_output, clear_output
+from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
 from bitwright.quantization.job import Job, fingerprint
 from bitwright.quantization.journal import Journal
 from bitwright.quantization.plan import GroupFallback, Plan, make_plan
-from bitwright.quantization.report import REPORT_FILE, Report, host_facts, peak_resident_bytes, versions
+from bitwright.quantization.report import Report, host_facts, peak_resident_bytes
 from bitwright.quantization.sources import DiskSource, MemorySource, Source
 from bitwright.quantization.writer import finish_checkpoint
 
@@ -51,6 +52,7 @@ class _Request:
     group_fallback: GroupFallback
     overwrite: bool
     restart: bool
+    drop_nonfinite: bool
     command: str
     sink: EventSink
     should_stop: Callable[[], bool]
@@ -71,6 +73,7 @@ def quantize(
     seed: int = 0,
     threads: int | None = None,
     group_fallback: GroupFallback = "error",
+    on_nonfinite: Literal["stop", "drop-sample"] = "stop",
     overwrite: bool = False,
     restart: bool = False,
     command: str | None = None,
@@ -96,6 +99,7 @@ def quantize(
         seed: of everything random.
         threads: for arithmetic; part of what a resumed run must repeat.
         group_fallback: what to do where groups do not divide a layer: ``error``, ``pad``, ``per-channel``, ``skip``.
+        on_nonfinite: what to do with a calibration sample that makes NaN or infinity inside the model.
         overwrite: replace a finished checkpoint. restart: discard an unfinished one.
         command: what an unfinished directory tells people to run; by default this call, in Python.
         on_event, should_stop: progress listener, and a question asked after each block.
@@ -116,12 +120,15 @@ def quantize(
     if get_algorithm(algorithm).calibrated and calibration is None:
         calibration = "calibration"
     _check_numbers(samples, seqlen, threads, seed)
+    if on_nonfinite not in ("stop", "drop-sample"):
+        raise BitwrightError("BW201", f"on_nonfinite is {on_nonfinite!r}", suggestion="stop or drop-sample")
     request = _Request(
         output=Path(output),
         format=format,
         group_fallback=group_fallback,
         overwrite=overwrite,
         restart=restart,
+        drop_nonfinite=on_nonfinite == "drop-sample",
         command=command or _python_call(model, output, scheme),
         sink=on_event,
         should_stop=should_stop,
@@ -143,18 +150,18 @@ def _run(
     request: _Request,
 ) -> Report:
     started = time.perf_counter()
-    notices = plan.notices + _sample_notices(tokens, samples)
-    request.sink(
-        Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", _plan_facts(name, plan, recipe, tokens))
-    )
-    for notice in notices:
-        request.sink(Event("notice", notice))
+    notices = plan.notices + sample_notices(tokens, samples)
+    needed = estimate(source, plan, tokens)
     work = request.output / WORK_DIRECTORY
     make_directory(work)
+    planned = plan_facts(name, plan, recipe, tokens, needed, request.output)
+    request.sink(Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", planned))
+    for notice in notices:
+        request.sink(Event("notice", notice))
     with lock_directory(work):
         if request.restart or (request.overwrite and (request.output / INDEX).exists()):
-            _clear(request.output)
-        _check_room(request.output, plan)
+            clear_output(request.output)
+        check_resources(request.output, plan, needed)
         journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command)
         journal.open()
         job = Job(
@@ -168,10 +175,11 @@ def _run(
             journal=journal,
             sink=request.sink,
             should_stop=request.should_stop,
+            drop_nonfinite=request.drop_nonfinite,
         )
-        with torch.no_grad():
+        with torch.no_grad(), _memory_errors(needed):
             job.run()
-        report = _report(name, source, plan, recipe, tokens, journal, notices)
+        report = make_report(name, source, plan, recipe, tokens, journal.done, notices)
         facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
         report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
         finish_checkpoint(request.output, source, plan, journal.done, report)
@@ -183,66 +191,11 @@ def _run(
 def _open_source(model: str | Path | nn.Module, request: _Request) -> tuple[Source, str]:
     """The weights, once it is clear that the output may be written."""
     if isinstance(model, nn.Module):
-        _check_output(request, None)
+        check_output(request.output, None, overwrite=request.overwrite)
         return MemorySource(model), type(model).__name__
     directory = resolve_model(model)
-    _check_output(request, directory)
+    check_output(request.output, directory, overwrite=request.overwrite)
     return DiskSource(directory), str(model)
-
-
-def _check_output(request: _Request, source: Path | None) -> None:
-    """Refuse to write over anything that was not asked to be replaced, and never over the source.
-
-    Raises:
-        BitwrightError: BW203.
-    """
-    output = request.output
-    if output.exists() and not output.is_dir():
-        raise BitwrightError("BW203", f"{output} is a file", suggestion="give a directory that is new or empty")
-    if source is not None and output.resolve() == source.resolve():
-        raise BitwrightError(
-            "BW203", f"{output} is the source model itself", suggestion="choose another output directory"
-        )
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if (output / WORK_DIRECTORY).is_dir():
-        return  # unfinished: the journal decides whether it can be resumed
-    if not ((output / INDEX).exists() and (output / REPORT_FILE).exists()):
-        raise BitwrightError(
-            "BW203",
-            f"{output} holds files that are not a checkpoint of bitwright",
-            suggestion="choose another directory",
-        )
-    if not request.overwrite:
-        raise BitwrightError(
-            "BW203",
-            f"{output} holds a finished checkpoint",
-            suggestion="choose another directory, or replace it with --overwrite",
-        )
-
-
-def _clear(output: Path) -> None:
-    """Remove an old checkpoint: the index first, so that what is left never looks whole."""
-    remove_tree(output / INDEX)
-    for entry in sorted(output.iterdir()):
-        if entry.name != WORK_DIRECTORY:
-            remove_tree(entry)
-    for entry in sorted((output / WORK_DIRECTORY).iterdir()):
-        if entry.name != "lock":
-            remove_tree(entry)
-
-
-def _check_room(output: Path, plan: Plan) -> None:
-    written = sum(entry.stat().st_size for entry in output.glob("model-*.safetensors"))
-    needed = int((plan.output_bytes - written) * 1.01) + (1 << 20)
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise BitwrightError(
-            "BW501",
-            f"the checkpoint needs {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free",
-            where=str(output.resolve()),
-            suggestion=f"free {(needed - free) / 1e9:.2f} GB, or choose an output directory on another disk",
-        )
 
 
 def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | None, seed: int) -> CalibrationTokens:
@@ -257,71 +210,6 @@ def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | N
     length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
     ids = tokenize(load_tokenizer(source.directory), read_calibration_text(name))
     return cut_windows(ids, samples=samples, seqlen=length, seed=seed, source=str(name))
-
-
-def _sample_notices(tokens: CalibrationTokens | None, samples: int) -> tuple[str, ...]:
-    if tokens is None:
-        return ()
-    found = len(tokens.windows)
-    fewer = f" (the text has no more than {tokens.available})" if found < samples else ""
-    if found < FEW_SAMPLES:
-        advice = f"statistics of wide layers will be noisy; {FEW_SAMPLES} or more are better"
-        return (f"only {found} calibration samples{fewer}: {advice}",)
-    return (f"{found} calibration samples instead of {samples}{fewer}",) if found < samples else ()
-
-
-def _report(
-    name: str,
-    source: Source,
-    plan: Plan,
-    recipe: Recipe,
-    tokens: CalibrationTokens | None,
-    journal: Journal,
-    notices: tuple[str, ...],
-) -> Report:
-    rows = {layer: row for record in journal.done for layer, row in record.layers.items()}
-    quantized = sum(plan.shapes[layer][0] * plan.shapes[layer][1] for layer in rows)
-    bits = sum(row["bits_per_weight"] * plan.shapes[layer][0] * plan.shapes[layer][1] for layer, row in rows.items())
-    widened = [layer for layer, row in rows.items() if "scale_dtype" in row]
-    if widened:
-        notices += (
-            f"scales of {len(widened)} layers are stored in float32: their dtype cannot hold them ({widened[0]})",
-        )
-    calibration = None
-    if tokens is not None:
-        count, length = tokens.windows.shape
-        calibration = {"source": tokens.source, "samples": count, "seqlen": length, "sha256": tokens.fingerprint()}
-    return Report(
-        source=name,
-        format=plan.format.name,
-        recipe=recipe.to_dict(),
-        calibration=calibration,
-        layers=rows,
-        blocks={r.unit: r.output_error for r in journal.done if r.output_error is not None},
-        unquantized=plan.skipped,
-        parameters=sum(torch.Size(shape).numel() for shape in source.shapes().values()),
-        quantized_parameters=quantized,
-        bits_per_weight=round(bits / quantized, 4),
-        source_bytes=plan.source_bytes,
-        weight_bytes=sum(size for record in journal.done for size in record.tensors.values()),
-        notices=notices,
-        versions=versions(),
-    )
-
-
-def _plan_facts(name: str, plan: Plan, recipe: Recipe, tokens: CalibrationTokens | None) -> dict[str, Any]:
-    return {
-        "model": name,
-        "scheme": recipe.scheme.name,
-        "algorithm": recipe.algorithm,
-        "format": plan.format.name,
-        "layers": len(plan.schemes),
-        "left_float": len(plan.skipped),
-        "blocks": len(plan.blocks.modules),
-        "calibration": None if tokens is None else list(tokens.windows.shape),
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-    }
 
 
 def _check_numbers(samples: int, seqlen: int | None, threads: int | None, seed: int) -> None:
@@ -339,6 +227,18 @@ def _python_call(model: object, output: str | Path, scheme: str) -> str:
     if isinstance(model, nn.Module):
         return f"bitwright.quantize(model, {str(output)!r}, scheme={scheme!r})"
     return f"bitwright quantize {shlex.quote(str(model))} -o {shlex.quote(str(output))} --scheme {scheme}"
+
+
+@contextmanager
+def _memory_errors(needed: Estimate) -> Iterator[None]:
+    """Say which levers there are when memory runs out after all; finished blocks are on disk."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
+            raise
+        message = f"memory ran out; about {needed.peak_bytes / 1e9:.1f} GB were expected to be enough"
+        raise BitwrightError("BW503", message, suggestion=f"{MEMORY_LEVERS}; the same command resumes") from None
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.core.errors import BitwrightError
 from bitwright.models.blocks import Blocks, set_module
+from bitwright.quantization.statistics import NonFiniteActivations
 
 __all__ = ["BlockCall", "Captured", "capture", "run_block"]
 
@@ -75,7 +75,7 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     Everything before the blocks, and the first block, must be loaded; the others may be on the meta device.
 
     Raises:
-        BitwrightError: BW601 naming the first sample whose embeddings are not finite.
+        NonFiniteActivations: naming the first sample whose embeddings are not finite.
     """
     names = blocks.names()
     first = _Recorder(blocks.modules[0], as_tuple=False, is_last=True)
@@ -91,8 +91,7 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     inputs = tuple(hidden.detach() for hidden, _ in recorders[0].seen)
     for sample, tensor in enumerate(inputs):
         if not torch.isfinite(tensor).all():
-            message = f"calibration sample {sample} makes NaN or infinity before the first block, {names[0]}"
-            raise BitwrightError("BW601", message, suggestion="check the embedding weights and this sample's text")
+            raise NonFiniteActivations(sample, sample, f"before the first block, {names[0]}")
     pool: list[BlockCall] = []
     calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
     return Captured(inputs, calls)

@@ -31,7 +31,8 @@ from bitwright.quantization.journal import Journal, UnitRecord
 from bitwright.quantization.plan import Plan, Unit
 from bitwright.quantization.report import versions
 from bitwright.quantization.sources import Source, refuse_nonfinite
-from bitwright.quantization.stream import Flow, quantize_block, round_layers
+from bitwright.quantization.statistics import NonFiniteActivations
+from bitwright.quantization.stream import BlockResult, Flow, quantize_block, round_layers
 from bitwright.quantization.writer import shard_name, tensor_bytes
 
 __all__ = ["Job", "fingerprint"]
@@ -45,15 +46,17 @@ class _Work:
     file: str
     tensors: Mapping[str, Tensor | TensorSource]
     rows: Mapping[str, Mapping[str, Any]]
-    inputs: tuple[Tensor, ...] = ()
+    inputs: Mapping[int, Tensor] = field(default_factory=dict)
     output_error: float | None = None
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
     """A planned run on one output directory.
 
-    ``captured`` is what the model hands to its blocks, and ``inputs`` the next block's inputs; calibrated runs only.
+    In calibrated runs ``captured`` is what the model hands to its blocks, and ``inputs`` the next block's inputs by the
+    number of their sample; ``dropped`` are the samples left out because they made NaN or infinity.
     """
 
     source: Source
@@ -66,8 +69,10 @@ class Job:
     journal: Journal
     sink: EventSink
     should_stop: Callable[[], bool]
+    drop_nonfinite: bool = False
     captured: Captured | None = None
-    inputs: tuple[Tensor, ...] = ()
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def run(self) -> None:
@@ -79,8 +84,9 @@ class Job:
         """
         done, total = len(self.journal.done), len(self.plan.units)
         if done:
-            message = f"found {done}/{total} units done and intact, resuming at {done + 1}"
-            self.sink(Event("resume", message, {"done": done, "total": total}))
+            saved = round(sum(record.seconds for record in self.journal.done), 1)
+            message = f"found {done}/{total} units done and intact ({saved} s saved), resuming at unit {done + 1}"
+            self.sink(Event("resume", message, {"done": done, "total": total, "saved_seconds": saved}))
         else:
             refuse_nonfinite(self.source)
         if self.calibration is not None and any(unit.is_block for unit in self.plan.units[done:]):
@@ -124,28 +130,48 @@ class Job:
         return self._encode(unit, tensors), rows
 
     def _compute_block(self, unit: Unit, file: str) -> _Work:
-        self.source.load(unit.tensors)
-        number = self.plan.blocks.names().index(unit.name)
-        block = self.plan.blocks.modules[number]
-        layers = {name: self.source.model.get_submodule(name) for name in unit.layers}
-        flow = None if self.captured is None else Flow(self.inputs, self.captured.calls[number])
-        result = quantize_block(
-            unit.name, block, layers, unit.layers, flow, self.algorithm, self.options, self.recipe.seed
-        )
-        for name, layer in layers.items():
-            set_module(self.source.model, name, layer)
+        already_dropped = len(self.dropped)
+        result = self._quantize(unit)
         tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source.model, unit))
         tensors.update(self._encode(unit, result.tensors))
-        self.inputs = result.outputs
+        self.inputs = dict(zip(self.inputs, result.outputs, strict=True))
         self.source.release(unit.tensors)
         return _Work(
             unit=unit.name,
             file=file,
             tensors=tensors,
             rows=result.rows,
-            inputs=result.outputs,
+            inputs=self.inputs,
             output_error=result.output_error,
+            dropped=tuple(self.dropped[already_dropped:]),
         )
+
+    def _quantize(self, unit: Unit) -> BlockResult:
+        """Quantize a block, again without the sample that made NaN or infinity if that is allowed."""
+        number = self.plan.blocks.names().index(unit.name)
+        block = self.plan.blocks.modules[number]
+        layers = {name: self.source.model.get_submodule(name) for name in unit.layers}
+        while True:
+            self.source.load(unit.tensors)
+            flow = None
+            if self.captured is not None:
+                calls = self.captured.calls[number]
+                flow = Flow(tuple(self.inputs.values()), tuple(calls[n] for n in self.inputs), tuple(self.inputs))
+            try:
+                return quantize_block(
+                    unit.name, block, layers, unit.layers, flow, self.algorithm, self.options, self.recipe.seed
+                )
+            except NonFiniteActivations as error:
+                if not self.drop_nonfinite or len(self.inputs) == 1:
+                    raise
+                del self.inputs[error.number]
+                self.dropped.append(error.number)
+                self.sink(
+                    Event("notice", f"calibration sample {error.number} is left out: NaN or infinity {error.place}")
+                )
+            finally:
+                for name, layer in layers.items():
+                    set_module(self.source.model, name, layer)
 
     def _encode(self, unit: Unit, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
         encoded: dict[str, Tensor] = {}
@@ -158,7 +184,7 @@ class Job:
         saved = None
         if work.inputs:
             name = f"inputs-{index + 1:05d}.safetensors"
-            tensors = {f"{sample:06d}": tensor for sample, tensor in enumerate(work.inputs)}
+            tensors = {f"{number:06d}": tensor for number, tensor in work.inputs.items()}
             saved = (name, write_file(self.journal.work / name, serialize(tensors)))
         record = UnitRecord(
             unit=work.unit,
@@ -168,6 +194,8 @@ class Job:
             layers=work.rows,
             inputs=saved,
             output_error=work.output_error,
+            dropped=work.dropped,
+            seconds=round(time.perf_counter() - started, 3),
         )
         self.journal.append(record)
         trim_memory()
@@ -186,11 +214,11 @@ class Job:
         forwards = [partial(_forward, base, window) for window in self.calibration.windows]
         self.captured = capture(self.source.model, self.plan.blocks, forwards)
         self.source.release([*before, *first.tensors])
-        self.inputs = self.captured.inputs
+        self.inputs = dict(enumerate(self.captured.inputs))
+        self.dropped = [number for record in self.journal.done for number in record.dropped]
         saved = self.journal.done[-1].inputs if self.journal.done else None
         if saved is not None:
-            stored = _open_inputs(self.journal.work / saved[0])
-            self.inputs = tuple(stored[name] for name in sorted(stored))
+            self.inputs = _open_inputs(self.journal.work / saved[0])
 
     def _tell(self, index: int, record: UnitRecord, seconds: float) -> None:
         self.seconds.append(seconds)
@@ -224,10 +252,10 @@ def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: Calibra
     }
 
 
-def _open_inputs(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in the work directory."""
+def _open_inputs(path: Path) -> dict[int, Tensor]:
+    """A block's inputs from the work directory, by the number of their sample."""
     index = read_index(path)
-    return {name: read_tensor(path, entry) for name, entry in index.tensors.items()}
+    return {int(name): read_tensor(path, index.tensors[name]) for name in sorted(index.tensors)}
 
 
 def _forward(base: nn.Module, window: Tensor) -> object:

@@ -32,6 +32,8 @@ class UnitRecord:
         layers: the report's rows for the layers quantized in it.
         inputs: the file in the work directory with the next block's inputs, and its hash; calibrated runs only.
         output_error: relative squared error of the block's output; calibrated runs only.
+        dropped: numbers of calibration samples that were left out from this unit on.
+        seconds: that the unit took.
     """
 
     unit: str
@@ -41,6 +43,8 @@ class UnitRecord:
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: tuple[str, str] | None = None
     output_error: float | None = None
+    dropped: tuple[int, ...] = ()
+    seconds: float = 0.0
 
 
 class Journal:
@@ -124,6 +128,7 @@ def _is_file_with(path: Path, sha256: str) -> bool:
 def _record(line: Mapping[str, Any]) -> UnitRecord:
     values = dict(line)
     values["inputs"] = tuple(values["inputs"]) if values.get("inputs") else None
+    values["dropped"] = tuple(values.get("dropped", ()))
     return UnitRecord(**values)
 
 

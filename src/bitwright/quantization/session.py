@@ -135,7 +135,7 @@ def _convert_units(model: nn.Module, recipe: Recipe, plan: Plan, captured: Captu
         layers = {name: model.get_submodule(name) for name in unit.layers}
         if unit.is_block:
             number = names.index(unit.name)
-            flow = None if captured is None else Flow(inputs, captured.calls[number])
+            flow = None if captured is None else Flow(inputs, captured.calls[number], tuple(range(len(inputs))))
             block = plan.blocks.modules[number]
             result = quantize_block(unit.name, block, layers, unit.layers, flow, algorithm, options, recipe.seed)
             inputs = result.outputs

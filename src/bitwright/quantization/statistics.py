@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
 
-__all__ = ["SiteStatistics", "collect_statistics"]
+__all__ = ["NonFiniteActivations", "SiteStatistics", "collect_statistics"]
+
+
+class NonFiniteActivations(BitwrightError):
+    """BW601: a calibration sample, at ``position`` in the flow and ``number`` in its data set, made NaN or infinity."""
+
+    def __init__(self, position: int, number: int, where: str) -> None:
+        super().__init__(
+            "BW601",
+            f"calibration sample {number} makes NaN or infinity {where}",
+            why="statistics of such numbers would spoil every weight that depends on them",
+            suggestion="check the model on this text in float32, or leave such samples out: --on-nonfinite drop-sample",
+        )
+        self.position, self.number, self.place = position, number, where
 
 
 @dataclass(slots=True)
@@ -48,14 +61,19 @@ class SiteStatistics:
 
 
 def collect_statistics(
-    linears: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]], *, with_gram: bool
+    linears: Mapping[str, nn.Module],
+    forwards: Sequence[Callable[[], object]],
+    *,
+    with_gram: bool,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, SiteStatistics]:
     """Run each of ``forwards`` (one calibration sample each) and sum what the ``linears`` read.
 
     Linears that read the very same tensor in the first forward form a site and share one object in the result.
+    ``numbers`` are those of the samples in the data set, for messages; their positions unless given.
 
     Raises:
-        BitwrightError: BW601 naming the sample and the layer whose input is not finite.
+        NonFiniteActivations: naming the sample and the layer whose input is not finite.
     """
     statistics: dict[str, SiteStatistics] = {}
     read: list[tuple[Tensor, str]] = []
@@ -69,12 +87,8 @@ def collect_statistics(
         if leaders[name] != name:
             return
         if not torch.isfinite(activations).all():
-            raise BitwrightError(
-                "BW601",
-                f"calibration sample {sample} makes NaN or infinity at the input of {name}",
-                why="statistics of such numbers would spoil every weight that depends on them",
-                suggestion="check the model on this text in float32, or leave the sample out",
-            )
+            number = sample if numbers is None else numbers[sample]
+            raise NonFiniteActivations(sample, number, f"at the input of {name}")
         if name not in statistics:
             statistics[name] = SiteStatistics(activations.shape[-1], with_gram)
         statistics[name].add(activations)

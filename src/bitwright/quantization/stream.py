@@ -22,7 +22,7 @@ from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import Algorithm, BlockTask
 from bitwright.quantization.capture import BlockCall, run_block
-from bitwright.quantization.statistics import SiteStatistics, collect_statistics
+from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics, collect_statistics
 
 __all__ = ["BlockResult", "Flow", "block_seed", "layer_row", "quantize_block", "quantized_linear", "round_layers"]
 
@@ -32,10 +32,14 @@ COMPARED_SAMPLES = 8  # a block's output error is measured on so many samples, t
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The calibration samples as they stand before a block: its inputs, and how the model calls it."""
+    """The calibration samples as they stand before a block: its inputs, and how the model calls it.
+
+    ``numbers`` are the samples' own, which stay when one of them is left out.
+    """
 
     inputs: tuple[Tensor, ...]
     calls: tuple[BlockCall, ...]
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,8 @@ def quantize_block(
     """Quantize the ``layers`` (by full name) of one loaded block, and leave the quantized layers in it.
 
     Raises:
-        BitwrightError: BW601 for activations, BW602 for weights, that are not finite; the layer is named.
+        NonFiniteActivations: naming the sample and the layer.
+        BitwrightError: BW602 for weights that are not finite; the layer is named.
     """
     run = partial(_run_sample, block, flow)
     statistics, reference = _observe(layers, flow, run, algorithm)
@@ -93,8 +98,8 @@ def quantize_block(
     outputs = tuple(run(sample) for sample in range(len(task.inputs)))
     for sample, output in enumerate(outputs):
         if not torch.isfinite(output).all():
-            message = f"calibration sample {sample} makes NaN or infinity in the quantized {task_name}"
-            raise BitwrightError("BW601", message, suggestion="give its layers more bits, or a float32 model")
+            assert flow is not None
+            raise NonFiniteActivations(sample, flow.numbers[sample], f"at the output of the quantized {task_name}")
     error = _relative_square(reference, outputs) if reference else None
     return BlockResult(tensors=tensors, rows=rows, outputs=outputs, output_error=error)
 
@@ -141,6 +146,8 @@ def layer_row(
     }
     if weighted is not None:
         row["weighted_error"] = weighted
+    if statistics is not None and (dead := int((statistics.largest == 0).sum())):
+        row["dead_inputs"] = dead  # channels that were zero in every token: calibration says nothing of their weights
     if isinstance(tensor.scale, Tensor) and tensor.scale.dtype != scheme.weight.scale_dtype:
         row["scale_dtype"] = str(tensor.scale.dtype).removeprefix(
             "torch."
@@ -162,7 +169,8 @@ def _observe(
             outputs.append(output)
 
     forwards = [partial(forward, sample) for sample in range(len(flow.inputs))]
-    return collect_statistics(layers, forwards, with_gram=algorithm.with_gram), tuple(outputs)
+    statistics = collect_statistics(layers, forwards, with_gram=algorithm.with_gram, numbers=flow.numbers)
+    return statistics, tuple(outputs)
 
 
 def _run_sample(block: nn.Module, flow: Flow | None, sample: int) -> Tensor:

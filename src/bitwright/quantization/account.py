@@ -1,0 +1,94 @@
+"""The accounts of a run: what the plan says before it, and the report after it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.core.recipe import Recipe
+from bitwright.quantization.calibration import FEW_SAMPLES, CalibrationTokens
+from bitwright.quantization.estimate import Estimate
+from bitwright.quantization.journal import UnitRecord
+from bitwright.quantization.plan import Plan
+from bitwright.quantization.report import Report, versions
+from bitwright.quantization.sources import Source
+
+__all__ = ["make_report", "plan_facts", "sample_notices"]
+
+
+def sample_notices(tokens: CalibrationTokens | None, samples: int) -> tuple[str, ...]:
+    if tokens is None:
+        return ()
+    found = len(tokens.windows)
+    fewer = f" (the text has no more than {tokens.available})" if found < samples else ""
+    if found < FEW_SAMPLES:
+        advice = f"statistics of wide layers will be noisy; {FEW_SAMPLES} or more are better"
+        return (f"only {found} calibration samples{fewer}: {advice}",)
+    return (f"{found} calibration samples instead of {samples}{fewer}",) if found < samples else ()
+
+
+def plan_facts(
+    name: str, plan: Plan, recipe: Recipe, tokens: CalibrationTokens | None, needed: Estimate, output: Path
+) -> dict[str, Any]:
+    """What will be done and what it will take, JSON-ready."""
+    return {
+        "model": name,
+        "scheme": recipe.scheme.name,
+        "algorithm": recipe.algorithm,
+        "format": plan.format.name,
+        "layers": len(plan.schemes),
+        "left_float": len(plan.skipped),
+        "blocks": len(plan.blocks.modules),
+        "calibration": None if tokens is None else list(tokens.windows.shape),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "free_disk_bytes": shutil.disk_usage(output).free,
+        "peak_bytes": needed.peak_bytes,
+        "estimated_seconds": round(needed.seconds, 1),
+    }
+
+
+def make_report(
+    name: str,
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: CalibrationTokens | None,
+    done: Sequence[UnitRecord],
+    notices: tuple[str, ...],
+) -> Report:
+    """The report of a finished run, without its times."""
+    rows = {layer: row for record in done for layer, row in record.layers.items()}
+    quantized = sum(plan.shapes[layer][0] * plan.shapes[layer][1] for layer in rows)
+    bits = sum(row["bits_per_weight"] * plan.shapes[layer][0] * plan.shapes[layer][1] for layer, row in rows.items())
+    widened = [layer for layer, row in rows.items() if "scale_dtype" in row]
+    if widened:
+        notices += (
+            f"scales of {len(widened)} layers are stored in float32: their dtype cannot hold them ({widened[0]})",
+        )
+    calibration = None
+    if tokens is not None:
+        count, length = tokens.windows.shape
+        dropped = [number for record in done for number in record.dropped]
+        calibration = {"source": tokens.source, "samples": count, "seqlen": length, "sha256": tokens.fingerprint()}
+        calibration["dropped"] = dropped
+    return Report(
+        source=name,
+        format=plan.format.name,
+        recipe=recipe.to_dict(),
+        calibration=calibration,
+        layers=rows,
+        blocks={r.unit: r.output_error for r in done if r.output_error is not None},
+        unquantized=plan.skipped,
+        parameters=sum(torch.Size(shape).numel() for shape in source.shapes().values()),
+        quantized_parameters=quantized,
+        bits_per_weight=round(bits / quantized, 4),
+        source_bytes=plan.source_bytes,
+        weight_bytes=sum(size for record in done for size in record.tensors.values()),
+        notices=notices,
+        versions=versions(),
+    )
