@@ -182,7 +182,9 @@ def _codes(weight: PackedWeight, rows: slice) -> Tensor:
 def _to_words(codes: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes of any shape as one stream of bits, int32 ``[words]``, counted from the scheme's least code."""
     unsigned = codes.sub(scheme.code_min).view(torch.uint8) if scheme.code == "int" else codes
-    return bitpack.pack(unsigned.reshape(-1), scheme.bits)
+    words = bitpack.pack(unsigned.reshape(-1), scheme.bits)
+    is_whole = words.untyped_storage().nbytes() == words.numel() * words.element_size()
+    return words if is_whole else words.clone()  # a view would keep the padding of the last 32 codes alive
 
 
 def _from_words(words: Tensor, scheme: QuantScheme, start: int, stop: int) -> Tensor:

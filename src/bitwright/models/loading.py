@@ -104,8 +104,10 @@ def load_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None)
     taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
     matched = match_names(model, [name for name in checkpoint.tensors if name not in taken])
     _fill(model, checkpoint, matched)
-    if layout is not None:
-        _build_layers(model, checkpoint, layout, layers)
+    for name, (stored, record) in layers.items():
+        assert layout is not None
+        bias = model.get_submodule(name).bias
+        set_module(model, name, _build_layer(checkpoint, layout, stored, record, bias))
     _read_generation_settings(model, checkpoint.directory)
     model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
     return model
@@ -156,14 +158,10 @@ def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
     return (name for name in checkpoint.tensors if name.startswith(stored + ".") and name != stored + ".bias")
 
 
-def _build_layers(
-    model: PreTrainedModel, checkpoint: Checkpoint, layout: Format, layers: Mapping[str, tuple[str, LayerRecord]]
-) -> None:
-    for name, (stored, record) in layers.items():
-        bias = model.get_submodule(name).bias
-        tensor = layout.decode(checkpoint, stored, record)
-        layer = QuantizedLinear.build(tensor, bias if isinstance(bias, Tensor) else None, record.scheme)
-        set_module(model, name, layer.eval())
+def _build_layer(checkpoint: Checkpoint, layout: Format, stored: str, record: LayerRecord, bias: object) -> nn.Module:
+    """One quantized layer; its unpacked codes are gone when this returns."""
+    tensor = layout.decode(checkpoint, stored, record)
+    return QuantizedLinear.build(tensor, bias if isinstance(bias, Tensor) else None, record.scheme).eval()
 
 
 def _fill(model: PreTrainedModel, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:
