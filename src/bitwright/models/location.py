@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from bitwright.core.errors import BitwrightError
 from bitwright.models.embedded_model import embedded_directory
@@ -22,8 +17,10 @@ __all__ = ["DEMO", "HUB_FILES", "resolve_model"]
 
 DEMO = "demo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID_LIMIT = 96
 # Pickled weights are never fetched, nor are second copies of the weights in other layouts.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 HUB_SKIPPED = ("original/*", "onnx/*", "consolidated*.safetensors")
 
 
@@ -46,7 +43,8 @@ def resolve_model(text: str | Path) -> Path:
     if path is None or name.startswith(DEMO):
         what = "the name of the model is empty" if path is None else f"there is no embedded model {name!r}"
         raise BitwrightError("BW301", what, suggestion="demo: for the embedded model, a directory, or an id on the hub")
-    if isinstance(text, Path) or not HUB_ID.fullmatch(name) or _exists(path) or _looks_local(path):
+    is_hub_id = HUB_ID.fullmatch(name) is not None and len(name) <= HUB_ID_LIMIT
+    if isinstance(text, Path) or not is_hub_id or _exists(path) or _looks_local(path):
         raise _no_directory(path)
     return _download(name)
 
@@ -62,14 +60,21 @@ def _download(repository: str) -> Path:
         why = "neither a directory here nor a public repository on the hub has that name"
         near = _near(Path(repository))
         raise BitwrightError("BW301", f"there is no model {repository!r}", why=why, suggestion=near) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BitwrightError(
-            "BW504",
-            f"{repository!r} is not a directory here, and the hub cannot be reached to look for it there",
-            why=reason,
-            suggestion="connect to the network, give the path of a local directory, or use demo:",
-        ) from None
+    except Exception as error:  # of the disk, the network, or the client's HTTP library, which has changed before
+        raise _failed_download(repository, error) from None
+
+
+def _failed_download(repository: str, error: Exception) -> BitwrightError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, OSError) and error.errno in DISK_FAILURES:
+        advice = "make room in the cache of the hub, or give the path of a local directory"
+        return BitwrightError("BW501", f"{repository!r} could not be stored", why=reason, suggestion=advice)
+    return BitwrightError(
+        "BW504",
+        f"{repository!r} is not a directory here, and could not be fetched from the hub",
+        why=reason,
+        suggestion="connect to the network, give the path of a local directory, or use demo:",
+    )
 
 
 def _is_directory(path: Path) -> bool:
