@@ -17,8 +17,9 @@ from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
 from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
+from bitwright.formats.table import find_format
 
-__all__ = ["make_layer", "random_layer", "same_tensor", "write_checkpoint"]
+__all__ = ["decode_all", "make_layer", "random_layer", "same_tensor", "write_checkpoint"]
 
 Layer = tuple[QuantizedTensor, LayerScheme]
 
@@ -59,6 +60,12 @@ def write_checkpoint(directory: Path, written: Format, layers: Mapping[str, Laye
     config = {"model_type": "llama", "quantization_config": written.config(records, ["lm_head"])}
     write_file(directory / "config.json", [json.dumps(config).encode()])
     return open_checkpoint(directory)
+
+
+def decode_all(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
+    """Every quantized layer of a checkpoint, by whichever format it is in."""
+    found = find_format(checkpoint.quantization or {})
+    return {name: found.decode(checkpoint, name, record) for name, record in found.layers(checkpoint).items()}
 
 
 def same_tensor(left: QuantizedTensor, right: QuantizedTensor) -> bool:

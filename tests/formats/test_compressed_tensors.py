@@ -23,13 +23,13 @@ from bitwright.formats.compressed_tensors import FORMAT
 from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
-from tests.formats.layers import Layer, make_layer, random_layer, write_checkpoint
+from tests.formats.layers import Layer, decode_all, make_layer, random_layer, write_checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAME = "model.layers.0.mlp.up_proj"
 PACKED = [f"w{bits}{group}{kind}" for bits in range(2, 9) for group in ("", "g32") for kind in ("", "-asym")]
 BYTES = ["w8-a8", "w4-a8", "w8-asym-a8", "w8g32-a8", "w4g32-asym-a8", "w6-a8"]
-SCALES = ["", "-sbf16", "-sf32"]
+SCALES = ["", "-sbf16", "-sf32", ""]
 SHAPES = [(24, 96), (5, 32), (1, 64), (33, 160)]
 
 
@@ -57,12 +57,15 @@ def _encoded(layer: Layer) -> dict[str, Tensor]:
     return {key.removeprefix(NAME + "."): value for key, value in FORMAT.encode(NAME, *layer).items()}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", PACKED + BYTES)
-def test_our_tensors_are_those_of_the_package_bit_for_bit(name: str, scale: str, shape: tuple[int, int]) -> None:
+def test_our_tensors_are_those_of_the_package_bit_for_bit(name: str) -> None:
     """Given the same codes and scales: the package is handed the numbers that they stand for, and finds them again."""
-    layer, scheme = random_layer(_with_scale(name, scale), shape)
+    for shape, scale in zip(SHAPES, SCALES, strict=True):
+        _assert_same_bytes(_with_scale(name, scale), shape)
+
+
+def _assert_same_bytes(name: str, shape: tuple[int, int]) -> None:
+    layer, scheme = random_layer(name, shape)
     bits = scheme.weight.bits
     compressor, package_scheme = _compressor(LayerRecord(scheme, shape))
     zero = torch.zeros(layer.dense_scale().shape, dtype=torch.int8) if layer.zero is None else _signed(layer.zero, bits)
@@ -79,14 +82,14 @@ def test_our_tensors_are_those_of_the_package_bit_for_bit(name: str, scale: str,
         assert value.dtype == wanted.dtype and value.is_contiguous() and torch.equal(value, wanted), key
 
 
-@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", PACKED + BYTES)
-def test_the_package_decodes_our_tensors_to_our_numbers(name: str, scale: str) -> None:
+def test_the_package_decodes_our_tensors_to_our_numbers(name: str) -> None:
     """It computes in the dtype of the scales, so that is where the two are compared: there they agree exactly."""
-    layer, scheme = make_layer(_with_scale(name, scale), (24, 96))
-    compressor, package_scheme = _compressor(LayerRecord(scheme, (24, 96)))
-    decoded = compressor.decompress(_encoded((layer, scheme)), package_scheme)["weight"]
-    assert torch.equal(decoded, layer.dequantize(decoded.dtype))
+    for scale in SCALES[:3]:
+        layer, scheme = make_layer(_with_scale(name, scale), (24, 96))
+        compressor, package_scheme = _compressor(LayerRecord(scheme, (24, 96)))
+        decoded = compressor.decompress(_encoded((layer, scheme)), package_scheme)["weight"]
+        assert torch.equal(decoded, layer.dequantize(decoded.dtype)), scheme.name
 
 
 def test_negative_scales_are_stored_and_mean_the_same_to_the_package() -> None:
@@ -324,8 +327,7 @@ def test_a_configuration_that_is_not_understood_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(BitwrightError) as caught:
-        for name, record in FORMAT.layers(checkpoint).items():
-            FORMAT.decode(checkpoint, name, record)
+        decode_all(checkpoint)
     assert caught.value.code == code and words in str(caught.value)
 
 
@@ -359,8 +361,7 @@ def test_tensors_that_contradict_the_configuration_are_refused(
     write_file(tmp_path / "model.safetensors", serialize(tensors))
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(BitwrightError) as caught:
-        for name, record in FORMAT.layers(checkpoint).items():
-            FORMAT.decode(checkpoint, name, record)
+        decode_all(checkpoint)
     assert caught.value.code == code
 
 

@@ -18,29 +18,30 @@ from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.core.scheme_names import NAMED_SCHEMES, parse
 from bitwright.formats import native
 from bitwright.formats.checkpoint import open_checkpoint
+from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
-from tests.formats.layers import make_layer, same_tensor, write_checkpoint
+from tests.formats.layers import decode_all, make_layer, same_tensor, write_checkpoint
 
 INTEGERS = [f"w{bits}{group}{kind}" for bits in range(1, 9) for group in ("", "g32") for kind in ("", "-asym")]
 OTHERS = [
-    *NAMED_SCHEMES, "nf4", "nf4g64", "nf4g64-dq", "fp4g32", "fp4e2m1g16", "fp8", "fp8g64", "w4g32-axis0", "nf4g32-axis0",
-    "w4g32-asym-axis0", "w4g32-asym-dq(ggml)", "w3g16-dq(w8g64)", "w4g48-asym-signed", "w4g32-asym-fz", "w4g32-sbf16",
-    "w4g32-asym-sf32", "a16w4g32", "w4g32-asym-a8", "w2g128-dq", "w8-asym-fz-axis0", "w4-axis0",
+    *NAMED_SCHEMES, "nf4", "nf4g64", "nf4g64-dq", "fp4g32", "fp4e2m1g16", "fp8", "fp8g64", "w4g32-axis0",
+    "nf4g32-axis0", "w4g32-asym-axis0", "w4g32-asym-dq(ggml)", "w3g16-dq(w8g64)", "w4g48-asym-signed", "w4g32-asym-fz",
+    "w4g32-sbf16", "w4g32-asym-sf32", "a16w4g32", "w4g32-asym-a8", "w2g128-dq", "w8-asym-fz-axis0", "w4-axis0",
 ]  # fmt: skip
 SHAPES = [(24, 160), (7, 70), (1, 1), (3, 33)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", INTEGERS + OTHERS)
-def test_a_layer_comes_back_exactly(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
-    layer, scheme = make_layer(name, shape)
-    checkpoint = write_checkpoint(tmp_path, native.FORMAT, {"model.layers.0.mlp": (layer, scheme)})
+def test_layers_come_back_exactly(tmp_path: Path, name: str) -> None:
+    layers = {f"model.layers.{rows}.mlp": make_layer(name, (rows, columns)) for rows, columns in SHAPES}
+    checkpoint = write_checkpoint(tmp_path, native.FORMAT, layers)
     records = native.FORMAT.layers(checkpoint)
-    record = records["model.layers.0.mlp"]
-    assert (record.scheme, record.shape) == (scheme, shape)
-    assert same_tensor(native.FORMAT.decode(checkpoint, "model.layers.0.mlp", record), layer)
-    assert native.FORMAT.refuse(scheme, shape) is None
+    assert list(records) == list(layers)
+    for key, (layer, scheme) in layers.items():
+        assert records[key] == LayerRecord(scheme, layer.shape)
+        assert same_tensor(native.FORMAT.decode(checkpoint, key, records[key]), layer), layer.shape
+        assert native.FORMAT.refuse(scheme, layer.shape) is None
 
 
 def test_negative_scales_and_scales_fallen_back_to_float32_survive(tmp_path: Path) -> None:
@@ -149,9 +150,7 @@ def test_a_record_that_the_files_contradict_is_refused(
     write_checkpoint(tmp_path, native.FORMAT, {"a": make_layer("w4g32", (8, 64))})
     _damage_config(tmp_path, change, layer)
     with pytest.raises(BitwrightError) as caught:
-        checkpoint = open_checkpoint(tmp_path)
-        for name, record in native.FORMAT.layers(checkpoint).items():
-            native.FORMAT.decode(checkpoint, name, record)
+        decode_all(open_checkpoint(tmp_path))
     assert caught.value.code == code and words in str(caught.value) and len(str(caught.value)) < 2000
 
 
@@ -164,8 +163,12 @@ def test_missing_and_stray_tensors_are_named(tmp_path: Path) -> None:
     write_file(tmp_path / "model.safetensors", serialize(tensors | {"a.weight": torch.zeros(8, 64)}))
     with pytest.raises(BitwrightError, match=r"(?s)BW303.*1 unexpected tensors: a\.weight"):
         native.FORMAT.layers(open_checkpoint(tmp_path))
-    write_file(tmp_path / "model.safetensors", serialize({"a.codes": tensors["a.codes"], "a.scale": tensors["a.scale"]}))
-    with pytest.raises(BitwrightError, match=r"(?s)BW303.*2 tensors of quantized layers are missing: b\.codes, b\.scale"):
+    write_file(
+        tmp_path / "model.safetensors", serialize({"a.codes": tensors["a.codes"], "a.scale": tensors["a.scale"]})
+    )
+    with pytest.raises(
+        BitwrightError, match=r"(?s)BW303.*2 tensors of quantized layers are missing: b\.codes, b\.scale"
+    ):
         native.FORMAT.layers(open_checkpoint(tmp_path))
 
 

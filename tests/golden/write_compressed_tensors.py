@@ -18,8 +18,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import save_file
 
-# bits, symmetric, columns per scale (None: the whole row), input features, 8-bit activations. 40 features of 3 bits fill
-# as many words packed densely as padded.
+# bits, symmetric, columns per scale (None: the whole row), input features, 8-bit activations. 40 features of 3 bits
+# fill as many words packed densely as padded.
 LAYERS = [
     (3, False, 32, 64, False),
     (5, True, 32, 64, False),

@@ -20,9 +20,12 @@ from bitwright.core.errors import BitwrightError
 
 __all__ = ["DTYPE_BITS", "FileIndex", "TensorEntry", "parse_header", "read_index"]
 
+# Far beyond what models have. One character outside of the common ones makes a string take four bytes for each of its
+# characters: bounds on names and metadata keep that, too, within what the header itself takes.
 MAX_HEADER = 32 << 20
-MAX_TENSORS = 1 << 17
-MAX_NAME = 1024
+MAX_METADATA = 8 << 20
+MAX_TENSORS = 1 << 16
+MAX_NAME = 256
 MAX_ELEMENTS = (1 << 63) - 1
 
 # In the order in which the reference implementation sorts them; F4 and F6 do not fill whole bytes.
@@ -94,13 +97,8 @@ def parse_header(header: bytes, file_size: int, path: Path) -> FileIndex:
     """
     parser = _Parser(header, path)
     parser.run()
-    base = 8 + len(header)
-    _check_coverage(parser, base, file_size)
-    tensors = {
-        name: TensorEntry(dtype, shape, base + start, base + end)
-        for name, (dtype, shape, start, end) in parser.tensors.items()
-    }
-    return FileIndex(path, tensors, parser.metadata, file_size)
+    _check_coverage(parser.tensors, 8 + len(header), file_size, path)
+    return FileIndex(path, parser.tensors, parser.metadata, file_size)
 
 
 def _read_header(descriptor: int, file_size: int, path: Path) -> bytes:
@@ -149,7 +147,7 @@ class _Parser:
 
     def __init__(self, header: bytes, path: Path) -> None:
         self.header, self.path, self.position = header, path, 0
-        self.tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        self.tensors: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         self.has_metadata = False
 
@@ -183,7 +181,9 @@ class _Parser:
 
     def member(self) -> None:
         start = self.position
-        name = self.text(self.take(KEY, "a name in quotes and ':'"))
+        key = self.take(KEY, "a name in quotes and ':'")
+        is_long = key.end(1) - key.start(1) > MAX_NAME * len("\\u0000")
+        name = "" if is_long else self.text(key)
         if name == "__metadata__":
             self.take_metadata(start)
             return
@@ -220,14 +220,16 @@ class _Parser:
                 self.take(COMMA, "',' or '}'")
             is_first = False
             position = self.position
-            key = self.text(self.take(KEY, "a metadata name in quotes and ':'"))
+            key_match = self.take(KEY, "a metadata name in quotes and ':'")
+            value_match = self.take(VALUE, "a string: metadata values are strings")
+            if self.position - start > MAX_METADATA or len(self.metadata) == MAX_TENSORS:
+                self.refuse(f"metadata are at most {MAX_TENSORS} entries and {MAX_METADATA} bytes", position)
+            key = self.text(key_match)
             if key in self.metadata:
                 self.refuse(f"the metadata name {key[:80]!r} occurs twice", position)
-            if len(self.metadata) == MAX_TENSORS:
-                self.refuse(f"there are more than {MAX_TENSORS} metadata entries", position)
-            self.metadata[key] = self.text(self.take(VALUE, "a string: metadata values are strings"))
+            self.metadata[key] = self.text(value_match)
 
-    def take_entry(self, name: str, start: int) -> tuple[str, tuple[int, ...], int, int]:
+    def take_entry(self, name: str, start: int) -> TensorEntry:
         """The dtype, shape and offsets of one tensor, in any order, each once, and consistent with each other."""
         self.take(OPEN, f"'{{': {name!r} is an object")
         dtype: str | None = None
@@ -251,7 +253,7 @@ class _Parser:
 
     def checked_entry(
         self, name: str, dtype: str, shape: tuple[int, ...], offsets: tuple[int, ...], start: int
-    ) -> tuple[str, tuple[int, ...], int, int]:
+    ) -> TensorEntry:
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
             self.refuse(f"{name!r} has the unknown dtype {dtype!r}", start)
@@ -266,21 +268,20 @@ class _Parser:
         if elements * bits != (offsets[1] - offsets[0]) * 8:
             got, wanted = offsets[1] - offsets[0], -(-elements * bits // 8)
             self.refuse(f"{name!r} is {dtype} {list(shape)}, which takes {wanted} bytes, not {got}", start)
-        return dtype, shape, offsets[0], offsets[1]
+        base = 8 + len(self.header)
+        return TensorEntry(dtype, shape, base + offsets[0], base + offsets[1])
 
 
-def _check_coverage(parser: _Parser, base: int, file_size: int) -> None:
+def _check_coverage(tensors: Mapping[str, TensorEntry], base: int, file_size: int, path: Path) -> None:
     """The tensors, in the order of their bytes, follow each other from the end of the header to the end of the file."""
-    position, previous = 0, ""
-    for name, (_, _, start, end) in sorted(parser.tensors.items(), key=lambda item: item[1][2:]):
-        if start < position:
-            _refuse(parser.path, f"the bytes of {name!r} overlap those of {previous!r}", base + start)
-        if start > position:
-            _refuse(parser.path, f"{start - position} bytes before {name!r} belong to no tensor", base + position)
-        position, previous = end, name
-        if base + end > file_size:
-            missing = f"{name!r} should end at byte {base + end}, but the file has {file_size} bytes"
-            _refuse(parser.path, missing, file_size)
-    if base + position != file_size:
-        extra = file_size - base - position
-        _refuse(parser.path, f"{extra} bytes after the last tensor belong to no tensor", base + position)
+    position, previous = base, ""
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start < position:
+            _refuse(path, f"the bytes of {name!r} overlap those of {previous!r}", entry.start)
+        if entry.start > position:
+            _refuse(path, f"{entry.start - position} bytes before {name!r} belong to no tensor", position)
+        position, previous = entry.end, name
+        if position > file_size:
+            _refuse(path, f"{name!r} should end at byte {position}, but the file has {file_size} bytes", file_size)
+    if position != file_size:
+        _refuse(path, f"{file_size - position} bytes after the last tensor belong to no tensor", position)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -262,6 +263,6 @@ def _write_error(path: Path, error: OSError, needed: int) -> BitwrightError:
         free = 0
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-        missing = max(needed - free, 1 << 20)
-        suggestion = f"free {missing / 1e9:.3f} GB or more and run the same command again"
+        missing = math.ceil(max(needed - free, 1 << 20) / 1e6) / 1000
+        suggestion = f"free {missing:.3f} GB or more and run the same command again"
     return BitwrightError("BW501", f"cannot write {path.name}: {reason}", where=str(path), suggestion=suggestion)
