@@ -133,7 +133,8 @@ def _list_directory(directory: Path) -> set[str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         suggestion = "give the directory that holds config.json and *.safetensors"
-        raise BitwrightError("BW301", f"{directory} cannot be read: {reason}", suggestion=suggestion) from error
+        what = f"{directory} cannot be read: {reason}"
+        raise BitwrightError("BW301", what, where=str(directory), suggestion=suggestion) from error
 
 
 def _read_config(directory: Path, names: set[str]) -> dict[str, Any]:
@@ -214,7 +215,8 @@ def _merge(directory: Path, indexes: list[FileIndex]) -> dict[str, StoredTensor]
             raise BitwrightError("BW303", what, where=str(directory), suggestion="remove the file that does not belong")
         tensors.update({name: StoredTensor(file, entry) for name, entry in index.tensors.items()})
     if not tensors:
-        raise BitwrightError("BW303", "the weight files hold no tensors", where=str(directory))
+        suggestion = "fetch the model again"
+        raise BitwrightError("BW303", "the weight files hold no tensors", where=str(directory), suggestion=suggestion)
     return tensors
 
 
