@@ -137,7 +137,10 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
     reference: Annotated[str | None, typer.Option(help="The model to compare with, before quantization.")] = None,
     text: Annotated[str | None, typer.Option(help="Text file or data set to read; heldout unless given.")] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in each window; 512 or the model's context, the smaller.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens of the text.")] = None,
     probes: Annotated[bool, typer.Option(help="Also ask the embedded questions.")] = True,
     threads: Threads = None,
     json: Json = False,
@@ -149,7 +152,14 @@ def evaluate(
     """
     from bitwright.cli.evaluation import run_eval
 
-    options = {"reference": reference, "text": text, "seqlen": seqlen, "probes": probes, "threads": threads}
+    options = {
+        "reference": reference,
+        "text": text,
+        "seqlen": seqlen,
+        "max_tokens": max_tokens,
+        "probes": probes,
+        "threads": threads,
+    }
     run_eval(models, options, as_json=json, plain=plain)
 
 
@@ -157,7 +167,10 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or with --chat to answer.")],
-    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most this many new tokens; 128, or what is left of the context, unless given."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token; higher: more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw only among the likeliest tokens of this total probability.")] = 1.0,
     seed: Seed = 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
@@ -50,13 +51,16 @@ class PlainLines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        # Events come from the thread that writes, too, and what is said may come from a signal in the middle of one.
+        self.lock = threading.RLock()
 
     def __call__(self, event: ProgressEvent) -> None:
         if event.kind != "progress":
             self.say(describe_unit(event) if event.kind == "unit" else event.message)
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        with self.lock:
+            print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         return
@@ -79,6 +83,10 @@ class LiveLines(PlainLines):
         self.shown = 0
 
     def __call__(self, event: ProgressEvent) -> None:
+        with self.lock:
+            self._show(event)
+
+    def _show(self, event: ProgressEvent) -> None:
         if event.kind == "unit":
             self.live = [f"{self._bar(event.data)} {describe_unit(event)}", ""]
         elif event.kind == "progress":
@@ -89,15 +97,17 @@ class LiveLines(PlainLines):
         self._draw()
 
     def say(self, text: str) -> None:
-        self._erase()
-        super().say(text)
-        self._draw()
+        with self.lock:
+            self._erase()
+            super().say(text)
+            self._draw()
 
     def close(self) -> None:
         """Keep the last state of the run on the screen, and go below it."""
-        self.live[1] = ""
-        self._draw()
-        self.live, self.shown = ["", ""], 0
+        with self.lock:
+            self.live[1] = ""
+            self._draw()
+            self.live, self.shown = ["", ""], 0
 
     def _bar(self, data: Mapping[str, Any]) -> str:
         filled = BAR_WIDTH * int(data.get("done", 0)) // max(1, int(data.get("total", 1)))

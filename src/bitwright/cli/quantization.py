@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 import signal
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ __all__ = ["QuantizeRequest", "resume_command", "run_quantize"]
 
 # Up to this size a model is also measured before and after, unless asked otherwise: that takes seconds.
 CHECKED_BYTES = 256 << 20
-CHECKED_CHARACTERS = 16_000
-COLLAPSE_RATIO = 1.5
+CHECKED_TOKENS, CHECKED_SEQLEN = 4096, 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +49,11 @@ class _Display:
 
     def __init__(self, progress: Progress, request: QuantizeRequest) -> None:
         self.progress, self.request = progress, request
-        self.done, self.seconds = 0, 0.0
+        self.at, self.seconds = 1, 0.0
 
     def __call__(self, event: ProgressEvent) -> None:
-        if event.kind == "unit":
-            self.done, self.seconds = int(event.data["done"]), float(event.data["seconds"])
+        self.at = int(event.data.get("at", self.at))
+        self.seconds = float(event.data.get("seconds", self.seconds)) if event.kind == "unit" else self.seconds
         if event.kind == "plan" and not isinstance(self.progress, JsonLines):
             self.progress.say(render_plan(event, self.request.output))
         elif event.kind == "notice" and not isinstance(self.progress, JsonLines):
@@ -69,7 +67,7 @@ class _Display:
         again = "press again to stop now"
         if number == signal.SIGTERM:
             again = f"at the latest in {GRACE_SECONDS:.0f} s"
-        self.progress.say(f"stopping after block {self.done + 1}{about}; {again}")
+        self.progress.say(f"stopping after block {self.at}{about}; {again}")
 
 
 def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> None:
@@ -87,7 +85,7 @@ def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> Non
     display = _Display(progress, request)
 
     def describe_stop() -> str:
-        return f"stopped during block {display.done + 1}; to resume: {command}"
+        return f"stopped during block {display.at}; to resume: {command}"
 
     try:
         with stop_on_signals(display.announce, describe_stop) as stop:
@@ -95,7 +93,7 @@ def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> Non
                 request.model, request.output, **request.options, command=command, on_event=display, should_stop=stop
             )
         progress.close()
-        comparison = _measure(request, report)
+        comparison = _measure(request, report, display)
     except Stopped as stopped:
         text = f"stopped after block {stopped.done} of {stopped.total}; to resume: {command}"
         raise Interrupted(stop.number or signal.SIGINT, text) from None
@@ -148,10 +146,6 @@ def render_result(request: QuantizeRequest, report: Report, comparison: Comparis
         "worst layer": f"{name}, relative error {format_number(error)}",
     }
     lines = ["", *(f"{name:<12} {text}" for name, text in rows.items()), ""]
-    if comparison is not None and _ratio(comparison) > COLLAPSE_RATIO:
-        worst = ", ".join(name for name, _ in report.worst_layers())
-        lines += [f"notice: quality collapsed (perplexity x{_ratio(comparison):.1f}). Worst layers: {worst}"]
-        lines += ["        give them more bits with --override NAME=w8, take a smaller group, or more bits for all", ""]
     lines += [
         "next:",
         f"  bitwright eval {out} --reference {model}",
@@ -173,16 +167,18 @@ def _ratio(comparison: Comparison) -> float:
     return comparison.rows[0].perplexity / comparison.rows[-1].perplexity
 
 
-def _measure(request: QuantizeRequest, report: Report) -> Comparison | None:
+def _measure(request: QuantizeRequest, report: Report, display: _Display) -> Comparison | None:
     """Perplexity before and after on a short text, where that takes seconds or was asked for."""
-    from bitwright.evaluation.comparison import evaluate
-    from bitwright.formats.storage import write_file
-    from bitwright.models.embedded_model import read_text
-
     wanted = report.source_bytes <= CHECKED_BYTES if request.check is None else request.check
     if not wanted:
         return None
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:
-        text = Path(folder) / "check.txt"
-        write_file(text, [read_text("heldout")[:CHECKED_CHARACTERS].encode()])
-        return evaluate([request.output], reference=request.model, text=text, probes=False)
+    from bitwright.evaluation.comparison import evaluate
+
+    def listen(event: ProgressEvent) -> None:
+        if event.kind == "notice":
+            display(event)
+
+    if not isinstance(display.progress, JsonLines):
+        display.progress.say(f"measuring perplexity before and after on {CHECKED_TOKENS:,} tokens of text ...")
+    length = {"max_tokens": CHECKED_TOKENS, "seqlen": CHECKED_SEQLEN}
+    return evaluate([request.output], reference=request.model, probes=False, on_event=listen, **length)
