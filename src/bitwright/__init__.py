@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bitwright.models.generation import generate
     from bitwright.models.loading import load
     from bitwright.quantization.api import quantize
-    from bitwright.quantization.session import convert, prepare
+    from bitwright.quantization.session import convert, prepare, quantize_module
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "parse",
     "prepare",
     "quantize",
+    "quantize_module",
 ]
 
 # Where each public name lives: module and, if it is called otherwise there, its name.
@@ -66,6 +67,7 @@ SOURCES = {
     "parse": "core.scheme_names",
     "prepare": "quantization.session",
     "quantize": "quantization.api",
+    "quantize_module": "quantization.session",
 }
 
 

@@ -48,7 +48,7 @@ def plan_facts(
         "output_bytes": plan.output_bytes,
         "free_disk_bytes": shutil.disk_usage(output).free,
         "peak_bytes": needed.peak_bytes,
-        "estimated_seconds": round(needed.seconds, 1),
+        "seconds": round(needed.seconds, 1),
     }
 
 
