@@ -81,12 +81,13 @@ class DiskSource:
             self._assign(name, torch.empty(self._shapes[name], device="meta"))
 
     def _assign(self, name: str, tensor: Tensor) -> None:
-        """Put ``tensor`` where the parameter or buffer ``name`` is, and where it is tied to."""
+        """Put ``tensor`` where the parameter or buffer ``name`` is, and where it is tied to, as one parameter."""
+        parameter = nn.Parameter(tensor, requires_grad=False)
         for target in [name, *(second for second, first in self._shared.items() if first == name)]:
             parent, _, leaf = target.rpartition(".")
             holder = self.model.get_submodule(parent)
             if leaf in holder._parameters:
-                holder._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                holder._parameters[leaf] = parameter
             else:
                 holder._buffers[leaf] = tensor
 
