@@ -112,6 +112,7 @@ def config(layers: Mapping[str, LayerRecord], ignored: Sequence[str]) -> dict[st
         else:
             same[1].extend(targets)
     formats = {group["format"] for group, _ in groups}
+    packed_zeros = any(group["format"] == PACKED and not group["weights"]["symmetric"] for group, _ in groups)
     return {
         "quant_method": reading.METHOD,
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -124,6 +125,9 @@ def config(layers: Mapping[str, LayerRecord], ignored: Sequence[str]) -> dict[st
         "ignore": list(ignored),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        # Version 0.20 of the package makes no room for packed zero points where weights stay packed. Told to decode
+        # while it loads, transformers reads such checkpoints too; others do not look at this.
+        **({"dequantize": True} if packed_zeros else {}),
     }
 
 

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.formats import compressed_tensors
 from bitwright.formats.records import Format
 from bitwright.formats.table import FORMATS, get_format
-from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linears, output_head
+from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
 from bitwright.quantization.sources import Source
 
 __all__ = ["GroupFallback", "Plan", "Unit", "make_plan"]
@@ -80,6 +82,9 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     if not schemes:
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
     chosen = _choose_format(schemes, shapes, layers, format)
+    if chosen.name == compressed_tensors.FORMAT.name:
+        schemes, more = _fit_readers(schemes, layers)
+        notices += more
     head = output_head(model)
     head_quantized = head is not None and head[0] in schemes
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
@@ -158,6 +163,22 @@ def _choose_format(
         f"the {candidate.name} format cannot store this model: {reason}",
         suggestion="--format native stores every scheme",
     )
+
+
+def _fit_readers(
+    schemes: Mapping[str, LayerScheme], layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, LayerScheme], tuple[str, ...]]:
+    """Store the scales of bfloat16 layers in bfloat16: readers of compressed-tensors cast scales to the model's dtype.
+
+    Were they stored more finely, those readers would compute with other weights than the ones that were measured.
+    """
+    fitted = dict(schemes)
+    for name, scheme in schemes.items():
+        if linear_weight(layers[name]).dtype == torch.bfloat16:
+            fitted[name] = replace(scheme, weight=replace(scheme.weight, scale_dtype=torch.bfloat16))
+    if fitted == dict(schemes):
+        return fitted, ()
+    return fitted, ("scales are stored in bfloat16, the model's dtype, in which readers of compressed-tensors compute",)
 
 
 def _refusal(
