@@ -16,7 +16,17 @@ from bitwright.formats.directory import find_file, locate_file, read_object
 from bitwright.formats.safetensors_file import FileTensor, open_source, read_tensor
 from bitwright.formats.safetensors_index import FileIndex, TensorEntry, read_index
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "WORK_DIRECTORY", "Checkpoint", "StoredTensor", "list_names", "open_checkpoint"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SHARD",
+    "SINGLE",
+    "WORK_DIRECTORY",
+    "Checkpoint",
+    "StoredTensor",
+    "list_names",
+    "open_checkpoint",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -26,6 +26,7 @@ __all__ = [
     "file_sha256",
     "lock_directory",
     "make_directory",
+    "remove_empty_directory",
     "remove_file",
     "remove_tree",
     "write_file",
@@ -150,6 +151,12 @@ def remove_tree(path: Path) -> None:
             shutil.rmtree(path)
     except OSError as error:
         raise _write_error(path, error, 0) from error
+
+
+def remove_empty_directory(path: Path) -> None:
+    """Remove a directory that is there and empty; leave any other as it is."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 @contextlib.contextmanager

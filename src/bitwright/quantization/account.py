@@ -35,6 +35,7 @@ def plan_facts(
     name: str, plan: Plan, recipe: Recipe, tokens: CalibrationTokens | None, needed: Estimate, output: Path
 ) -> dict[str, Any]:
     """What will be done and what it will take, JSON-ready."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     return {
         "model": name,
         "scheme": recipe.scheme.name,
@@ -46,7 +47,7 @@ def plan_facts(
         "calibration": None if tokens is None else list(tokens.windows.shape),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
-        "free_disk_bytes": shutil.disk_usage(output).free,
+        "free_disk_bytes": shutil.disk_usage(existing).free,
         "peak_bytes": needed.peak_bytes,
         "seconds": round(needed.seconds, 1),
     }

@@ -17,7 +17,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme_names import parse
 from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
-from bitwright.formats.storage import lock_directory, make_directory, remove_tree
+from bitwright.formats.storage import lock_directory, make_directory, remove_empty_directory
 from bitwright.models.hf import context_length, load_tokenizer
 from bitwright.models.location import resolve_model
 from bitwright.quantization.account import make_report, plan_facts, sample_notices
@@ -28,15 +28,15 @@ from bitwright.quantization.calibration import (
     read_calibration_text,
     tokenize,
 )
-from bitwright.quantization.destination import check_output, clear_output
+from bitwright.quantization.destination import check_output, clear_output, clear_work
 from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
 from bitwright.quantization.job import Job, fingerprint
-from bitwright.quantization.journal import Journal
+from bitwright.quantization.journal import Journal, has_units
 from bitwright.quantization.plan import GroupFallback, Plan, make_plan
 from bitwright.quantization.report import Report, host_facts, peak_resident_bytes
-from bitwright.quantization.sources import DiskSource, MemorySource, Source
-from bitwright.quantization.writer import finish_checkpoint
+from bitwright.quantization.sources import DiskSource, MemorySource, Source, refuse_nonfinite
+from bitwright.quantization.writer import check_companions, finish_checkpoint
 
 __all__ = ["DEFAULT_SEQLEN", "quantize"]
 
@@ -152,40 +152,66 @@ def _run(
     started = time.perf_counter()
     notices = plan.notices + sample_notices(tokens, samples)
     needed = estimate(source, plan, tokens)
-    work = request.output / WORK_DIRECTORY
-    make_directory(work)
     planned = plan_facts(name, plan, recipe, tokens, needed, request.output)
     request.sink(Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", planned))
     for notice in notices:
         request.sink(Event("notice", notice))
-    with lock_directory(work):
-        if request.restart or (request.overwrite and (request.output / INDEX).exists()):
-            clear_output(request.output)
-        check_resources(request.output, plan, needed)
-        journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command)
-        journal.open()
-        job = Job(
-            source=source,
-            plan=plan,
-            recipe=recipe,
-            algorithm=get_algorithm(recipe.algorithm),
-            options=parse_options(recipe.algorithm, recipe.options),
-            calibration=tokens,
-            output=request.output,
-            journal=journal,
-            sink=request.sink,
-            should_stop=request.should_stop,
-            drop_nonfinite=request.drop_nonfinite,
-        )
-        with torch.no_grad(), _memory_errors(needed):
-            job.run()
-        report = make_report(name, source, plan, recipe, tokens, journal.done, notices)
-        facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
-        report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
-        finish_checkpoint(request.output, source, plan, journal.done, report)
-        remove_tree(work)
+    check_companions(source)
+    if not _resumes(request):
+        refuse_nonfinite(source)  # before anything is made, and before an old checkpoint is given up
+    work = request.output / WORK_DIRECTORY
+    make_directory(work)
+    try:
+        with lock_directory(work):
+            # Another run may have ended here since the first look.
+            check_output(request.output, source.directory, overwrite=request.overwrite)
+            check_resources(request.output, plan, needed)
+            if not _resumes(request):
+                clear_output(request.output)
+            journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command)
+            journal.open()
+            _do_units(source, plan, recipe, tokens, journal, needed, request)
+            report = make_report(name, source, plan, recipe, tokens, journal.done, notices)
+            facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
+            report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
+            finish_checkpoint(request.output, source, plan, journal.done, report)
+            clear_work(work)
+    finally:
+        remove_empty_directory(work)
     request.sink(Event("result", f"wrote {request.output}", report.to_dict()))
     return report
+
+
+def _resumes(request: _Request) -> bool:
+    """Whether there is an unfinished run with something to resume, and it is not to be discarded."""
+    finished = (request.output / INDEX).exists()
+    return has_units(request.output) and not request.restart and not (request.overwrite and finished)
+
+
+def _do_units(
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: CalibrationTokens | None,
+    journal: Journal,
+    needed: Estimate,
+    request: _Request,
+) -> None:
+    job = Job(
+        source=source,
+        plan=plan,
+        recipe=recipe,
+        algorithm=get_algorithm(recipe.algorithm),
+        options=parse_options(recipe.algorithm, recipe.options),
+        calibration=tokens,
+        output=request.output,
+        journal=journal,
+        sink=request.sink,
+        should_stop=request.should_stop,
+        drop_nonfinite=request.drop_nonfinite,
+    )
+    with torch.no_grad(), _memory_errors(needed):
+        job.run()
 
 
 def _open_source(model: str | Path | nn.Module, request: _Request) -> tuple[Source, str]:

@@ -30,7 +30,7 @@ from bitwright.quantization.events import Event, EventSink, Stopped
 from bitwright.quantization.journal import Journal, UnitRecord
 from bitwright.quantization.plan import Plan, Unit
 from bitwright.quantization.report import versions
-from bitwright.quantization.sources import Source, refuse_nonfinite
+from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import NonFiniteActivations
 from bitwright.quantization.stream import BlockResult, Flow, quantize_block, round_layers
 from bitwright.quantization.writer import shard_name, tensor_bytes
@@ -87,8 +87,6 @@ class Job:
             saved = round(sum(record.seconds for record in self.journal.done), 1)
             message = f"found {done}/{total} units done and intact ({saved} s saved), resuming at unit {done + 1}"
             self.sink(Event("resume", message, {"done": done, "total": total, "saved_seconds": saved}))
-        else:
-            refuse_nonfinite(self.source)
         if self.calibration is not None and any(unit.is_block for unit in self.plan.units[done:]):
             self._start_flow()
         with ThreadPoolExecutor(max_workers=1) as writer:

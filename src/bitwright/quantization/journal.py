@@ -16,7 +16,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import WORK_DIRECTORY
 from bitwright.formats.storage import append_line, file_sha256, make_directory, remove_file, write_file
 
-__all__ = ["Journal", "UnitRecord"]
+__all__ = ["JOURNAL_FILE", "Journal", "UnitRecord", "has_units"]
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -64,7 +64,7 @@ class Journal:
             BitwrightError: BW207 if the journal belongs to a run with other settings, naming what differs.
         """
         make_directory(self.work)
-        lines = self._complete_lines()
+        lines = _complete_lines(self._path)
         if not lines:
             self._write([])
             return
@@ -94,17 +94,6 @@ class Journal:
         lines = [{"fingerprint": self._fingerprint, "command": self._command}, *map(asdict, records)]
         write_file(self._path, [(json.dumps(line, sort_keys=True) + "\n").encode() for line in lines])
 
-    def _complete_lines(self) -> list[dict[str, Any]]:
-        if not self._path.is_file():
-            return []
-        lines = []
-        for line in self._path.read_bytes().split(b"\n")[:-1]:  # without its line end a line was cut short
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
-
     def _intact(self, records: list[UnitRecord]) -> list[UnitRecord]:
         """The leading records whose shards are as they were written, and which can be continued from."""
         intact: list[UnitRecord] = []
@@ -119,6 +108,27 @@ class Journal:
                 break
             intact.pop()
         return intact
+
+
+def has_units(output: Path) -> bool:
+    """Whether an unfinished run in ``output`` has anything to resume."""
+    return len(_complete_lines(output / WORK_DIRECTORY / JOURNAL_FILE)) > 1
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a journal up to the first that was cut short or damaged."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # without its line end a line was cut short
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        lines.append(record)
+    return lines
 
 
 def _is_file_with(path: Path, sha256: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats.checkpoint import CONFIG, INDEX
 from bitwright.formats.checksums import CHECKSUMS, serialize_checksums
+from bitwright.formats.directory import find_file
 from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import TensorSource
 from bitwright.formats.storage import write_file
@@ -22,7 +23,7 @@ from bitwright.quantization.plan import Plan
 from bitwright.quantization.report import REPORT_FILE, Report
 from bitwright.quantization.sources import Source
 
-__all__ = ["finish_checkpoint", "shard_name", "tensor_bytes"]
+__all__ = ["COMPANIONS", "check_companions", "finish_checkpoint", "shard_name", "tensor_bytes"]
 
 # What belongs to a model besides its weights; copied byte for byte where it is there.
 COMPANIONS = (
@@ -43,14 +44,20 @@ def tensor_bytes(tensor: Tensor | TensorSource) -> int:
     return count
 
 
+def check_companions(source: Source) -> None:
+    """Find what is copied beside the weights while nothing has been done yet.
+
+    Raises:
+        BitwrightError: BW310 if one is a link that leads outside the model's directory.
+    """
+    _find_companions(source)
+
+
 def finish_checkpoint(output: Path, source: Source, plan: Plan, units: Iterable[UnitRecord], report: Report) -> None:
     """Write everything beside the shards. The index comes last: while it is missing, loaders find no model."""
     units = list(units)
-    if source.directory is not None:
-        for name in COMPANIONS:
-            companion = source.directory / name
-            if companion.is_file():
-                write_file(output / name, _blocks_of(companion))
+    for companion in _find_companions(source):
+        write_file(output / companion.name, _blocks_of(companion))
     hashes = {unit.file: unit.sha256 for unit in units}
     hashes[CONFIG] = write_file(output / CONFIG, _json(_config(source, plan)))
     write_file(output / CHECKSUMS, [serialize_checksums(hashes)])
@@ -60,6 +67,13 @@ def finish_checkpoint(output: Path, source: Source, plan: Plan, units: Iterable[
     total = sum(size for unit in units for size in unit.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_file(output / INDEX, _json(index))
+
+
+def _find_companions(source: Source) -> list[Path]:
+    if source.directory is None:
+        return []
+    found = [find_file(source.directory, name) for name in COMPANIONS]
+    return [path for path in found if path is not None and path.is_file()]
 
 
 def _config(source: Source, plan: Plan) -> dict[str, Any]:
