@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | lock | clean.  Needs Python 3.11+ and pip; everything else lands in .venv.
+# make setup | demo | test | check | format | docs | bench | lock | clean.  Needs Python 3.11+ and pip; everything else lands in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # The tests run in WORKERS processes: one OpenMP thread each, or they fight for the cores.
 test bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check format bench lock clean
+.PHONY: setup demo test check format docs bench lock clean
 
 setup: $(STAMP)
 
@@ -38,8 +38,14 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Writes docs/reference/ and the output shown in README.md.
+docs: setup
+	$(BIN)/python -m docs.generate
+
+# Streams generated checkpoints of 1.5 billion parameters (12 GB of disk, for a while), then measures third-party models.
 bench: setup
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.stream --work-dir out/stream --json benchmarks/results/stream.json
+	$(BIN)/python -m benchmarks.models
 
 # Writes down the newest version of everything. torch stays at the release that the figures in the docs were measured with.
 TORCH := torch==2.13.0

@@ -76,7 +76,7 @@ def run_block(block: Block) -> str:
     """Run the commands of a block, in this process and directory; the block as it should read.
 
     Raises:
-        RuntimeError: if a command does not end with 0.
+        RuntimeError: for a command that is not one of bitwright's.
     """
     parts = []
     for command in block.commands:
@@ -88,13 +88,12 @@ def run_block(block: Block) -> str:
 
 
 def capture(arguments: list[str]) -> str:
-    """What ``bitwright ARGUMENTS`` prints on a terminal of 100 columns."""
+    """What ``bitwright ARGUMENTS`` shows on a terminal of 100 columns, and the exit status if it is not 0."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), _columns("100"):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), _columns("100"):
         status = main(arguments)
-    if status != 0:
-        raise RuntimeError(f"bitwright {shlex.join(arguments)} ended with {status}")
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    text = "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return text if status == 0 else f"{text}[exit status {status}]\n".lstrip("\n")
 
 
 @contextlib.contextmanager

@@ -79,6 +79,10 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")],
     scheme: Annotated[str, typer.Option(help="What numbers are stored: w4g128, w8, w3g32-asym, nf4g64-dq, w8a8 ...")],
     algorithm: Annotated[str, typer.Option(help="How they are chosen: rtn (round to nearest).")] = "rtn",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; may be repeated."),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="compressed-tensors or native; the first that can store the scheme unless given.")
     ] = None,
@@ -91,13 +95,16 @@ def quantize(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SCHEME", help="Another scheme (or float) for some layers; may be given many times."),
+        typer.Option(metavar="NAME=SCHEME", help="Another scheme (or float) for some layers; may be repeated."),
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     group_fallback: Annotated[
         str, typer.Option(help="Where groups do not divide a layer: error, pad, per-channel or skip.")
     ] = "error",
+    on_nonfinite: Annotated[
+        str, typer.Option(help="For calibration samples that make NaN or infinity: stop or drop-sample.")
+    ] = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint in OUTPUT.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUTPUT.")] = False,
     check: Annotated[
@@ -107,7 +114,7 @@ def quantize(
     plain: Plain = False,
 ) -> None:
     """Quantize a model. Interrupted, the same command resumes where it stopped."""
-    from bitwright.cli.quantization import QuantizeRequest, run_quantize
+    from bitwright.cli.quantization import QuantizeRequest, parse_algorithm_options, run_quantize
 
     request = QuantizeRequest(
         arguments=context.obj,
@@ -117,6 +124,7 @@ def quantize(
         options={
             "scheme": scheme,
             "algorithm": algorithm,
+            "options": parse_algorithm_options(option or ()),
             "format": format,
             "calibration": calibration,
             "samples": samples,
@@ -125,6 +133,7 @@ def quantize(
             "seed": seed,
             "threads": threads,
             "group_fallback": group_fallback,
+            "on_nonfinite": on_nonfinite,
             "overwrite": overwrite,
             "restart": restart,
         },
@@ -188,6 +197,7 @@ def generate(
 def inspect(
     model: Model,
     kernels: Annotated[bool, typer.Option("--kernels", help="Also every kernel's answer, and why it refuses.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare each file with its recorded sha256.")] = False,
     json: Json = False,
 ) -> None:
     """Show a checkpoint layer by layer.
@@ -196,7 +206,7 @@ def inspect(
     """
     from bitwright.cli import inspection
 
-    found = inspection.inspect(model)
+    found = inspection.inspect(model, verify=verify)
     _show(found.to_dict() if json else inspection.render_inspection(found, kernels=kernels))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright.cli.tables import format_number, format_size, format_table
+from bitwright.core.errors import BitwrightError
 
 if TYPE_CHECKING:
     from bitwright.formats.checkpoint import Checkpoint
@@ -55,17 +56,26 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: str | Path, *, verify: bool = False) -> Inspection:
     """Read the records of a checkpoint (a directory, a hub id or ``demo:``); no weight is read.
 
+    Args:
+        verify: first compare every file with the sha256 that was recorded when it was written.
+
     Raises:
-        BitwrightError: BW301 to BW311 for a directory that is no sound checkpoint.
+        BitwrightError: BW301 to BW311 for a directory that is no sound checkpoint, BW314 for a file that is not
+            what was written, or where there is no record to verify.
     """
     from bitwright.formats.checkpoint import open_checkpoint
+    from bitwright.formats.checksums import CHECKSUMS, verify_files
     from bitwright.formats.table import find_format
     from bitwright.models.location import resolve_model
 
-    checkpoint = open_checkpoint(resolve_model(model))
+    directory = resolve_model(model)
+    if verify and not verify_files(directory):
+        advice = "only checkpoints that bitwright wrote have one"
+        raise BitwrightError("BW314", f"{directory} has no record of checksums ({CHECKSUMS})", suggestion=advice)
+    checkpoint = open_checkpoint(directory)
     report = _read_report(checkpoint.directory)
     quantization = checkpoint.quantization
     entry = find_format(quantization) if quantization is not None else None

@@ -15,12 +15,13 @@ from bitwright.cli.failures import Interrupted
 from bitwright.cli.progress import JsonLines, Progress, ProgressEvent, choose_progress
 from bitwright.cli.signals import GRACE_SECONDS, stop_on_signals
 from bitwright.cli.tables import format_duration, format_number, format_size
+from bitwright.core.errors import BitwrightError
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison
     from bitwright.quantization.report import Report
 
-__all__ = ["QuantizeRequest", "resume_command", "run_quantize"]
+__all__ = ["QuantizeRequest", "parse_algorithm_options", "resume_command", "run_quantize"]
 
 # Up to this size a model is also measured before and after, unless asked otherwise: that takes seconds.
 CHECKED_BYTES = 256 << 20
@@ -106,6 +107,26 @@ def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> Non
         progress.say(render_result(request, report, comparison))
 
 
+def parse_algorithm_options(texts: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; a value is a JSON number, ``true``, ``false``, or else text.
+
+    Raises:
+        BitwrightError: BW201 for text without ``=``.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise BitwrightError(
+                "BW201", f"cannot read option {text!r}", suggestion="NAME=VALUE, for example search=true"
+            )
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
+
+
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line that goes on where this one stopped: the same, but never ``--restart``."""
     return shlex.join(["bitwright", *(text for text in arguments if text != "--restart")])
@@ -180,5 +201,11 @@ def _measure(request: QuantizeRequest, report: Report, display: _Display) -> Com
 
     if not isinstance(display.progress, JsonLines):
         display.progress.say(f"measuring perplexity before and after on {CHECKED_TOKENS:,} tokens of text ...")
-    length = {"max_tokens": CHECKED_TOKENS, "seqlen": CHECKED_SEQLEN}
-    return evaluate([request.output], reference=request.model, probes=False, on_event=listen, **length)
+    return evaluate(
+        [request.output],
+        reference=request.model,
+        max_tokens=CHECKED_TOKENS,
+        seqlen=CHECKED_SEQLEN,
+        probes=False,
+        on_event=listen,
+    )
