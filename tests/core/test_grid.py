@@ -39,7 +39,9 @@ def slack(values: Tensor, tensor: QuantizedTensor) -> np.ndarray:
     rounding = ROUNDING[tensor.dense_scale().dtype]
     span = np.abs(scale) * (np.abs(zero) + np.abs(codes)) * 2.0**-21
     zero_rounding = np.abs(scale * zero) * rounding if tensor.scheme.zero == "float" else 0.0
-    total = span + zero_rounding + TINY / 4
+    # A scale rounded down shortens the whole range, and where zero was rounded too, one end bears all of it.
+    range_rounding = 0.0 if tensor.scheme.symmetric else np.abs(scale) * 2**tensor.scheme.bits * rounding
+    total = span + zero_rounding + range_rounding + TINY / 4
     return (total if tensor.scheme.axis == 1 else total.T) + np.abs(array(values)) * (rounding + 2.0**-21)
 
 

@@ -196,7 +196,9 @@ def _zero(low: Tensor, high: Tensor, scale: Tensor, scheme: QuantScheme) -> Tens
     if scheme.zero == "float":
         # zero_point = Q_min - F_min / scale, from the range itself: a rounded scale would move it off exact halves.
         # (Halved, the difference of huge values does not overflow.) A constant group sits one code beside its zero.
-        position = low / 2 / (high / 2 - low / 2) * ((1 << scheme.bits) - 1)
+        steps = (1 << scheme.bits) - 1
+        width = (high / 2 - low / 2).clamp(min=FLOAT32.tiny * steps / 2)  # as the scale is
+        position = low / 2 / width * steps
         constant = (low < 0).to(torch.float32)
         return (scheme.code_min + torch.where(low == high, constant, -position)).to(scale.dtype)
     divisor = torch.where(scale == 0, 1.0, scale.to(torch.float32))

@@ -1,0 +1,335 @@
+"""``bitwright.eval``: several models on one text, beside a reference, in one table."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitwright.core.errors import ArgumentError, BitwrightError, Notice
+from bitwright.core.memory import trim_memory
+from bitwright.core.settings import read_settings
+from bitwright.evaluation.measurement import LogitSource, Measurement, ModelLogits, measure
+from bitwright.evaluation.probes import EncodedProbe, encode_probes, first_of_each_kind, probe_counts, right_answers
+from bitwright.evaluation.records import Comparison, Row, TextFacts
+from bitwright.evaluation.reference_cache import CachedLogits, model_fingerprint, open_cache
+from bitwright.evaluation.subjects import (
+    ModelLike,
+    Subject,
+    check_tokenizers,
+    choose_window,
+    find_subjects,
+    worst_layers,
+)
+from bitwright.evaluation.windows import TokenWindows, cut_text
+from bitwright.models.embedded_model import read_probes
+from bitwright.models.hf import Tokenizer, read_config
+from bitwright.quantization.calibration import read_calibration_text, tokenize
+from bitwright.quantization.events import Event, EventSink, ignore_event
+from bitwright.quantization.report import peak_resident_bytes
+
+__all__ = ["COLLAPSE_RATIO", "evaluate"]
+
+COLLAPSE_RATIO = 1.5  # of perplexities
+BATCH = 4
+BATCH_BYTES = 128 << 20  # of logits, in float32
+
+
+@dataclass(kw_only=True)
+class _Session:
+    """What all rows of one comparison share."""
+
+    text: TokenWindows
+    batch: int
+    dtype: torch.dtype | None
+    probes: tuple[EncodedProbe, ...]
+    on_event: EventSink
+    total: int
+    done: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    notices: list[str] = field(default_factory=list)
+
+    def notice(self, message: str) -> None:
+        """Tell the listener; where nobody listens, warn."""
+        self.notices.append(message)
+        if self.on_event is ignore_event:
+            warnings.warn(message, Notice, stacklevel=4)
+        else:
+            self.on_event(Event("notice", message))
+
+    def window(self, name: str, done: int, total: int) -> None:
+        data = {"model": name, "windows_done": done, "windows": total}
+        self.on_event(Event("progress", f"{name}: {done} of {total} windows", data))
+
+    def finish(self, row: Row) -> None:
+        self.done += 1
+        elapsed = time.perf_counter() - self.started
+        data = {
+            "model": row.name,
+            "done": self.done,
+            "total": self.total,
+            "seconds": row.seconds,
+            "eta_seconds": elapsed / self.done * (self.total - self.done),
+        }
+        self.on_event(Event("unit", f"{row.name}: perplexity {row.perplexity:.4g}, {row.seconds:.1f} s", data))
+
+
+def evaluate(
+    models: Sequence[ModelLike],
+    *,
+    reference: ModelLike | None = None,
+    text: str | Path | None = None,
+    seqlen: int | None = None,
+    max_tokens: int | None = None,
+    probes: bool | int = True,
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: str | Path | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    on_event: EventSink | None = None,
+) -> Comparison:
+    """Measure ``models``: size, perplexity, the embedded questions, and how far each is from ``reference``.
+
+    Args:
+        models: directories, ``demo:``, ids on the hub, or pairs of a name and a model in memory.
+        reference: what divergence and agreement are measured against, usually the model before quantization.
+        text: a UTF-8 file, or ``heldout`` (the default) or ``calibration``, which ship with the embedded model.
+        seqlen: tokens in a window, of which all but the first are predicted; 512, or the models' context if shorter.
+        max_tokens: read only so many tokens of the text; the result says so.
+        probes: also ask the embedded questions (a number: so many of each kind), where the tokenizer is theirs.
+        dtype: of activations and of all that is not quantized; ``None``: as each model stores it, whose rounding then
+            hides small differences. Models in memory are taken as they are.
+        tokenizer: the model directory whose tokenizer reads the text, where only models in memory are measured.
+        batch: windows read at a time; 4, or 1 for large vocabularies.
+        threads: torch threads while measuring.
+        on_event: told of progress; notices, which are warnings otherwise, go there too.
+
+    Raises:
+        BitwrightError: BW201 for an argument, BW312 if the models do not share one tokenizer, BW401 or BW402 for the
+            text, BW601 if a model gives NaN; and whatever :func:`bitwright.load` raises.
+
+    Example:
+        >>> comparison = bitwright.eval(["out"], reference="demo:")
+        >>> comparison.rows[0].kl_mean
+    """
+    for name, value in (("batch", batch), ("threads", threads)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArgumentError("BW201", f"{name} is {value!r}", suggestion="a whole number, at least 1")
+    subjects, beside = find_subjects(models, reference)
+    everyone = [*subjects, beside] if beside else subjects
+    reader, is_embedded = check_tokenizers(everyone, tokenizer)
+    source = "heldout" if text is None else text
+    ids = tokenize(reader, read_calibration_text(source))
+    windows = cut_text(ids, seqlen=choose_window(everyone, seqlen), source=str(source), max_tokens=max_tokens)
+    asked, skipped = _choose_probes(probes, is_embedded, everyone, reader)
+    session = _Session(
+        text=windows,
+        batch=batch or _choose_batch(everyone, windows),
+        dtype=dtype,
+        probes=asked,
+        on_event=on_event or ignore_event,
+        total=len(everyone),
+    )
+    with _thread_count(threads):
+        rows = _rows(session, subjects, beside)
+    return Comparison(
+        rows=rows,
+        reference=beside.name if beside else None,
+        text=_facts(windows, str(source)),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        probe_counts=probe_counts(asked),
+        probes_skipped=skipped,
+        notices=tuple(session.notices),
+    )
+
+
+def _facts(windows: TokenWindows, source: str) -> TextFacts:
+    return TextFacts(
+        source=source,
+        available=windows.available,
+        used=windows.used,
+        predicted=windows.predicted,
+        windows=len(windows.windows),
+        seqlen=windows.seqlen,
+    )
+
+
+def _choose_batch(subjects: Sequence[Subject], windows: TokenWindows) -> int:
+    vocabulary = max(subject.vocabulary for subject in subjects)
+    return BATCH if BATCH * windows.seqlen * vocabulary * 4 <= BATCH_BYTES else 1
+
+
+def _choose_probes(
+    wanted: bool | int, is_embedded: bool, subjects: Sequence[Subject], reader: Tokenizer
+) -> tuple[tuple[EncodedProbe, ...], str]:
+    """The questions to ask, or none and why."""
+    if not isinstance(wanted, int) or wanted < 0:
+        raise ArgumentError("BW201", f"probes is {wanted!r}", suggestion="True, False, or how many of each kind")
+    if not wanted:
+        return (), "not asked for"
+    if not is_embedded:
+        return (), "they are written for the embedded model, and these models have another tokenizer"
+    chosen = read_probes() if wanted is True else first_of_each_kind(read_probes(), wanted)
+    encoded = encode_probes(chosen, partial(tokenize, reader))
+    longest = max(len(probe.tokens) for probe in encoded)
+    short = [subject.name for subject in subjects if subject.context is not None and subject.context < longest]
+    if short:
+        return (), f"the longest has {longest} tokens, more than the context of {short[0]}"
+    return encoded, ""
+
+
+def _rows(session: _Session, subjects: Sequence[Subject], beside: Subject | None) -> tuple[Row, ...]:
+    """The row of each model, and that of the reference, which is measured first, last."""
+    if beside is None:
+        return tuple(_row(session, subject) for subject in subjects)
+    loader = _Loader(beside, session.dtype)
+    logits = _reference_logits(session, beside, loader)
+    last = _row(session, beside, loader=loader, logits=logits)
+    if logits.cache is not None:
+        loader.release()  # everything that the others need of it is on disk
+    rows = []
+    for subject in subjects:
+        row = _row(session, subject, reference=logits)
+        rows.append(row)
+        if row.perplexity > COLLAPSE_RATIO * last.perplexity:
+            session.notice(_collapse(row, last, subject))
+    return (*rows, last)
+
+
+class _Loader:
+    """A model that is loaded when it is first needed."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype | None) -> None:
+        self.subject, self.dtype = subject, dtype
+        self.model: nn.Module | None = None
+
+    def __call__(self) -> nn.Module:
+        if self.model is None:
+            self.model = self.subject.load(self.dtype)
+        return self.model
+
+    def release(self) -> None:
+        self.model = None
+        trim_memory()
+
+
+def _reference_logits(session: _Session, beside: Subject, loader: _Loader) -> CachedLogits:
+    """The reference's logits, on disk if they come from files and fit the budget."""
+    cache = None
+    if beside.checkpoint is not None and beside.directory is not None:
+        stored = getattr(read_config(beside.checkpoint), "dtype", None) or torch.float32
+        cache = open_cache(
+            read_settings().cache,
+            model=model_fingerprint(beside.directory, list(beside.checkpoint.files)),
+            text=session.text,
+            vocabulary=beside.vocabulary,
+            dtype=session.dtype or stored,
+            batch=session.batch,
+        )
+    return CachedLogits(loader, session.text, cache, on_failure=session.notice)
+
+
+def _row(
+    session: _Session,
+    subject: Subject,
+    *,
+    loader: _Loader | None = None,
+    logits: LogitSource | None = None,
+    reference: LogitSource | None = None,
+) -> Row:
+    """Measure one model; ``logits`` are the reference's own, which may not need the model to be loaded."""
+    started = time.perf_counter()
+    loader = loader or _Loader(subject, session.dtype)
+    source = logits or ModelLogits(loader(), session.text)
+    with _evaluation_mode(subject.module):
+        try:
+            found = measure(
+                source,
+                session.text,
+                batch=session.batch,
+                reference=reference,
+                on_window=partial(session.window, subject.name),
+            )
+        except BitwrightError as error:
+            if error.code != "BW601":
+                raise
+            raise BitwrightError(error.code, error.what, where=subject.name, suggestion=error.suggestion) from None
+        right = right_answers(loader(), session.probes) if session.probes else None
+    if logits is None:
+        loader.release()
+    row = _describe(session, subject, found, right, time.perf_counter() - started, is_reference=logits is not None)
+    session.finish(row)
+    return row
+
+
+def _describe(
+    session: _Session,
+    subject: Subject,
+    found: Measurement,
+    right: dict[str, int] | None,
+    seconds: float,
+    *,
+    is_reference: bool,
+) -> Row:
+    size = subject.size()
+    perplexity, perplexity_ci = found.perplexity()
+    kl_mean, kl_mean_ci = found.mean_divergence() or (None, None)
+    top1, top1_ci = found.top1() or (None, None)
+    counts = probe_counts(session.probes)
+    return Row(
+        name=subject.name,
+        is_reference=is_reference,
+        size_bytes=size.total,
+        bits_per_weight=size.bits_per_weight,
+        bits_per_parameter=size.bits_per_parameter,
+        perplexity=perplexity,
+        perplexity_ci=perplexity_ci,
+        kl_mean=kl_mean,
+        kl_mean_ci=kl_mean_ci,
+        kl_p99=found.high_divergence(),
+        top1=top1,
+        top1_ci=top1_ci,
+        probes=None if right is None else {kind: right[kind] / count for kind, count in counts.items()},
+        seconds=seconds,
+        peak_resident_bytes=peak_resident_bytes(),
+    )
+
+
+def _collapse(row: Row, reference: Row, subject: Subject) -> str:
+    """BW603, with the layers to begin with."""
+    ratio = row.perplexity / reference.perplexity
+    worst = worst_layers(subject.directory)
+    named = f"; worst layers: {', '.join(worst)}" if worst else ""
+    figures = f"perplexity {row.perplexity:.4g} is {ratio:.1f} times that of {reference.name}"
+    return f"BW603 quality collapsed: {row.name}: {figures}{named} (see: bitwright explain BW603)"
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module | None) -> Iterator[None]:
+    """No dropout in a model that the caller was training."""
+    was_training = module is not None and module.training
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        if module is not None:
+            module.train(was_training)
+
+
+@contextmanager
+def _thread_count(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,136 @@
+"""The cache of reference logits: exact, used, bounded, and never in the way."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from bitwright.evaluation import reference_cache
+from bitwright.evaluation.reference_cache import CachedLogits, LogitCache, model_fingerprint, open_cache
+from bitwright.evaluation.windows import TokenWindows, cut_text
+from bitwright.formats.checkpoint import open_checkpoint
+
+TEXT = cut_text(torch.randint(64, (70,), generator=torch.Generator().manual_seed(0)), seqlen=16, source="it")
+
+
+def opened(root: Path, *, text: TokenWindows = TEXT, budget: int = 1 << 30, **facts: object) -> LogitCache | None:
+    known = {"model": "m", "vocabulary": 64, "dtype": torch.float32, "batch": 2} | facts
+    return open_cache(root, text=text, budget=budget, **known)  # type: ignore[arg-type]
+
+
+def refuse() -> nn.Module:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_come_back_to_the_last_bit_without_the_model(
+    model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    first = CachedLogits(lambda: model.to(dtype), TEXT, opened(tmp_path))
+    second = CachedLogits(refuse, TEXT, opened(tmp_path))
+    for numbers in TEXT.batches(2):
+        computed, kept = first(numbers), second(numbers)
+        assert kept.dtype == dtype and torch.equal(computed, kept)
+    assert first.computed == len(TEXT.windows) and second.computed == 0
+
+
+def test_without_a_cache_every_call_computes(model: LlamaForCausalLM) -> None:
+    source = CachedLogits(lambda: model, TEXT, None)
+    assert torch.equal(source([0, 1]), source([0, 1])) and source.computed == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "other", "missing", "link"])
+def test_damaged_files_are_computed_again(model: LlamaForCausalLM, tmp_path: Path, damage: str) -> None:
+    cache = opened(tmp_path)
+    assert cache is not None
+    wanted = CachedLogits(lambda: model, TEXT, cache)([0, 1])
+    path = cache.directory / "000001.safetensors"
+    content = path.read_bytes()
+    if damage == "other":
+        cache.write(1, torch.zeros(3, 64))
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "link":
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_bytes({"truncated": content[:-8], "empty": b"", "header": b"\xff" * 8 + content[8:]}[damage])
+    again = CachedLogits(lambda: model, TEXT, cache)
+    assert torch.equal(again([0, 1]), wanted) and again.computed == 2
+    assert torch.equal(CachedLogits(refuse, TEXT, cache)([0, 1]), wanted)
+
+
+def test_every_fact_that_changes_logits_changes_the_key(tmp_path: Path) -> None:
+    other_tokens = replace(TEXT, windows=(TEXT.windows[0].flip(0), *TEXT.windows[1:]))
+    ids = torch.cat(list(TEXT.windows))
+    other_windows = cut_text(ids, seqlen=8, source="it")
+    caches = [
+        opened(tmp_path),
+        opened(tmp_path, model="n"),
+        opened(tmp_path, dtype=torch.bfloat16),
+        opened(tmp_path, batch=3),
+        opened(tmp_path, text=other_tokens),
+        opened(tmp_path, text=other_windows),
+    ]
+    assert len({cache.directory for cache in caches if cache is not None}) == len(caches)
+    again = opened(tmp_path)
+    assert again is not None and caches[0] is not None and again.directory == caches[0].directory
+
+
+def test_the_fingerprint_is_of_the_files(base: Path, tmp_path: Path) -> None:
+    files = list(open_checkpoint(base).files)
+    first = model_fingerprint(base, files)
+    assert first == model_fingerprint(base, files)
+    for name in ("config.json", *files):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    assert model_fingerprint(tmp_path, files) == first
+    for name in ("config.json", *files):
+        content = (base / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert model_fingerprint(tmp_path, files) != first
+        (tmp_path / name).write_bytes(content)
+
+
+def test_what_is_over_budget_is_not_kept(tmp_path: Path) -> None:
+    size = TEXT.predicted * 64 * 4
+    assert opened(tmp_path, budget=size - 1) is None and not tmp_path.joinpath("reference").exists()
+    assert opened(tmp_path, budget=size) is not None
+
+
+def test_a_disk_without_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": TEXT.predicted * 64 * 4})
+    monkeypatch.setattr(reference_cache.shutil, "disk_usage", lambda path: usage)
+    assert opened(tmp_path) is None
+
+
+def test_the_oldest_entries_make_room(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Four texts, a budget for little more than one: twice the budget holds two or three."""
+    size = TEXT.predicted * 64 * 4
+    directories = []
+    for age, name in enumerate("abcd"):
+        cache = opened(tmp_path, model=name, budget=int(1.3 * size))
+        assert cache is not None
+        source = CachedLogits(lambda: model, TEXT, cache)
+        for numbers in TEXT.batches(2):
+            source(numbers)
+        os.utime(cache.directory, (1000 + age, 1000 + age))
+        directories.append(cache.directory)
+    kept = [directory.exists() for directory in directories]
+    assert kept == [False, False, True, True]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "file").write_text("in the way")
+    cache = LogitCache(tmp_path / "file" / "below")
+    source = CachedLogits(lambda: model, TEXT, cache, on_failure=said.append)
+    first = source([0, 1])
+    assert torch.equal(source([0, 1]), first) and source.computed == 4
+    assert len(said) == 1 and "not kept" in said[0]
+    assert opened(tmp_path / "file") is None
