@@ -75,7 +75,8 @@ class Checkpoint:
         record = self.config.get("quantization_config")
         if record is not None and not isinstance(record, dict):
             where = str(self.directory / CONFIG)
-            raise BitwrightError("BW311", "quantization_config is not an object", where=where)
+            suggestion = "fetch config.json again"
+            raise BitwrightError("BW311", "quantization_config is not an object", where=where, suggestion=suggestion)
         return record
 
     def stored(self, name: str) -> StoredTensor:
@@ -171,7 +172,8 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
         what = f"{INDEX} has no weight_map from tensor names to file names"
         raise BitwrightError("BW303", what, where=str(path), suggestion="fetch this file again")
     if len(set(weight_map.values())) > MAX_SHARDS:
-        raise BitwrightError("BW303", f"{INDEX} names more than {MAX_SHARDS} files", where=str(path))
+        what = f"{INDEX} names more than {MAX_SHARDS} files"
+        raise BitwrightError("BW303", what, where=str(path), suggestion="fetch this file again")
     return weight_map
 
 

@@ -64,8 +64,10 @@ def _checked(path: Path, record: dict[str, Any]) -> dict[str, str]:
     version, hashes = record.get("version"), record.get("sha256")
     if version != VERSION:
         what = f"{path.name} is of version {str(version)[:40]}; this bitwright reads version {VERSION}"
-        raise BitwrightError("BW311", what, where=str(path))
+        suggestion = "use the version of bitwright that wrote it, or a newer one"
+        raise BitwrightError("BW311", what, where=str(path), suggestion=suggestion)
     is_valid = isinstance(hashes, dict) and all(isinstance(h, str) and DIGEST.fullmatch(h) for h in hashes.values())
     if not isinstance(hashes, dict) or not is_valid:
-        raise BitwrightError("BW314", f"{path.name} is not a list of sha256 sums", where=str(path))
+        what = f"{path.name} is not a list of sha256 sums"
+        raise BitwrightError("BW314", what, where=str(path), suggestion="copy this file again")
     return hashes

@@ -85,12 +85,8 @@ def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> Laye
     rows, columns = (int(size) for size in shape)
     packed = checkpoint.stored(f"{name}.weight_packed").entry.shape
     if len(packed) != 2 or packed[0] != rows or not 0 < columns <= packed[1] * 32:
-        raise BitwrightError(
-            "BW304",
-            f"{name}.weight_shape is [{rows}, {columns}], but weight_packed is {list(packed)}",
-            where=str(checkpoint.directory),
-            suggestion="the checkpoint is damaged: fetch it again",
-        )
+        what = f"{name}.weight_shape is [{rows}, {columns}], but weight_packed is {list(packed)}"
+        raise _shape_error(checkpoint, what, "both are the shape of one layer")
     return Layer(name, True, (rows, columns), group)
 
 
@@ -98,12 +94,12 @@ def _record(checkpoint: Checkpoint, layer: Layer) -> LayerRecord:
     group, columns = layer.group, layer.shape[1]
     if group.size is not None and columns % group.size:
         what = f"groups of {group.size} do not divide the {columns} input features of {layer.name}"
-        raise BitwrightError("BW304", what, where=str(checkpoint.directory), why=f"they are called for by {FIELD}")
+        raise _shape_error(checkpoint, what, f"they are called for by {FIELD}")
     entry = checkpoint.stored(f"{layer.name}.weight_scale").entry
     dtype = DTYPES.get(entry.dtype)
     if dtype not in SCALE_DTYPES:
         what = f"{layer.name}.weight_scale is {entry.dtype}; F16, BF16 or F32 is called for"
-        raise BitwrightError("BW304", what, where=str(checkpoint.directory), why="by the format")
+        raise _shape_error(checkpoint, what, "by the format")
     weight = QuantScheme(
         code="int" if group.symmetric else "uint",
         bits=group.bits,
@@ -223,6 +219,11 @@ def _read_group_index(checkpoint: Checkpoint, name: str, record: LayerRecord) ->
 
 def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
+
+
+def _shape_error(checkpoint: Checkpoint, what: str, why: str) -> BitwrightError:
+    suggestion = "fetch the model again: config.json and the weights are not of one version"
+    return BitwrightError("BW304", what, where=str(checkpoint.directory), why=why, suggestion=suggestion)
 
 
 def _record_error(checkpoint: Checkpoint, what: str) -> BitwrightError:

@@ -51,7 +51,9 @@ def _check_link(directory: Path, path: Path) -> None:
         home = directory.resolve(strict=True)
         target = path.resolve(strict=False)
     except (OSError, RuntimeError) as error:
-        raise BitwrightError("BW310", f"the link {path.name} leads nowhere: {error}", where=str(path)) from error
+        what = f"the link {path.name} leads nowhere: {error}"
+        suggestion = "replace the link by the file itself, if it is meant to be there"
+        raise BitwrightError("BW310", what, where=str(path), suggestion=suggestion) from error
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

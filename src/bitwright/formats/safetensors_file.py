@@ -159,13 +159,16 @@ def _size(tensor: Tensor | TensorSource) -> int:
 
 def _name(name: str, tensor: Tensor | TensorSource) -> str:
     if tensor.dtype not in NAMES:
-        raise BitwrightError("BW304", f"{name} is {tensor.dtype}, which safetensors files cannot hold")
+        what = f"{name} is {tensor.dtype}, which safetensors files cannot hold"
+        raise BitwrightError("BW304", what, suggestion="convert it to float32, float16 or bfloat16 first")
     return NAMES[tensor.dtype]
 
 
 def _dtype(path: Path, entry: TensorEntry) -> torch.dtype:
     if entry.dtype not in DTYPES:
-        raise BitwrightError("BW304", f"{path.name} holds a tensor of dtype {entry.dtype}, which torch does not have")
+        what = f"{path.name} holds a tensor of dtype {entry.dtype}, which torch does not have"
+        suggestion = "convert the model to float32, float16 or bfloat16 where it was made"
+        raise BitwrightError("BW304", what, where=str(path), suggestion=suggestion)
     return DTYPES[entry.dtype]
 
 
