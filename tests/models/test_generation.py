@@ -221,6 +221,38 @@ def test_it_stops_at_the_end_of_the_text(
     assert text == "".join([detokenizer.add(token) for token in before] + [detokenizer.finish()])
 
 
+@pytest.mark.parametrize("end", [1.5, "3", True, [1, None], {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(
+    end: object, random_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random_model.generation_config, "eos_token_id", end)
+    with pytest.raises(BitwrightError, match=r"BW307.*eos_token_id") as caught:
+        generate(random_model, "A", max_tokens=2)
+    assert isinstance(end, dict) or "no token" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (TypeError("'float' object is not iterable"), "BW307"),
+        (RuntimeError("sizes do not match"), "BW307"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "BW503"),
+        (MemoryError(), "BW503"),
+        (BitwrightError("BW602", "not finite"), "BW602"),
+    ],
+    ids=str,
+)
+def test_a_model_that_fails_while_it_runs_is_an_error_of_the_catalogue(
+    failure: Exception, code: str, random_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(random_model, "forward", fail)
+    with pytest.raises(BitwrightError, match=code):
+        generate(random_model, "A", max_tokens=2)
+
+
 def test_a_model_in_memory_needs_a_tokenizer() -> None:
     model = ARCHITECTURES["llama"]()
     with pytest.raises(BitwrightError, match="BW312"):

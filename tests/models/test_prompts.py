@@ -120,6 +120,13 @@ def test_texts_that_cannot_be_encoded(text: object, says: str) -> None:
             encode(EMBEDDED, text)  # type: ignore[arg-type]
 
 
+def test_a_tokenizer_that_fails_is_named() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = {}  # type: ignore[assignment]  # as a damaged tokenizer_config.json may say
+    with pytest.raises(BitwrightError, match=r"BW312.*tokenizer fails"):
+        encode_prompt(tokenizer, "Hello")
+
+
 def test_a_model_without_a_template_cannot_chat() -> None:
     with pytest.raises(BitwrightError, match=r"BW201.*no chat template"):
         encode_chat(BYTES, "Hello")

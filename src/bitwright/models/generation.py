@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,15 +121,29 @@ def generate_tokens(model: PreTrainedModel, tokens: list[int], *, limit: int, sa
     cache: object = None
     recent = list(tokens)
     for _ in range(limit):
-        with torch.no_grad():
-            inputs = torch.tensor([recent], device=model.device)
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last_only)
+        inputs = torch.tensor([recent], device=model.device)
+        output = _run(model, input_ids=inputs, past_key_values=cache, use_cache=True, **last_only)
         token = sampling.choose(output.logits[0, -1], generator)
         yield token
         if token in ends:
             return
         cache = getattr(output, "past_key_values", None)
         recent = [token] if cache is not None else [*recent, token]
+
+
+def _run(model: PreTrainedModel, **inputs: Any) -> Any:
+    """What the model gives. A configuration can contradict itself in ways that only a run brings to light."""
+    try:
+        with torch.no_grad():
+            return model(**inputs)
+    except BitwrightError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            what, advice = "there is not enough memory to run the model", "a shorter prompt, or fewer tokens"
+            raise BitwrightError("BW503", what, why=str(error).partition("\n")[0], suggestion=advice) from error
+        what = f"the model cannot be run: {type(error).__name__}: {error}"
+        raise BitwrightError("BW307", what, suggestion="restore the config.json that belongs to the weights") from error
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Tokenizer:
@@ -154,12 +169,19 @@ def _texts(
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a text, from the model's generation settings and its configuration."""
-    settings = (getattr(model, "generation_config", None), model.config)
+    """The tokens that end a text, from the model's generation settings and its configuration.
+
+    Raises:
+        BitwrightError: BW307 if what is there is no token.
+    """
     found: set[int] = set()
-    for setting in settings:
-        ends = getattr(setting, "eos_token_id", None)
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    for settings in (getattr(model, "generation_config", None), model.config):
+        ends = getattr(settings, "eos_token_id", None)
+        for end in ends if isinstance(ends, list | tuple) else () if ends is None else (ends,):
+            if type(end) is not int:
+                what = f"eos_token_id is {end!r}, which is no token"
+                raise BitwrightError("BW307", what, suggestion="restore config.json and generation_config.json")
+            found.add(end)
     return found
 
 

@@ -41,7 +41,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     fields.pop("quantization_config", None)
     remote = fields.pop("auto_map", None)
     model_type = fields.pop("model_type", None)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=3, cutoff=0.3)
         raise BitwrightError(
             "BW306",
@@ -100,6 +100,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ) from None
     if not isinstance(tokenizer, Tokenizer):
         raise BitwrightError("BW312", "the model's processor is not a text tokenizer", where=str(directory))
+    if tokenizer.vocab_size == 0:  # what transformers makes of the settings alone
+        what = "the tokenizer has no vocabulary"
+        raise BitwrightError("BW312", what, where=str(directory), suggestion="copy tokenizer.json there")
     return tokenizer
 
 
@@ -144,7 +147,7 @@ def _check_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
 def _contradictions(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> list[str]:
     faults = []
     for name in LAYER_COUNT_FIELDS:
-        if fields.get(name, 0) > len(checkpoint.tensors):
+        if (fields.get(name) or 0) > len(checkpoint.tensors):
             faults.append(f"{name} is {fields[name]}, but the files hold {len(checkpoint.tensors)} tensors")
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
     if heads == 0 or hidden == 0:

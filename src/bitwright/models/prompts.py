@@ -21,12 +21,17 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
     Raises:
         ArgumentError: BW201 if the text is empty, gives no token, or is not valid Unicode.
+        BitwrightError: BW312 if the tokenizer fails.
     """
     _check_text(text)
-    plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    try:
+        plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        tokens: list[int] = tokenizer.encode(text, split_special_tokens=True)
+    except Exception as error:  # settings of the wrong kind show only now, as any exception
+        what = f"the tokenizer fails: {type(error).__name__}: {error}"
+        raise BitwrightError("BW312", what, suggestion="fetch the tokenizer files of the model again") from None
     if not plain:
         raise ArgumentError("BW201", "the prompt has no token", suggestion="give text in a language of the model")
-    tokens: list[int] = tokenizer.encode(text, split_special_tokens=True)
     # Some tokenizers also end a text, and after its end there is nothing to continue.
     while len(tokens) > len(plain) and tokens[-len(plain) :] != plain:
         tokens = tokens[:-1]
