@@ -25,7 +25,7 @@ from bitwright.core.scheme import LayerScheme
 from bitwright.formats import compressed_tensors_reading as reading
 from bitwright.formats.records import Format, LayerRecord
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "config", "encode", "refuse"]
 
 # The first version of the package that packs odd widths densely, as we do.
 LAYOUT_VERSION = "0.18.0"

@@ -35,7 +35,7 @@ FIELD = "weights in config_groups of quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class _Layer:
     """The tensors of one layer, before they are read."""
 
     name: str
@@ -65,7 +65,7 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
             group = find_group(checkpoint, groups, name)
             if stored.entry.dtype != "I8" or len(stored.entry.shape) != 2:
                 raise _record_error(checkpoint, f"{tensor} is {stored.entry.dtype}, which is not read in this format")
-            found[name] = _record(checkpoint, Layer(name, False, _pair(stored.entry.shape), group))
+            found[name] = _record(checkpoint, _Layer(name, False, _pair(stored.entry.shape), group))
     if not found:
         raise _record_error(checkpoint, "no tensor of the checkpoint is quantized")
     required = {name: _tensor_names(checkpoint, name, record.scheme.weight) for name, record in found.items()}
@@ -80,17 +80,17 @@ def _tensor_names(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> set
     return names if scheme.symmetric else names | {"weight_zero_point"}
 
 
-def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> Layer:
+def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> _Layer:
     shape = read_checked(checkpoint, f"{name}.weight_shape", (torch.int64, torch.int32), (2,), field="the format")
     rows, columns = (int(size) for size in shape)
     packed = checkpoint.stored(f"{name}.weight_packed").entry.shape
     if len(packed) != 2 or packed[0] != rows or not 0 < columns <= packed[1] * 32:
         what = f"{name}.weight_shape is [{rows}, {columns}], but weight_packed is {list(packed)}"
         raise _shape_error(checkpoint, what, "both are the shape of one layer")
-    return Layer(name, True, (rows, columns), group)
+    return _Layer(name, True, (rows, columns), group)
 
 
-def _record(checkpoint: Checkpoint, layer: Layer) -> LayerRecord:
+def _record(checkpoint: Checkpoint, layer: _Layer) -> LayerRecord:
     group, columns = layer.group, layer.shape[1]
     if group.size is not None and columns % group.size:
         what = f"groups of {group.size} do not divide the {columns} input features of {layer.name}"

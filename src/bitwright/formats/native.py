@@ -24,7 +24,7 @@ from bitwright.formats.checkpoint import CONFIG, Checkpoint
 from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.stored import check_finite, check_group_index, check_names, read_checked
 
-__all__ = ["FORMAT", "VERSION"]
+__all__ = ["FORMAT", "VERSION", "config", "decode", "encode", "layers", "recognize", "refuse"]
 
 METHOD = "bitwright"
 VERSION = 1
