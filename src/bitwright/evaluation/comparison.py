@@ -42,7 +42,7 @@ BATCH = 4
 BATCH_BYTES = 128 << 20  # of logits, in float32
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Session:
     """What all rows of one comparison share."""
 
@@ -50,6 +50,7 @@ class _Session:
     batch: int
     dtype: torch.dtype | None
     probes: tuple[EncodedProbe, ...]
+    probes_skipped: str
     on_event: EventSink
     total: int
     done: int = 0
@@ -116,48 +117,50 @@ def evaluate(
             text, BW601 if a model gives NaN; and whatever :func:`bitwright.load` raises.
 
     Example:
-        >>> comparison = bitwright.eval(["out"], reference="demo:")
-        >>> comparison.rows[0].kl_mean
+        >>> bitwright.eval(["out"], reference="demo:").rows[0].kl_mean
     """
-    for name, value in (("batch", batch), ("threads", threads)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ArgumentError("BW201", f"{name} is {value!r}", suggestion="a whole number, at least 1")
+    _check_counts(batch=batch, threads=threads)
     subjects, beside = find_subjects(models, reference)
     everyone = [*subjects, beside] if beside else subjects
     reader, is_embedded = check_tokenizers(everyone, tokenizer)
-    source = "heldout" if text is None else text
-    ids = tokenize(reader, read_calibration_text(source))
-    windows = cut_text(ids, seqlen=choose_window(everyone, seqlen), source=str(source), max_tokens=max_tokens)
+    windows = _read_text(reader, text, choose_window(everyone, seqlen), max_tokens)
     asked, skipped = _choose_probes(probes, is_embedded, everyone, reader)
-    session = _Session(
-        text=windows,
-        batch=batch or _choose_batch(everyone, windows),
-        dtype=dtype,
-        probes=asked,
-        on_event=on_event or ignore_event,
-        total=len(everyone),
-    )
+    batch = batch or _choose_batch(everyone, windows)
+    session = _Session(windows, batch, dtype, asked, skipped, on_event or ignore_event, total=len(everyone))
     with _thread_count(threads):
         rows = _rows(session, subjects, beside)
+    return _comparison(session, rows, beside)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArgumentError("BW201", f"{name} is {value!r}", suggestion="a whole number, at least 1")
+
+
+def _read_text(reader: Tokenizer, text: str | Path | None, seqlen: int, max_tokens: int | None) -> TokenWindows:
+    source = "heldout" if text is None else text
+    ids = tokenize(reader, read_calibration_text(source))
+    return cut_text(ids, seqlen=seqlen, source=str(source), max_tokens=max_tokens)
+
+
+def _comparison(session: _Session, rows: tuple[Row, ...], beside: Subject | None) -> Comparison:
+    text = session.text
     return Comparison(
         rows=rows,
         reference=beside.name if beside else None,
-        text=_facts(windows, str(source)),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        probe_counts=probe_counts(asked),
-        probes_skipped=skipped,
+        text=TextFacts(
+            source=text.source,
+            available=text.available,
+            used=text.used,
+            predicted=text.predicted,
+            windows=len(text.windows),
+            seqlen=text.seqlen,
+        ),
+        dtype=None if session.dtype is None else str(session.dtype).removeprefix("torch."),
+        probe_counts=probe_counts(session.probes),
+        probes_skipped=session.probes_skipped,
         notices=tuple(session.notices),
-    )
-
-
-def _facts(windows: TokenWindows, source: str) -> TextFacts:
-    return TextFacts(
-        source=source,
-        available=windows.available,
-        used=windows.used,
-        predicted=windows.predicted,
-        windows=len(windows.windows),
-        seqlen=windows.seqlen,
     )
 
 

@@ -21,11 +21,13 @@ class TokenWindows:
     The first token of each window is read and not predicted: it has nothing before it.
 
     Attributes:
+        source: where the text is from.
         windows: int64 ``[length]`` each, of at least two tokens.
         available: how many tokens the text has; more than ``used`` only where fewer were asked for, or where a last
             single token is left over (alone in its window, it could not be predicted).
     """
 
+    source: str
     windows: tuple[Tensor, ...]
     seqlen: int
     available: int
@@ -64,4 +66,4 @@ def cut_text(ids: Tensor, *, seqlen: int, source: str, max_tokens: int | None = 
         )
     pieces = torch.split(used, seqlen)
     windows = tuple(piece for piece in pieces if len(piece) >= 2)
-    return TokenWindows(windows=windows, seqlen=seqlen, available=len(ids))
+    return TokenWindows(source=source, windows=windows, seqlen=seqlen, available=len(ids))
