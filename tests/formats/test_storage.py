@@ -27,6 +27,7 @@ from bitwright.formats.storage import (
     write_file,
 )
 
+CONTENT = b"first second third"
 CALLS = ("open", "write", "fsync", "replace", "mkdir", "unlink", "ftruncate", "pread")
 
 
@@ -65,8 +66,8 @@ def _chunks() -> Iterator[bytes | memoryview]:
 
 def test_a_file_is_written_and_its_hash_returned(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    assert write_file(path, _chunks()) == hashlib.sha256(b"first second third").hexdigest() == file_sha256(path)
-    assert path.read_bytes() == b"first second third"
+    assert write_file(path, _chunks()) == hashlib.sha256(CONTENT).hexdigest() == file_sha256(path)
+    assert path.read_bytes() == CONTENT
     assert write_file(path, [b"other"]) == file_sha256(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
@@ -91,11 +92,21 @@ def test_whichever_call_fails_the_name_holds_old_or_new_bytes(
         assert caught.value.code == "BW501" and "a.bin" in str(caught.value)
         assert ("GB" in caught.value.suggestion) == (number == errno.ENOSPC)
         content = path.read_bytes() if path.exists() else None
-        assert content in (before, b"first second third"), shim.names
+        assert content in (before, CONTENT), shim.names
         if not lasting:  # a temporary file that cannot even be removed is left, under its own name
             assert {entry.name for entry in tmp_path.iterdir()} <= {"a.bin"}, shim.names
         assert write_file(path, _chunks()) == file_sha256(path)
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_large_chunks_are_hashed_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = [bytes([number]) * (size << 10) for number, size in enumerate([3000, 1, 1024, 5, 2048])]
+    digest = write_file(tmp_path / "a", iter(chunks))
+    assert digest == hashlib.sha256(b"".join(chunks)).hexdigest() == file_sha256(tmp_path / "a")
+    Fault(monkeypatch, 3, errno.EIO)  # the first write, its bytes being hashed
+    with pytest.raises(BitwrightError, match="BW501"):
+        write_file(tmp_path / "b", iter(chunks))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bitwright.core.errors import BitwrightError
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 LOCK_NAME = "lock"
-READ_SIZE = 1 << 20
+LARGE = 1 << 20  # bytes that are worth handing to another thread
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, size: int | None = None) -> str:
@@ -53,11 +54,14 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, size: int | 
         _remove_if_present(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
-                written += view.nbytes
-                _write_all(descriptor, view)
-                digest.update(view)
+            with ThreadPoolExecutor(max_workers=1) as hasher:
+                for chunk in chunks:
+                    view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
+                    written += view.nbytes
+                    # Hashed while they are written: either takes about as long, and neither holds Python's lock.
+                    hashing = hasher.submit(digest.update, view) if view.nbytes >= LARGE else None
+                    _write_all(descriptor, view)
+                    digest.update(view) if hashing is None else hashing.result()
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
