@@ -63,7 +63,8 @@ def make_report(
     notices: tuple[str, ...],
 ) -> Report:
     """The report of a finished run, without its times."""
-    rows = {layer: row for record in done for layer, row in record.layers.items()}
+    found = {layer: row for record in done for layer, row in record.layers.items()}
+    rows = {layer: found[layer] for layer in plan.schemes}  # in one order, whether or not they come from a journal
     quantized = sum(plan.shapes[layer][0] * plan.shapes[layer][1] for layer in rows)
     bits = sum(row["bits_per_weight"] * plan.shapes[layer][0] * plan.shapes[layer][1] for layer, row in rows.items())
     widened = [layer for layer, row in rows.items() if "scale_dtype" in row]

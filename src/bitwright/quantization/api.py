@@ -168,7 +168,8 @@ def _run(
             check_resources(request.output, plan, needed)
             if not _resumes(request):
                 clear_output(request.output)
-            journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command)
+            units = [unit.name for unit in plan.units]
+            journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command, units)
             journal.open()
             _do_units(source, plan, recipe, tokens, journal, needed, request)
             report = make_report(name, source, plan, recipe, tokens, journal.done, notices)

@@ -29,7 +29,10 @@ class CalibrationTokens:
     source: str
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
+        """The sha256 of the tokens and of how they are cut."""
+        digest = hashlib.sha256(repr(tuple(self.windows.shape)).encode())
+        digest.update(self.windows.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_calibration_text(name: str | Path) -> str:

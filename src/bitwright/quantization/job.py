@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,11 +236,10 @@ class Job:
 
 def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: CalibrationTokens | None) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it resumes."""
-    record = json.dumps(source.identity(), sort_keys=True)
     return {
-        "model": hashlib.sha256(record.encode()).hexdigest(),
+        "model": source.identity(),
         "recipe": recipe.to_dict(),
-        "schemes": hashlib.sha256(json.dumps({n: s.name for n, s in plan.schemes.items()}).encode()).hexdigest(),
+        "schemes": {name: scheme.name for name, scheme in plan.schemes.items()},
         "format": plan.format.name,
         "calibration": None if calibration is None else calibration.fingerprint(),
         "threads": torch.get_num_threads(),

@@ -7,7 +7,7 @@ the run, then a line for each finished unit. A unit's files are on disk under th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bitwright.formats.storage import append_line, file_sha256, make_directory, 
 __all__ = ["JOURNAL_FILE", "Journal", "UnitRecord", "has_units"]
 
 JOURNAL_FILE = "journal.jsonl"
+SHOWN = 5  # differences named in a refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,10 @@ class UnitRecord:
 class Journal:
     """The journal of one output directory. ``done`` are the units that are finished and whose files are intact."""
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, Any], command: str) -> None:
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], command: str, units: Sequence[str]) -> None:
+        """``fingerprint``: of the run (JSON-ready); ``command`` resumes it; ``units``: their names, in order."""
         self.output, self.work = output, output / WORK_DIRECTORY
+        self._units = tuple(units)
         self._path = self.work / JOURNAL_FILE
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self._command = command
@@ -72,14 +75,15 @@ class Journal:
         differing = _differences(header.get("fingerprint", {}), self._fingerprint)
         if differing:
             command = header.get("command", "the first command")
+            shown, more = list(differing)[:SHOWN], len(differing) - SHOWN
+            values = [f"{name}: {differing[name][0]} there, {differing[name][1]} now" for name in shown]
             raise BitwrightError(
                 "BW207",
-                f"{self.output} holds an unfinished run with another {', '.join(differing)}",
-                why="; ".join(f"{name}: {old} there, {new} now" for name, (old, new) in differing.items()),
+                f"{self.output} holds an unfinished run with another {', '.join(shown)}",
+                why="; ".join(values) + (f"; and {more} more" if more > 0 else ""),
                 suggestion=f"resume it with: {command}; or discard it with --restart",
             )
-        records = [_record(line) for line in lines[1:]]
-        self.done = self._intact(records)
+        self.done = self._intact(lines[1:])
         self._write(self.done)  # drops a line cut short by a kill, and lines whose files are damaged
 
     def append(self, record: UnitRecord) -> None:
@@ -94,11 +98,12 @@ class Journal:
         lines = [{"fingerprint": self._fingerprint, "command": self._command}, *map(asdict, records)]
         write_file(self._path, [(json.dumps(line, sort_keys=True) + "\n").encode() for line in lines])
 
-    def _intact(self, records: list[UnitRecord]) -> list[UnitRecord]:
+    def _intact(self, lines: list[dict[str, Any]]) -> list[UnitRecord]:
         """The leading records whose shards are as they were written, and which can be continued from."""
         intact: list[UnitRecord] = []
-        for record in records:
-            if not _is_file_with(self.output / record.file, record.sha256):
+        for line, unit in zip(lines, self._units, strict=False):
+            record = _record(line)
+            if record is None or record.unit != unit or not _is_file_with(self.output / record.file, record.sha256):
                 break
             intact.append(record)
         # Only the last unit's inputs are kept. If a shard before it is damaged, a calibrated run starts over.
@@ -135,22 +140,35 @@ def _is_file_with(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
 
 
-def _record(line: Mapping[str, Any]) -> UnitRecord:
+def _record(line: Mapping[str, Any]) -> UnitRecord | None:
+    """A line as a record; ``None`` if it is not one (a journal is read after any accident)."""
     values = dict(line)
-    values["inputs"] = tuple(values["inputs"]) if values.get("inputs") else None
-    values["dropped"] = tuple(values.get("dropped", ()))
-    return UnitRecord(**values)
+    try:
+        values["inputs"] = tuple(values["inputs"]) if values.get("inputs") else None
+        values["dropped"] = tuple(values.get("dropped", ()))
+        return UnitRecord(**values)
+    except TypeError:
+        return None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """What differs between two fingerprints, shortened for a message."""
+    """The fields in which two fingerprints differ, by dotted name, and both values, shortened for a message."""
+    before, after = dict(_fields(old, "")), dict(_fields(new, ""))
     return {
-        name: (_shorten(old.get(name)), _shorten(new.get(name)))
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        name: (_shorten(before.get(name)), _shorten(after.get(name)))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
     }
+
+
+def _fields(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _fields(item, f"{prefix}{name}.")
+        else:
+            yield prefix + name, item
 
 
 def _shorten(value: object) -> str:
     text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."

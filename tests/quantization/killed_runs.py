@@ -1,0 +1,121 @@
+"""A program of its own, without threads, whose forks quantize and are killed: ``python -m tests.quantization.killed_runs``.
+
+It prints one JSON object. Importing torch once, and not for every run, is what makes real kills cheap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.errors import BitwrightError
+from bitwright.quantization.api import quantize
+from tests.quantization.tiny import digests
+
+UNFINISHED = 100
+
+
+def start(arguments: dict[str, Any]) -> int:
+    """Quantize in a process of its own; its exit status is that of the command."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = UNFINISHED
+    try:
+        quantize(**arguments)
+        status = 0
+    except BitwrightError as error:
+        status = error.exit_status
+    finally:
+        os._exit(status)
+
+
+def finish(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_at_random(arguments: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
+    """Kill ``count`` runs, each at a random moment, and run each again to its end."""
+    output = Path(arguments["output"])
+    generator = random.Random(seed)
+    began = time.perf_counter()
+    assert finish(start(arguments)) == 0
+    duration = time.perf_counter() - began
+    expected = digests(output)
+    record: dict[str, Any] = {"seed": seed, "files": sorted(expected), "points": [], "different": []}
+    while len(record["points"]) < count:
+        shutil.rmtree(output)
+        moment = generator.uniform(0.02, 1.0) * duration
+        pid = start(arguments)
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+        if finish(pid) != -signal.SIGKILL:
+            continue  # it had ended already
+        units = len(list(output.glob("model-*.safetensors"))) if output.exists() else 0
+        status = finish(start(arguments))
+        record["points"].append([round(moment, 3), units])
+        if status != 0 or digests(output) != expected:
+            record["different"].append([round(moment, 3), status])
+    record["in_work"] = sum(units > 0 for _, units in record["points"])
+    return record
+
+
+def kill_again_and_again(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Kill one run at random until it ends before its kill comes."""
+    output = Path(arguments["output"])
+    shutil.rmtree(output, ignore_errors=True)
+    assert finish(start(arguments)) == 0
+    expected = digests(output)
+    shutil.rmtree(output)
+    generator = random.Random(seed)
+    kills, patience = 0, 0.05
+    while True:
+        pid = start(arguments)
+        time.sleep(generator.uniform(0.5, 1.0) * patience)
+        os.kill(pid, signal.SIGKILL)
+        status = finish(pid)
+        if status >= 0:
+            return {"kills": kills, "status": status, "equal": digests(output) == expected}
+        kills, patience = kills + 1, patience * 1.15
+
+
+def race(arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """Start two runs on one output at the same moment, ``count`` times."""
+    output = Path(arguments["output"])
+    statuses, wrong = [], 0
+    expected: dict[str, str] = {}
+    for _ in range(count):
+        shutil.rmtree(output, ignore_errors=True)
+        pids = [start(arguments), start(arguments)]
+        statuses.append(sorted(map(finish, pids)))
+        expected = expected or digests(output)
+        wrong += digests(output) != expected
+    return {"statuses": statuses, "wrong": wrong}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arguments", type=json.loads)
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    arguments = chosen.arguments
+    quantize(**arguments)  # everything is imported and warm before the first fork
+    shutil.rmtree(arguments["output"])
+    result = {
+        "random": kill_at_random(arguments, chosen.count, chosen.seed),
+        "again": kill_again_and_again(arguments, chosen.seed),
+        "race": race(arguments, 4),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
