@@ -24,18 +24,20 @@ from bitwright.core.errors import CATALOGUE
 __all__ = ["DOCUMENTS", "Block", "mask", "refresh", "run_block", "runnable_blocks"]
 
 ROOT = Path(__file__).resolve().parents[1]
-# A console block whose commands can be run; "slow" ones are refreshed by this script but not run by the tests.
-BLOCK = re.compile(r"<!-- runnable(?P<slow>: slow)? -->\n```console\n(?P<body>.*?)```\n", re.DOTALL)
-PROMPT = "$ "
+# A console block whose commands can be run. "slow" ones are refreshed by this script but not run by the tests; of each
+# command's output only the first "head=N" lines are shown.
+BLOCK = re.compile(r"<!-- runnable(?P<options>[^>]*?) -->\n```console\n(?P<body>.*?)```\n", re.DOTALL)
+PROMPT, MORE = "$ ", "..."
 
 
 @dataclass(frozen=True)
 class Block:
-    """A console block of README.md: its commands, and the text between the fences."""
+    """A console block of README.md: its commands, the text between the fences, and how it is treated."""
 
     commands: tuple[str, ...]
     body: str
-    slow: bool
+    slow: bool = False
+    head: int | None = None
 
 
 def render_commands() -> str:
@@ -69,7 +71,8 @@ def runnable_blocks(text: str) -> list[Block]:
 
 def _block(match: re.Match[str]) -> Block:
     commands = [line.removeprefix(PROMPT) for line in match["body"].splitlines() if line.startswith(PROMPT)]
-    return Block(tuple(commands), match["body"], bool(match["slow"]))
+    head = re.search(r"head=(\d+)", match["options"])
+    return Block(tuple(commands), match["body"], "slow" in match["options"], int(head[1]) if head else None)
 
 
 def run_block(block: Block) -> str:
@@ -83,8 +86,10 @@ def run_block(block: Block) -> str:
         program, *arguments = shlex.split(command)
         if program != "bitwright":
             raise RuntimeError(f"README runs {command!r}; only bitwright's commands can be run")
-        parts.append(f"{PROMPT}{command}\n{capture(arguments)}")
-    return "".join(parts)
+        lines = capture(arguments).splitlines()
+        shown = lines if block.head is None or len(lines) <= block.head else [*lines[: block.head], MORE]
+        parts += [PROMPT + command, *shown]
+    return "\n".join(parts) + "\n"
 
 
 def capture(arguments: list[str]) -> str:
@@ -110,8 +115,11 @@ def _columns(count: str) -> Iterator[None]:
 
 
 def mask(text: str) -> list[str]:
-    """Lines without what differs between two runs or two versions of the embedded model: numbers and padding."""
-    return [re.sub(r"[\s-]+", " ", re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "N", line)).strip() for line in text.splitlines()]
+    """Lines without what differs between two runs or two versions of the embedded model: numbers, units, padding."""
+    kept = [line for line in text.splitlines() if not line.startswith("time ")]
+    kept = [re.sub(r", ready in .*", "", line) for line in kept]
+    kept = [re.sub(r"\d[\d.,]*(e[+-]?\d+)?( [kMGT]?B\b| [hms]\b)*", "N", line) for line in kept]
+    return [re.sub(r"[\s-]+", " ", line).strip() for line in kept]
 
 
 def refresh(text: str) -> str:

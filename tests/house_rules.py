@@ -14,7 +14,11 @@ __all__ = ["RULES", "Rule", "SourceFile", "violations"]
 FILE_LINES = 400
 FUNCTION_LINES = 50
 # path, or path::function, with the reason for which it may be longer
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "src/bitwright/cli/app.py::quantize": "its options, one a line; the body is one call",
+    "src/bitwright/quantization/api.py::quantize": "a public signature and its documentation; the body is short",
+    "src/bitwright/evaluation/comparison.py::evaluate": "a public signature and its documentation; the body is short",
+}
 
 # Imports go down only; packages of one number are siblings and do not import each other.
 LAYERS = {
@@ -264,6 +268,8 @@ def storage_only(source: SourceFile) -> Iterator[str]:
     if source.inside in (None, STORAGE):
         return
     for call, name in _calls(source):
+        if call.args and _dotted(call.args[0]) == "os.devnull":
+            continue
         last = call.func.attr if isinstance(call.func, ast.Attribute) else name
         if name in WRITING_CALLS or (isinstance(call.func, ast.Attribute) and last in WRITING_METHODS):
             yield f"{call.lineno}: {name or last}()"

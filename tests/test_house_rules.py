@@ -56,7 +56,7 @@ BROKEN: list[tuple[str, str, str]] = [
 SOUND: list[tuple[str, str]] = [
     (
         "src/bitwright/engine/a.py",
-        "from bitwright import __version__\nimport bitwright.models\n",
+        "__all__: list[str] = []\nfrom bitwright import __version__\nimport bitwright.models\n",
     ),
     ("src/bitwright/cli/a.py", "__all__ = ['f']\ndef f():\n    import json\n    print('x', model.eval())\n"),
     ("src/bitwright/formats/a.py", "__all__: list[str] = []\nopen('x', 'rb')\nimport os\nos.open('x', os.O_RDONLY)\n"),

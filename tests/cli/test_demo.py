@@ -14,39 +14,52 @@ import pytest
 import bitwright
 from bitwright.cli import demo as module
 from bitwright.cli import main
+from bitwright.cli.demo import Demonstration
 from bitwright.evaluation import comparison
 from bitwright.models.embedded_model import read_probes
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little text, few questions, short stories."""
-    monkeypatch.setattr(module, "TEXT_TOKENS", 2048)
-    monkeypatch.setattr(module, "STORY_TOKENS", 16)
-    monkeypatch.setattr(comparison, "read_probes", lambda: read_probes()[::40])
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
+    """The whole demo on little text, with few questions and short stories."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TEXT_TOKENS", 2048)
+        patch.setattr(module, "STORY_TOKENS", 16)
+        patch.setattr(comparison, "read_probes", lambda: read_probes()[::40])
+        return bitwright.demo(tmp_path_factory.mktemp("demo") / "out")
 
 
-@pytest.mark.usefixtures("short")
-def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "-o", str(tmp_path / "demo")]) == 0
-    out = capsys.readouterr().out
-    rows = {line.split()[0]: line for line in out.splitlines() if "MB" in line and "bits" not in line}
-    assert list(rows) == [*module.DEMO_SCHEMES, "bf16"]
-    assert all(out.count(f"o {scheme}") == 1 for scheme in module.DEMO_SCHEMES)
-    assert "bf16      " in out and "| w4g128" in out
-    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert f"bitwright generate {tmp_path / 'demo' / 'w4g128'}" in out
-
-
-@pytest.mark.usefixtures("short")
-def test_fewer_bits_are_smaller_and_worse(tmp_path: Path) -> None:
-    result = bitwright.demo(tmp_path / "demo")
+def test_fewer_bits_are_smaller_and_worse(result: Demonstration) -> None:
     rows = result.comparison.rows[:-1]
     assert [row.name for row in rows] == list(module.DEMO_SCHEMES)
     assert [row.size_bytes for row in rows] == sorted((row.size_bytes for row in rows), reverse=True)
     divergences = [row.kl_mean for row in rows]
     assert None not in divergences and divergences == sorted(divergences)  # type: ignore[type-var]
-    assert json.loads(json.dumps(result.to_dict()))["comparison"]["rows"][0]["name"] == "w8g128"
+    assert result.comparison.rows[-1].name == result.comparison.reference == "bf16"
+
+
+def test_what_is_made(result: Demonstration) -> None:
+    assert sorted(path.name for path in result.directory.iterdir()) == sorted([*module.DEMO_SCHEMES, "demo.png"])
+    assert (result.directory / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert all(story.startswith(module.PROMPT) and len(story) > 40 for story in result.stories.values())
+    for path in result.models.values():
+        assert bitwright.inspect(path, verify=True).layers
+
+
+def test_the_command_shows_all_of_it(
+    result: Demonstration, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "demo", lambda output, on_line: result)
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    table = {line.split()[0] for line in out.splitlines() if " MB " in line}
+    assert table == {*module.DEMO_SCHEMES, "bf16"}
+    plot = [line for line in out.splitlines() if "|" in line]
+    assert all(sum(f"o {scheme}" in line for line in plot) == 1 for scheme in module.DEMO_SCHEMES)
+    assert any(line.split() == ["bf16", "|", "w4g128"] for line in plot)
+    assert f"bitwright generate {result.models['w4g128']} " in out
+    assert main(["demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["comparison"]["rows"][0]["name"] == "w8g128"
 
 
 def test_an_existing_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,18 @@ from bitwright import __version__
 from bitwright.cli.failures import notices_as_lines, report_failure
 from bitwright.core.settings import read_settings
 
-__all__ = ["app", "run"]
+__all__ = [
+    "app",
+    "common",
+    "demo",
+    "doctor",
+    "evaluate",
+    "explain",
+    "generate",
+    "inspect",
+    "quantize",
+    "run",
+]
 
 # Plain help: the rich one takes longer to import than everything else together.
 app = typer.Typer(name="bitwright", rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 from bitwright.cli.tables import format_duration
 from bitwright.core.settings import read_settings
 
-__all__ = ["JsonLines", "LiveLines", "PlainLines", "Progress", "ProgressEvent", "choose_progress"]
+__all__ = ["JsonLines", "LiveLines", "PlainLines", "Progress", "ProgressEvent", "choose_progress", "describe_unit"]
 
 BAR_WIDTH = 24
 

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison
     from bitwright.quantization.report import Report
 
-__all__ = ["QuantizeRequest", "parse_algorithm_options", "resume_command", "run_quantize"]
+__all__ = [
+    "QuantizeRequest",
+    "parse_algorithm_options",
+    "render_plan",
+    "render_result",
+    "resume_command",
+    "run_quantize",
+]
 
 # Up to this size a model is also measured before and after, unless asked otherwise: that takes seconds.
 CHECKED_BYTES = 256 << 20
@@ -144,7 +151,7 @@ def render_plan(event: ProgressEvent, output: Path) -> str:
         "size": f"{format_size(data['source_bytes'])} -> {format_size(data['output_bytes'])}, {format_size(free)} free",
     }
     if "seconds" in data:
-        rows["time"] = f"about {format_duration(data['seconds'])}"
+        rows["time"] = f"about {format_duration(data['seconds'])}" if data["seconds"] > 1 else "about a second"
     if "peak_bytes" in data:
         rows["memory"] = f"about {format_size(data['peak_bytes'])} at most"
     rows["output"] = str(output)
