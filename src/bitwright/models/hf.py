@@ -100,7 +100,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ) from None
     if not isinstance(tokenizer, Tokenizer):
         raise BitwrightError("BW312", "the model's processor is not a text tokenizer", where=str(directory))
-    if tokenizer.vocab_size == 0:  # what transformers makes of the settings alone
+    # What transformers makes of the settings alone has special tokens and no others.
+    if tokenizer.vocab_size < 64 and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         what = "the tokenizer has no vocabulary"
         raise BitwrightError("BW312", what, where=str(directory), suggestion="copy tokenizer.json there")
     return tokenizer
