@@ -122,7 +122,7 @@ def generate_tokens(model: PreTrainedModel, tokens: list[int], *, limit: int, sa
     recent = list(tokens)
     for _ in range(limit):
         inputs = torch.tensor([recent], device=model.device)
-        output = _run(model, input_ids=inputs, past_key_values=cache, use_cache=True, **last_only)
+        output = _run(model, input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True, **last_only)
         token = sampling.choose(output.logits[0, -1], generator)
         yield token
         if token in ends:
