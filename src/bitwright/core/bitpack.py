@@ -36,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, 32 - length % 32))
     eights = codes.contiguous().view(torch.int64).flatten()
     stream = torch.empty(eights.numel(), bits, dtype=torch.uint8, device=codes.device)
-    for part, target in zip(eights.split(TILE // 8), stream.split(TILE // 8), strict=True):
+    for part, target in zip(torch.split(eights, TILE // 8), torch.split(stream, TILE // 8), strict=True):
         packed = _draw_together(part, bits)
         if bits in NARROWER:
             target.view(NARROWER[bits]).squeeze(-1).copy_(packed)  # converting to fewer bytes keeps the low ones
@@ -62,7 +62,7 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
         words = torch.nn.functional.pad(words, (0, whole - expected))
     stream = words.contiguous().view(torch.uint8).view(-1, bits)
     codes = torch.empty(stream.shape[0], 8, dtype=torch.uint8, device=words.device)
-    for part, target in zip(stream.split(TILE // 8), codes.split(TILE // 8), strict=True):
+    for part, target in zip(torch.split(stream, TILE // 8), torch.split(codes, TILE // 8), strict=True):
         eights = torch.zeros(part.shape[0], 8, dtype=torch.uint8, device=words.device)
         eights[:, :bits] = part
         target.copy_(_spread_apart(eights.view(torch.int64).flatten(), bits).view(torch.uint8).view(-1, 8))
