@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,9 +22,17 @@ from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
 from bitwright.formats.table import find_format
 
-__all__ = ["decode_all", "make_layer", "random_layer", "same_tensor", "write_checkpoint"]
+__all__ = ["decode_all", "make_layer", "random_layer", "same_tensor", "scratch_directory", "write_checkpoint"]
 
 Layer = tuple[QuantizedTensor, LayerScheme]
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """An empty directory, in memory if there is such a place: for tests that write thousands of small files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def make_layer(name: str, shape: tuple[int, int], *, seed: int = 0, options: FitOptions | None = None) -> Layer:
@@ -46,6 +57,8 @@ def random_layer(name: str, shape: tuple[int, int], *, seed: int = 0) -> Layer:
     expected = (other, groups) if weight.axis == 1 else (groups, other)
     scale = (torch.rand(expected, generator=generator) + 0.01).to(weight.scale_dtype)
     zero = None if weight.symmetric else draw(expected)
+    if zero is not None and weight.zero == "float":
+        zero = (torch.rand(expected, generator=generator) * 9).to(weight.scale_dtype)
     return QuantizedTensor(scheme=weight, codes=draw(shape), scale=scale, zero=zero), scheme
 
 

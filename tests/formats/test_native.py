@@ -22,7 +22,9 @@ from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
 from tests.formats.layers import decode_all, make_layer, same_tensor, write_checkpoint
+from tests.golden.write_native import build_layers
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "native-1"
 INTEGERS = [f"w{bits}{group}{kind}" for bits in range(1, 9) for group in ("", "g32") for kind in ("", "-asym")]
 OTHERS = [
     *NAMED_SCHEMES, "nf4", "nf4g64", "nf4g64-dq", "fp4g32", "fp4e2m1g16", "fp8", "fp8g64", "w4g32-axis0",
@@ -195,3 +197,12 @@ def test_the_codes_of_a_large_layer_are_packed_by_the_core(monkeypatch: pytest.M
     layer, scheme = make_layer("w3g32-asym", (64, 256))
     native.FORMAT.encode("a", layer, scheme)
     assert calls == [64 * 256, 64 * 8]
+
+
+def test_the_bytes_of_version_one_never_change(tmp_path: Path) -> None:
+    layers = build_layers()
+    write_checkpoint(tmp_path, native.FORMAT, layers)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes(), name
+    for name, read in decode_all(open_checkpoint(GOLDEN)).items():
+        assert same_tensor(read, layers[name][0]), name

@@ -72,9 +72,15 @@ def test_a_file_is_written_and_its_hash_returned(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
 
-@pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize(
+    ("before", "number", "lasting"),
+    [
+        (None, errno.ENOSPC, False),
+        (b"old", errno.EIO, False),
+        (None, errno.EACCES, True),
+        (b"old", errno.ENOSPC, True),
+    ],
+)
 def test_whichever_call_fails_the_name_holds_old_or_new_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes | None, number: int, lasting: bool
 ) -> None:

@@ -1,19 +1,17 @@
-"""Where the fuzzers write: in memory if there is such a place, for they write thousands of small files."""
+"""Where the fuzzers write."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-MEMORY = Path("/dev/shm")
+from tests.formats.layers import scratch_directory
 
 
 @pytest.fixture
 def workplace() -> Iterator[Path]:
-    """An empty directory, removed after the test."""
-    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
-        yield Path(folder)
+    """An empty directory, in memory if there is such a place."""
+    with scratch_directory() as folder:
+        yield folder
