@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_module_runs_as_a_process() -> None:
 
 def test_exit_status_leaves_the_process() -> None:
     assert run_process("explain", "BW999").returncode == 2
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "bitwright", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_a_terminal_that_knows_few_letters() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    code = "import sys; from bitwright.cli.app import run; status = run(['--version']); print('±'); sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, rb"\xb1")
 
 
 def test_every_public_name_loads() -> None:

@@ -292,21 +292,25 @@ def test_a_second_run_is_told_who_holds_the_output(folder: Folder, capsys: pytes
     assert main(QUANTIZE) == 0, "a lock that nobody holds does not matter"
 
 
-def test_a_killed_run_resumes(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 1, in a process of its own that is really killed."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_killed_run_resumes(
+    folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int
+) -> None:
+    """Faults 1 to 3, in a process of its own that gets a real signal."""
+    at = 2 if number == signal.SIGKILL else 1  # shards are written one behind, and the last is not stopped after
     script = (
-        "import os, signal, sys\n"
+        "import os, sys\n"
         "from bitwright.quantization import job\n"
         "compute = job.Job._compute\n"
-        "def kill_at_third(self, index, unit):\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def compute_or_die(self, index, unit):\n"
+        f"    if index == {at}: os.kill(os.getpid(), {int(number)})\n"
         "    return compute(self, index, unit)\n"
-        "job.Job._compute = kill_at_third\n"
+        "job.Job._compute = compute_or_die\n"
         "from bitwright.cli import main\n"
         f"sys.exit(main({list(QUANTIZE)}))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(bitwright.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=120).returncode == status
     capsys.readouterr()
     assert main(("generate", "out", "once")) == 3
     assert "BW308" in capsys.readouterr().err

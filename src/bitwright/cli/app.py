@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +40,11 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 def run(arguments: list[str]) -> int:
     """Run one command line; every outcome, failures too, is an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal that knows no letter of a text still gets the rest
     debug, arguments = _take_debug(arguments)
     name, command = "bitwright", typer.main.get_command(app)
     if "--help" in arguments and arguments[0] in (commands := getattr(command, "commands", {})):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -28,6 +29,8 @@ class StopRequest:
 def stop_on_signals(announce: Callable[[int], None], describe_stop: Callable[[], str]) -> Iterator[StopRequest]:
     """Turn signals into a request to stop for as long as the context lasts; outside it they act as before.
 
+    A signal that is ignored (as nohup does) stays so, and only the main thread of a process can listen at all.
+
     Args:
         announce: called with the number of the first signal, to tell the user what happens now.
         describe_stop: what :class:`Interrupted` says when work is broken off at once.
@@ -46,10 +49,14 @@ def stop_on_signals(announce: Callable[[int], None], describe_stop: Callable[[],
         announce(number)
 
     handlers = {signal.SIGINT: handle, signal.SIGTERM: handle, signal.SIGALRM: stop_now}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    previous = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield request
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if request.number == signal.SIGTERM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
