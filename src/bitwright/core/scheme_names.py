@@ -66,6 +66,8 @@ def parse(text: str) -> LayerScheme:
     Raises:
         ArgumentError: BW202, quoting the part that was not understood.
     """
+    if not isinstance(text, str):
+        raise ArgumentError("BW202", f"a scheme is a name, not {text!r}", suggestion=f"for example {EXAMPLES}")
     name = text.strip().lower()
     if name in NAMED_SCHEMES:
         return NAMED_SCHEMES[name]

@@ -1,4 +1,4 @@
-"""The sha256 of every file of a checkpoint, written beside them and verified on demand."""
+"""The sha256 of the files of a checkpoint (not of its report and card), written beside them and verified on demand."""
 
 from __future__ import annotations
 

@@ -73,8 +73,10 @@ def _run_float(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     return y
 
 
+@torch.no_grad()
 def _run_integer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Quantize each token to int8 and sum integer products; see :mod:`bitwright.kernels.integer`."""
+    """Quantize each token to int8 and sum integer products (which have no gradient); see
+    :mod:`bitwright.kernels.integer`."""
     assert weight.scheme.activation is not None
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     if not x.shape[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint
+from bitwright.formats.directory import locate_file
 
 __all__ = ["VERSION", "PreTrainedModel", "Tokenizer", "context_length", "empty_model", "load_tokenizer", "read_config"]
 
@@ -27,6 +29,8 @@ SIZE_FIELDS = (
     *LAYER_COUNT_FIELDS, "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "n_embd", "n_head", "n_positions", "n_inner", "ffn_dim",
 )  # fmt: skip
+BUILDING = threading.Lock()  # two threads that replace and restore one method would leave a replacement behind
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -83,14 +87,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory.
 
     Raises:
-        BitwrightError: BW312 if it is missing or cannot be read.
+        BitwrightError: BW312 if it is missing or cannot be read, BW310 if a file is a link out of the directory.
     """
+    for path in directory.glob("*"):
+        if path.is_symlink() and path.suffix in TOKENIZER_SUFFIXES:
+            locate_file(directory, path.name)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise BitwrightError(
             "BW312", "the model has no tokenizer", where=str(directory), suggestion="copy tokenizer.json there"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizer readers raise anything, also from native code
         raise BitwrightError(
             "BW312",
@@ -119,18 +126,20 @@ def context_length(config: PretrainedConfig) -> int | None:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Move each parameter to the meta device as a module registers it; buffers, which no file holds, stay real."""
-    register = nn.Module.register_parameter
+    with BUILDING:
+        register, builder = nn.Module.register_parameter, threading.get_ident()
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            is_ours = threading.get_ident() == builder
+            if is_ours and parameter is not None and parameter.device.type != "meta":
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _check_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:

@@ -65,7 +65,10 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
     """Token ids (int64) of a whole text; nothing is added, and no text becomes a special token by accident."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # One call of the underlying tokenizer: the wrapper would warn about texts longer than the context.
+        # One call of the underlying tokenizer: the wrapper would warn about texts longer than the context. What
+        # tokenizer.json says of cutting and filling up (it is saved with the last call's settings) is not for texts.
+        backend.no_truncation()
+        backend.no_padding()
         return torch.tensor(backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
 

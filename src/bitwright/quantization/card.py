@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from bitwright.quantization.report import Report
@@ -18,7 +19,14 @@ def render_card(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     name = report.source.rstrip("/").rpartition("/")[2]
-    yield from ("---", "library_name: transformers", f"base_model: {name}", "tags: [bitwright, quantized]", "---", "")
+    yield from (
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(name, ensure_ascii=False)}",
+        "tags: [bitwright, quantized]",
+        "---",
+        "",
+    )
     yield f"# {name}, {report.recipe['scheme']}"
     yield ""
     yield f"Quantized by bitwright {report.versions['bitwright']} with `{report.recipe['algorithm']}`."

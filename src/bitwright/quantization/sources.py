@@ -144,7 +144,7 @@ class MemorySource:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # flat: a scalar has no bytes to view
         return {"class": type(self.model).__name__, "sha256": digest.hexdigest()}
 
     def byte_count(self) -> int:

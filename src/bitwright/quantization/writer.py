@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,17 +57,17 @@ def check_companions(source: Source) -> None:
 def finish_checkpoint(output: Path, source: Source, plan: Plan, units: Iterable[UnitRecord], report: Report) -> None:
     """Write everything beside the shards. The index comes last: while it is missing, loaders find no model."""
     units = list(units)
+    weight_map = {tensor: unit.file for unit in units for tensor in unit.tensors}
+    total = sum(size for unit in units for size in unit.tensors.values())
+    index = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    hashes = {unit.file: unit.sha256 for unit in units} | {INDEX: hashlib.sha256(b"".join(index)).hexdigest()}
     for companion in _find_companions(source):
-        write_file(output / companion.name, _blocks_of(companion))
-    hashes = {unit.file: unit.sha256 for unit in units}
+        hashes[companion.name] = write_file(output / companion.name, _blocks_of(companion))
     hashes[CONFIG] = write_file(output / CONFIG, _json(_config(source, plan)))
     write_file(output / CHECKSUMS, [serialize_checksums(hashes)])
     write_file(output / REPORT_FILE, _json(report.to_dict()))
     write_file(output / CARD_FILE, [render_card(report).encode()])
-    weight_map = {tensor: unit.file for unit in units for tensor in unit.tensors}
-    total = sum(size for unit in units for size in unit.tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_file(output / INDEX, _json(index))
+    write_file(output / INDEX, index)
 
 
 def _find_companions(source: Source) -> list[Path]:
