@@ -183,8 +183,7 @@ ALL: tuple[Damage, ...] = (
         needs="single",
     ),
     *_all("load", tensor_has_another_shape, needs="index"),
-    *_all("load", numbers_are_infinite, needs="float"),
-    *_all("maybe", numbers_are_infinite, needs="quantized"),
+    *_all("maybe", numbers_are_infinite),
     *_all("text", tokenizer_is_of_another_kind, needs="tokenizer"),
     *_all("maybe", tokenizer_calls_remote_code, template_is_hostile, needs="tokenizer"),
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import INDEX, open_checkpoint
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.table import FORMATS, get_format
+from bitwright.models.hf import load_tokenizer
 from tests.formats.layers import decode_all, make_layer, write_checkpoint
+from tests.fuzz import damaged_contents as contents
 from tests.fuzz.corruptions import corruptions, find_kinds, snapshot
 from tests.fuzz.damage import ALL
+from tests.models.checkpoints import byte_tokenizer
 
 COUNT = 150  # of each of four models: six hundred in all
 SIZES = {
@@ -128,3 +133,24 @@ def test_the_same_seed_gives_the_same_damage(workplace: Path) -> None:
 
 def test_every_format_that_is_written_is_among_the_models() -> None:
     assert {entry.name for entry in FORMATS} == {"native", "compressed-tensors"}
+
+
+@pytest.mark.parametrize("damage", [contents.tokenizer_calls_remote_code, contents.config_calls_remote_code])
+def test_code_that_a_model_brings_is_neither_run_nor_offered(
+    workplace: Path, damage: Callable[[Path, Random], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_tokenizer().save_pretrained(workplace / "model")
+    (workplace / "model" / "config.json").write_text(json.dumps(SIZES))
+    damage(workplace / "model", Random(0))
+    with contextlib.suppress(BitwrightError):
+        load_tokenizer(workplace / "model")
+    assert "custom code" not in str(capsys.readouterr())
+
+
+def test_a_tokenizer_outside_of_the_model_is_refused(workplace: Path) -> None:
+    byte_tokenizer().save_pretrained(workplace / "outside")
+    (workplace / "model").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (workplace / "model" / name).symlink_to(workplace / "outside" / name)
+    with pytest.raises(BitwrightError, match="BW310"):
+        load_tokenizer(workplace / "model")
