@@ -62,7 +62,10 @@ def read_calibration_text(name: str | Path) -> str:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Token ids (int64) of a whole text; nothing is added, and no text becomes a special token by accident."""
+    """Token ids (int64) of a whole text; nothing is added and nothing cut off.
+
+    Special tokens that the text spells out count as such: that is how texts of many documents are divided.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # One call of the underlying tokenizer: the wrapper would warn about texts longer than the context. What
