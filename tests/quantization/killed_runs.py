@@ -1,4 +1,4 @@
-"""A program of its own, without threads, whose forks quantize and are killed: ``python -m tests.quantization.killed_runs``.
+"""``python -m tests.quantization.killed_runs``: a program without threads, whose forks quantize and are killed.
 
 It prints one JSON object. Importing torch once, and not for every run, is what makes real kills cheap.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.quantization.api import quantize
+from bitwright.quantization.journal import JOURNAL_FILE
 from tests.quantization.tiny import digests
 
 UNFINISHED = 100
@@ -41,28 +43,48 @@ def finish(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def kill_after(pid: int, seconds: float) -> tuple[int, float]:
+    """Kill a process unless it ends before; its status (negative if killed), and how long it lived."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), time.perf_counter() - began
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    return finish(pid), time.perf_counter() - began
+
+
+def run_again(arguments: dict[str, Any], expected: dict[str, str]) -> bool:
+    """Whether the same command ends well with the expected files.
+
+    A kill that came when all was done, while the process was leaving, is told that the output is finished (2).
+    """
+    output = Path(arguments["output"])
+    finished = (output / INDEX).exists() and not (output / WORK_DIRECTORY / JOURNAL_FILE).exists()
+    return finish(start(arguments)) == (2 if finished else 0) and digests(output) == expected
+
+
 def kill_at_random(arguments: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     """Kill ``count`` runs, each at a random moment, and run each again to its end."""
     output = Path(arguments["output"])
     generator = random.Random(seed)
-    began = time.perf_counter()
     assert finish(start(arguments)) == 0
-    duration = time.perf_counter() - began
     expected = digests(output)
-    record: dict[str, Any] = {"seed": seed, "files": sorted(expected), "points": [], "different": []}
+    shutil.rmtree(output)
+    duration = kill_after(start(arguments), 600)[1]
+    record: dict[str, Any] = {"files": sorted(expected), "points": [], "different": []}
     while len(record["points"]) < count:
-        shutil.rmtree(output)
+        shutil.rmtree(output, ignore_errors=True)
         moment = generator.uniform(0.02, 1.0) * duration
-        pid = start(arguments)
-        time.sleep(moment)
-        os.kill(pid, signal.SIGKILL)
-        if finish(pid) != -signal.SIGKILL:
-            continue  # it had ended already
+        status, lived = kill_after(start(arguments), moment)
+        if status >= 0:
+            duration = lived  # the machine has become less busy
+            continue
         units = len(list(output.glob("model-*.safetensors"))) if output.exists() else 0
-        status = finish(start(arguments))
         record["points"].append([round(moment, 3), units])
-        if status != 0 or digests(output) != expected:
-            record["different"].append([round(moment, 3), status])
+        if not run_again(arguments, expected):
+            record["different"].append([round(moment, 3), units])
     record["in_work"] = sum(units > 0 for _, units in record["points"])
     return record
 
@@ -77,10 +99,7 @@ def kill_again_and_again(arguments: dict[str, Any], seed: int) -> dict[str, Any]
     generator = random.Random(seed)
     kills, patience = 0, 0.05
     while True:
-        pid = start(arguments)
-        time.sleep(generator.uniform(0.5, 1.0) * patience)
-        os.kill(pid, signal.SIGKILL)
-        status = finish(pid)
+        status, _ = kill_after(start(arguments), generator.uniform(0.5, 1.0) * patience)
         if status >= 0:
             return {"kills": kills, "status": status, "equal": digests(output) == expected}
         kills, patience = kills + 1, patience * 1.15
@@ -110,6 +129,7 @@ def main() -> None:
     quantize(**arguments)  # everything is imported and warm before the first fork
     shutil.rmtree(arguments["output"])
     result = {
+        "seed": chosen.seed,
         "random": kill_at_random(arguments, chosen.count, chosen.seed),
         "again": kill_again_and_again(arguments, chosen.seed),
         "race": race(arguments, 4),

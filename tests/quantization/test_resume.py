@@ -182,7 +182,7 @@ def test_damaged_inputs_of_the_next_block_start_a_calibrated_run_over(model: Pat
     damage(inputs) if how == "flipped" else inputs.unlink()
     quantize(model, output, on_event=events.append, **settings(model))
     assert digests(output) == digests(tmp_path / "whole")
-    assert [event.data["unit"] for event in events if event.kind == "unit"][0] == "model.layers.0"
+    assert next(event.data["unit"] for event in events if event.kind == "unit") == "model.layers.0"
 
 
 JOURNALS: dict[str, Callable[[bytes], bytes]] = {

@@ -68,6 +68,18 @@ def test_the_checksums_are_of_every_file_but_the_report(tmp_path: Path) -> None:
     assert set(verify_files(tmp_path / "out")) == names - {"report.json", "README.md", "bitwright_files.json"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_work_directory_that_is_a_link_is_not_followed(overwrite: bool, tmp_path: Path) -> None:
+    precious, output = tmp_path / "precious", tmp_path / "out"
+    precious.mkdir()
+    (precious / "journal.jsonl").write_text("{}\n")
+    output.mkdir()
+    (output / ".bitwright").symlink_to(precious)
+    with pytest.raises(bitwright.BitwrightError, match="BW203.*is a link"):
+        bitwright.quantize(Plain(), output, scheme="w4g32", overwrite=overwrite)
+    assert [path.name for path in precious.iterdir()] == ["journal.jsonl"]
+
+
 def test_a_scheme_that_is_no_name_is_refused() -> None:
     with pytest.raises(bitwright.BitwrightError, match=r"BW202.*a scheme is a name, not 4"):
         bitwright.parse(4)  # type: ignore[arg-type]
