@@ -75,7 +75,7 @@ def test_a_work_directory_that_is_a_link_is_not_followed(overwrite: bool, tmp_pa
     (precious / "journal.jsonl").write_text("{}\n")
     output.mkdir()
     (output / ".bitwright").symlink_to(precious)
-    with pytest.raises(bitwright.BitwrightError, match="BW203.*is a link"):
+    with pytest.raises(bitwright.BitwrightError, match=r"BW203.*is a link"):
         bitwright.quantize(Plain(), output, scheme="w4g32", overwrite=overwrite)
     assert [path.name for path in precious.iterdir()] == ["journal.jsonl"]
 

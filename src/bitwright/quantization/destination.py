@@ -61,6 +61,8 @@ def _refusal(output: Path, source: Path | None, *, overwrite: bool) -> tuple[str
         return f"{output} is a file", "give a directory that is new or empty"
     if source is not None and output.resolve() == source.resolve():
         return f"{output} is the source model itself", "choose another output directory"
+    if (output / WORK_DIRECTORY).is_symlink():  # what it leads to would be emptied
+        return f"{output / WORK_DIRECTORY} is a link", "remove it, or choose another output directory"
     if not output.is_dir() or not any(output.iterdir()):
         return None
     work, is_indexed = output / WORK_DIRECTORY, (output / INDEX).exists()
