@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitwright.core.errors import BitwrightError
+from bitwright.formats import checkpoint
 from bitwright.formats.checkpoint import INDEX, Checkpoint, open_checkpoint
 from bitwright.formats.safetensors_file import serialize
 from bitwright.formats.storage import write_file
@@ -37,12 +38,12 @@ def _write_index(directory: Path, weight_map: object) -> None:
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": weight_map}))
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    assert set(checkpoint.tensors) == {"a", "b"} and checkpoint.config == {"model_type": "llama"}
-    assert torch.equal(checkpoint.read("a"), A) and torch.equal(checkpoint.read("b"), B)
-    assert b"".join(checkpoint.source("a").chunks()) == A.numpy().tobytes()
-    sizes = {path.name: path.stat().st_size for path in checkpoint.directory.glob("*.safetensors")}
-    assert dict(checkpoint.files) == sizes and checkpoint.quantization is None
+def _check(opened: Checkpoint) -> None:
+    assert set(opened.tensors) == {"a", "b"} and opened.config == {"model_type": "llama"}
+    assert torch.equal(opened.read("a"), A) and torch.equal(opened.read("b"), B)
+    assert b"".join(opened.source("a").chunks()) == A.numpy().tobytes()
+    sizes = {path.name: path.stat().st_size for path in opened.directory.glob("*.safetensors")}
+    assert dict(opened.files) == sizes and opened.quantization is None
 
 
 def test_one_file_or_shards_with_or_without_an_index_are_read(tmp_path: Path) -> None:
@@ -126,6 +127,11 @@ def test_missing_shards_are_counted_and_five_are_named(tmp_path: Path) -> None:
     assert "model-00005" not in message
 
 
+def test_more_shards_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_SHARDS", 1)
+    assert "more than 1 files" in _refusal(_sharded(tmp_path), "BW303")
+
+
 def test_sets_of_shards_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     _sharded(tmp_path)
     (tmp_path / INDEX).unlink()
@@ -189,9 +195,9 @@ def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path, content: b
 @pytest.mark.parametrize("record", ["[]", '"x"', "1", "true"])
 def test_a_quantization_config_that_is_no_object_is_refused(tmp_path: Path, record: str) -> None:
     (_single(tmp_path) / "config.json").write_text(f'{{"quantization_config": {record}}}')
-    checkpoint = open_checkpoint(tmp_path)
+    opened = open_checkpoint(tmp_path)
     with pytest.raises(BitwrightError, match="BW311"):
-        _ = checkpoint.quantization
+        _ = opened.quantization
 
 
 def test_a_cut_shard_is_named_with_its_tensor_and_sizes(tmp_path: Path) -> None:
@@ -207,7 +213,7 @@ def test_a_cut_shard_is_named_with_its_tensor_and_sizes(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(_single(tmp_path))
-    for read in (checkpoint.read, checkpoint.source, checkpoint.stored):
+    opened = open_checkpoint(_single(tmp_path))
+    for read in (opened.read, opened.source, opened.stored):
         with pytest.raises(BitwrightError, match=r"BW303.*no tensor lm_head\.weight"):
             read("lm_head.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitwright.core.errors import BitwrightError
+from bitwright.formats import safetensors_index
 from bitwright.formats.safetensors_index import DTYPE_BITS, MAX_HEADER, TensorEntry, read_index
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,3 +299,37 @@ def test_reading_an_index_opens_no_other_file(tmp_path: Path) -> None:
                 read_index(path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_than_any_model_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in "ab"}
+    metadata = {"__metadata__": {"a": "x" * 50, "b": ""}}
+    path = _file(tmp_path / "x", json.dumps(two | metadata).encode(), 0)
+    assert len(read_index(path).tensors) == 2
+    for limit, words in (("MAX_TENSORS", "more than 1 tensors"), ("MAX_METADATA", "at most")):
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_index, limit, 1 if limit == "MAX_TENSORS" else 40)
+            with pytest.raises(BitwrightError, match=words):
+                read_index(path)
+    monkeypatch.setattr(safetensors_index, "MAX_TENSORS", 1)
+    with pytest.raises(BitwrightError, match="metadata are at most 1 entries"):
+        read_index(_file(tmp_path / "y", json.dumps(metadata).encode(), 0))
+
+
+def test_a_file_that_cannot_be_read_or_shrinks_meanwhile_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _file(tmp_path / "x", b"{}", 0)
+    pread = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda descriptor, count, offset: pread(descriptor, count, offset)[:8][: 8 - offset]
+    )
+    with pytest.raises(BitwrightError, match=r"BW302.*ends inside its header"):
+        read_index(path)
+
+    def refuse(descriptor: int, count: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(BitwrightError, match=r"BW302.*Input/output error"):
+        read_index(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -313,3 +314,40 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(BitwrightError, match="BW501"), lock_directory(tmp_path):
         raise AssertionError("locked a link")
     assert (tmp_path / "precious").read_bytes() == b"keep"
+
+
+def test_a_lock_that_its_holder_removes_just_now_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first file that is locked is gone from the directory by then: locking it would lock nothing."""
+    flock, calls = fcntl.flock, []
+
+    def race(descriptor: int, operation: int) -> None:
+        if not calls:
+            os.unlink(tmp_path / "lock")
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", race)
+    with lock_directory(tmp_path):
+        assert len(calls) == 2 and json.loads((tmp_path / "lock").read_bytes())["pid"] == os.getpid()
+        with pytest.raises(BitwrightError, match="BW502"), lock_directory(tmp_path):
+            raise AssertionError("locked twice")
+
+
+def test_where_locks_do_not_exist_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(BitwrightError, match=r"BW501.*No locks available"), lock_directory(tmp_path):
+        raise AssertionError("locked without locks")
+
+
+def test_a_tree_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(BitwrightError, match=r"BW501.*tree"):
+        remove_tree(tmp_path / "tree")
