@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny models gain nothing from threads, and no power cut comes during a test: waiting for the disk is for others."""
+    """Tiny models gain nothing from threads, and no power cut comes during a test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

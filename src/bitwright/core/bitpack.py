@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     length = codes.shape[-1]
     if length % 32:
         codes = torch.nn.functional.pad(codes, (0, 32 - length % 32))
-    eights = codes.contiguous().view(torch.int64).flatten()
+    eights = codes.contiguous().view(-1).view(torch.int64)  # flat first: a dimension of one may have any stride
     stream = torch.empty(eights.numel(), bits, dtype=torch.uint8, device=codes.device)
     for part, target in zip(torch.split(eights, TILE // 8), torch.split(stream, TILE // 8), strict=True):
         packed = _draw_together(part, bits)
@@ -60,7 +60,7 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     whole = -(-length // 32) * bits
     if whole != expected:
         words = torch.nn.functional.pad(words, (0, whole - expected))
-    stream = words.contiguous().view(torch.uint8).view(-1, bits)
+    stream = words.contiguous().view(-1).view(torch.uint8).view(-1, bits)
     codes = torch.empty(stream.shape[0], 8, dtype=torch.uint8, device=words.device)
     for part, target in zip(torch.split(stream, TILE // 8), torch.split(codes, TILE // 8), strict=True):
         eights = torch.zeros(part.shape[0], 8, dtype=torch.uint8, device=words.device)

@@ -11,6 +11,8 @@ from bitwright.core.errors import BitwrightError
 
 __all__ = ["IGNORABLE", "match_names", "shared_names", "state_names"]
 
+# Other names that tensors have in files: ``(in the model, in the file)``, as beginnings of the name.
+RENAMED = (("lm_head.", "embed_out."),)  # GPT-NeoX, whose head transformers has called so since version 5
 # Constants that old checkpoints hold and that models compute anew.
 IGNORABLE = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
 
@@ -63,9 +65,9 @@ def match_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:
-    if prefix == ".":
-        return (name,)
-    return (name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name)
+    other = () if prefix == "." else (name.removeprefix(prefix) if name.startswith(prefix) else prefix + name,)
+    renamed = (stored + name.removeprefix(known) for known, stored in RENAMED if name.startswith(known))
+    return (name, *other, *renamed)
 
 
 def _refuse(what: str, names: list[str]) -> None:

@@ -128,7 +128,7 @@ class Job:
     def _compute_block(self, unit: Unit, file: str) -> _Work:
         already_dropped = len(self.dropped)
         result = self._quantize(unit)
-        tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source.model, unit))
+        tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source, unit))
         tensors.update(self._encode(unit, result.tensors))
         self.inputs = dict(zip(self.inputs, result.outputs, strict=True))
         self.source.release(unit.tensors)
@@ -205,6 +205,7 @@ class Job:
         self.sink(
             Event("progress", f"running {len(self.calibration.windows)} calibration samples up to the first block")
         )
+        self.source.unify()
         self.source.load([*before, *first.tensors])
         base = getattr(self.source.model, getattr(self.source.model, "base_model_prefix", ""), self.source.model)
         forwards = [partial(_forward, base, window) for window in self.calibration.windows]
@@ -261,14 +262,17 @@ def _is_weight_of(name: str, layers: Mapping[str, Any]) -> bool:
     return name.endswith(".weight") and name.removesuffix(".weight") in layers
 
 
-def _float_tensors(model: nn.Module, unit: Unit) -> dict[str, Tensor]:
-    """The unit's tensors that stay float, as they are in the module now: equalizing may have changed them."""
+def _float_tensors(source: Source, unit: Unit) -> dict[str, Tensor]:
+    """The unit's tensors that stay float, as they are in the module now: equalizing may have changed them.
+
+    They keep the dtype in which they are stored.
+    """
     tensors = {}
     for name in unit.tensors:
         if not _is_weight_of(name, unit.layers):
             parent, _, leaf = name.rpartition(".")
-            holder = model.get_submodule(parent)
+            holder = source.model.get_submodule(parent)
             tensor = holder._parameters.get(leaf, holder._buffers.get(leaf))
             assert tensor is not None
-            tensors[name] = tensor.detach().contiguous()
+            tensors[name] = tensor.detach().to(source.stored(name).dtype).contiguous()
     return tensors

@@ -24,6 +24,7 @@ EXPONENTS = {
     torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
     torch.float16: (np.uint16, np.uint16(0x7C00)),
     torch.float32: (np.uint32, np.uint32(0x7F800000)),
+    torch.float64: (np.uint64, np.uint64(0x7FF0000000000000)),
 }
 PIECE = 1 << 18  # numbers looked at together, so that the copy stays in cache
 
@@ -36,6 +37,7 @@ class Source(Protocol):
     directory: Path | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def unify(self) -> None: ...
     def load(self, names: Iterable[str]) -> None: ...
     def release(self, names: Iterable[str]) -> None: ...
     def stored(self, name: str) -> Tensor | TensorSource: ...
@@ -67,14 +69,22 @@ class DiskSource:
         self._files = match_names(self.model, checkpoint.tensors)
         self._shapes = state_names(self.model)
         self._shared = shared_names(self.model)
+        self._dtype: torch.dtype | None = None  # of all float tensors that are loaded; as stored unless given
         self._check_shapes()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
+    def unify(self) -> None:
+        """From now on load models of mixed float dtypes in float32, which holds all of them, so that they can be run."""
+        stored = {self.stored(name).dtype for name in self._shapes}
+        self._dtype = torch.float32 if len({dtype for dtype in stored if dtype.is_floating_point}) > 1 else None
+
     def load(self, names: Iterable[str]) -> None:
         for name in names:
-            self._assign(name, self._checkpoint.read(self._files[name]))
+            tensor = self._checkpoint.read(self._files[name])
+            is_cast = self._dtype is not None and tensor.is_floating_point()
+            self._assign(name, tensor.to(self._dtype) if is_cast else tensor)
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
@@ -127,7 +137,14 @@ class MemorySource:
         self.model = model
         self.directory: Path | None = None
         config = getattr(model, "config", None)
-        self.config: Mapping[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        self.config: Mapping[str, Any] = {}
+        if config is not None and hasattr(config, "to_dict"):
+            self.config = config.to_dict()
+            if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
+                # The configuration may still tell the dtype that the model was made with.
+                self.config = {**self.config, "dtype": str(dtype).removeprefix("torch.")}
+
+    def unify(self) -> None: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return state_names(self.model)
