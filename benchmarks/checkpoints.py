@@ -50,7 +50,8 @@ def _block(generator: torch.Generator, sizes: dict[str, int], name: str) -> dict
     narrow = hidden // sizes["heads"] * sizes["key_heads"]
     outputs = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden),
-        "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+        "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
     }  # fmt: skip
     tensors = {f"{name}.{layer}.weight": _random(generator, *shape) for layer, shape in outputs.items()}
