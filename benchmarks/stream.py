@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from benchmarks.checkpoints import make_checkpoint
 
 CHUNK = 16 << 20
