@@ -13,10 +13,13 @@ from torch import nn
 
 import bitwright
 from bitwright.cli import main
+from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import CONFIG, INDEX
 from bitwright.formats.checksums import verify_files
 from bitwright.models.hf import _parameters_on_meta, load_tokenizer
+from bitwright.quantization.api import quantize
 from bitwright.quantization.calibration import tokenize
+from bitwright.quantization.events import Stopped
 from tests.quantization.tiny import TEXT, Plain, build_model, save_model
 
 
@@ -103,3 +106,22 @@ def test_models_built_in_two_threads_leave_torch_as_it_was() -> None:
     first.join(10)
     second.join(10)
     assert nn.Module.register_parameter is register
+
+
+def test_the_call_that_resumes_has_every_argument_that_matters(tmp_path: Path) -> None:
+    """What an unfinished directory tells people to run must not be refused for other settings."""
+    output = tmp_path / "out"
+    arguments = {"scheme": "w4g32", "overrides": (".*down_proj=w8",), "seed": 3}
+    with pytest.raises(Stopped):
+        quantize("demo:", output, **arguments, should_stop=lambda: True)
+    with pytest.raises(BitwrightError) as caught:
+        quantize("demo:", output, scheme="w3g32")
+    assert caught.value.code == "BW207"
+    call = f"bitwright.quantize('demo:', {str(output)!r}, scheme='w4g32', overrides=('.*down_proj=w8',), seed=3)"
+    assert call in caught.value.suggestion
+
+
+def test_overrides_that_are_one_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BitwrightError) as caught:
+        quantize("demo:", tmp_path / "out", overrides="lm_head=w8")
+    assert caught.value.code == "BW201" and "['lm_head=w8']" in caught.value.suggestion

@@ -32,7 +32,7 @@ def levels(code: str) -> Tensor:
 
 @cache
 def _ascending(code: str) -> tuple[int, tuple[tuple[float, int], ...]]:
-    """The code of the lowest level, then each midpoint between neighbours and the step (mod 256) to the code above it."""
+    """The code of the lowest level, then each midpoint between neighbours and the step (mod 256) to the next code."""
     order = sorted({value: index for index, value in reversed(list(enumerate(TABLES[code])))}.items())
     steps = [
         (float(torch.tensor((low + high) / 2, dtype=torch.float32)), (above - below) % 256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,9 +114,20 @@ def quantize(
     Example:
         >>> report = bitwright.quantize("demo:", "demo-w4", scheme="w4g128")
     """
-    rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
-    recipe = Recipe(scheme=parse(scheme), algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
-    parse_options(algorithm, recipe.options)
+    shown = (
+        "scheme",
+        "algorithm",
+        "options",
+        "format",
+        "calibration",
+        "samples",
+        "seqlen",
+        "overrides",
+        "seed",
+        "threads",
+    )
+    given = {name: value for name, value in locals().items() if name in (*shown, "group_fallback", "on_nonfinite")}
+    recipe = _recipe(scheme, algorithm, options, overrides, seed)
     if get_algorithm(algorithm).calibrated and calibration is None:
         calibration = "calibration"
     _check_numbers(samples, seqlen, threads, seed)
@@ -129,7 +140,7 @@ def quantize(
         overwrite=overwrite,
         restart=restart,
         drop_nonfinite=on_nonfinite == "drop-sample",
-        command=command or _python_call(model, output, scheme),
+        command=command or _python_call(model, output, given),
         sink=on_event,
         should_stop=should_stop,
     )
@@ -250,10 +261,22 @@ def _check_numbers(samples: int, seqlen: int | None, threads: int | None, seed: 
             raise BitwrightError("BW201", f"{field} is {value!r}", suggestion=f"a whole number of at least {least}")
 
 
-def _python_call(model: object, output: str | Path, scheme: str) -> str:
-    if isinstance(model, nn.Module):
-        return f"bitwright.quantize(model, {str(output)!r}, scheme={scheme!r})"
-    return f"bitwright quantize {shlex.quote(str(model))} -o {shlex.quote(str(output))} --scheme {scheme}"
+def _recipe(
+    scheme: str, algorithm: str, options: Mapping[str, Any] | None, overrides: Sequence[str | Override], seed: int
+) -> Recipe:
+    if isinstance(overrides, str):
+        raise BitwrightError("BW201", f"overrides is the text {overrides!r}", suggestion=f"a list: [{overrides!r}]")
+    rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
+    parse_options(algorithm, options or {})
+    return Recipe(scheme=parse(scheme), algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+
+
+def _python_call(model: object, output: str | Path, options: Mapping[str, Any]) -> str:
+    """The call that resumes a run, with every argument that is not as by default."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(quantize).parameters.items()}
+    given = {name: value for name, value in options.items() if value != defaults[name]}
+    shown = "model" if isinstance(model, nn.Module) else repr(str(model))
+    return f"bitwright.quantize({', '.join([shown, repr(str(output)), *(f'{n}={v!r}' for n, v in given.items())])})"
 
 
 @contextmanager
