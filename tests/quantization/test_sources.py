@@ -1,4 +1,4 @@
-"""One model from one file, from shards, from memory, in any float dtype: the same codes, and float tensors untouched."""
+"""One model from one file, from shards, from memory, in any float dtype: equal codes, and float tensors untouched."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,16 +107,33 @@ def _weight_count(module: nn.Module) -> int:
 
 
 def _refuse_fused_matrices(block_name: str, block: nn.Module) -> None:
-    """Three-dimensional weights of more than a convolution's size are experts fused into one parameter."""
-    counted: Mapping[str, Tensor] = dict(block.named_parameters())
-    for name, parameter in counted.items():
-        if parameter.dim() == 3 and min(parameter.shape[-2:]) > 8 and parameter.dtype in FLOAT_DTYPES:
-            raise BitwrightError(
-                "BW313",
-                f"{block_name}.{name} holds {parameter.shape[0]} fused expert matrices, which cannot be quantized yet",
-                why="leaving them out would leave most of the model in floating point",
-                suggestion="quantize a dense model",
-            )
+    """Three-dimensional weights of more than a convolution's size are experts fused into one parameter.
+
+    Some architectures lay their experts below each other instead: matrices that hold most of the block, in no Linear.
+    """
+    loose = dict(_loose_matrices(block))
+    fused = next((name for name, parameter in loose.items() if parameter.dim() == 3), None)
+    if fused is None and sum(parameter.numel() for parameter in loose.values()) * 2 > _weight_count(block):
+        fused = max(loose, key=lambda name: loose[name].numel())
+    if fused is None:
+        return
+    shape = " x ".join(map(str, loose[fused].shape))
+    raise BitwrightError(
+        "BW313",
+        f"{block_name}.{fused} ({shape}) holds fused expert matrices, which cannot be quantized yet",
+        why="leaving them out would leave most of the model in floating point",
+        suggestion="quantize a dense model",
+    )
+
+
+def _loose_matrices(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of a block that no Linear, Conv1D or Embedding multiplies by or looks up."""
+    for prefix, module in block.named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 8 and parameter.dtype in FLOAT_DTYPES:
+                yield name, parameter
 
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
 from bitwright.formats.safetensors_file import TensorSource
+from bitwright.models.blocks import find_blocks
 from bitwright.models.hf import empty_model, read_config
 from bitwright.models.names import match_names, shared_names, state_names
 
@@ -66,6 +67,7 @@ class DiskSource:
         self.config: Mapping[str, Any] = checkpoint.config
         self.model: nn.Module = empty_model(read_config(checkpoint))
         self._checkpoint = checkpoint
+        find_blocks(self.model)  # says what is not supported; names of such models may differ from the files', too
         self._files = match_names(self.model, checkpoint.tensors)
         self._shapes = state_names(self.model)
         self._shared = shared_names(self.model)
@@ -76,7 +78,7 @@ class DiskSource:
         return self._shapes
 
     def unify(self) -> None:
-        """From now on load models of mixed float dtypes in float32, which holds all of them, so that they can be run."""
+        """From now on load models of mixed float dtypes in float32, which holds all of them, so that they can run."""
         stored = {self.stored(name).dtype for name in self._shapes}
         self._dtype = torch.float32 if len({dtype for dtype in stored if dtype.is_floating_point}) > 1 else None
 
