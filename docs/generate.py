@@ -150,7 +150,7 @@ def _columns(count: str) -> Iterator[None]:
 def mask(text: str) -> list[str]:
     """Lines without what differs between two runs or two versions of the embedded model: numbers, units, padding."""
     kept = [line for line in text.splitlines() if not line.startswith("time ")]
-    kept = [re.sub(r", ready in .*", "", line) for line in kept]
+    kept = [re.sub(r", ready in .*", "", re.sub(r"model\.layers\.[\w.]+", "LAYER", line)) for line in kept]
     kept = [re.sub(r"\d[\d.,]*(e[+-]?\d+)?( [kMGT]?B\b| [hms]\b)*", "N", line) for line in kept]
     return [re.sub(r"[\s-]+", " ", line).strip() for line in kept]
 

@@ -55,11 +55,6 @@ def test_without_reference_and_probes() -> None:
     assert text.endswith("probes: not asked")
 
 
-def test_names_cannot_move_the_cursor() -> None:
-    hostile = replace(COMPARISON, rows=(replace(ROW, name="a\x1b[2Jb"), BASE))
-    assert "\x1b" not in render_comparison(hostile)
-
-
 @pytest.fixture
 def arguments(quantized: Path) -> list[str]:
     return ["eval", str(quantized), "--reference", "demo:", "--max-tokens", "600", "--seqlen", "128", "--no-probes"]

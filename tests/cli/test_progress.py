@@ -94,6 +94,17 @@ def test_long_live_lines_are_cut_to_the_terminal(monkeypatch: pytest.MonkeyPatch
     assert [len(line) for line in screen(stream.getvalue())] == [39, 0]
 
 
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_names_cannot_move_the_cursor(stream: io.StringIO) -> None:
+    progress = choose_progress(as_json=False, plain=False, stream=stream)
+    for kind in ("notice", "progress", "unit"):
+        progress(Event(kind, "a\x1b[2Jb\r", {"done": 1, "total": 2}))
+    progress.say("c\x1b[2Jd")
+    progress.close()
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\\x1b[2Jb\\r" in stream.getvalue()
+
+
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, colored in (("1", False), ("", True)):
         monkeypatch.setenv("NO_COLOR", value)

@@ -12,6 +12,7 @@ import typer
 
 from bitwright import __version__
 from bitwright.cli.failures import notices_as_lines, report_failure
+from bitwright.cli.terminal import printable
 from bitwright.core.settings import read_settings
 
 __all__ = [
@@ -266,4 +267,4 @@ def explain(code: Annotated[str, typer.Argument(metavar="CODE", help="The code i
 
 
 def _show(result: str | dict[str, object]) -> None:
-    print(result if isinstance(result, str) else json.dumps(result, indent=2))
+    print(printable(result) if isinstance(result, str) else json.dumps(result, indent=2))

@@ -97,15 +97,14 @@ def demo(output: str | Path | None = None, *, on_line: Callable[[str], None] = l
 def run_demo(output: Path | None, *, as_json: bool) -> None:
     """Run the demo and print all of it."""
     result = demo(output, on_line=(lambda line: None) if as_json else lambda line: print(line, flush=True))
-    print(json.dumps(result.to_dict(), indent=2) if as_json else render_demo(result))
+    print(json.dumps(result.to_dict(), indent=2) if as_json else printable(render_demo(result)))
 
 
 def render_demo(result: Demonstration) -> str:
     """The table, the plot, and the two stories side by side."""
-    left, right = (printable(text) for text in result.stories.values())
-    headings = list(result.stories)
+    stories = list(result.stories.items())
     parts = ["", render_comparison(result.comparison), "", draw_text(_points(result), x_title=X_TITLE, y_title=Y_TITLE)]
-    parts += ["", side_by_side((headings[0], left), (headings[1], right)), ""]
+    parts += ["", side_by_side(stories[0], stories[1]), ""]
     picture = f"picture: {result.picture}" if result.picture else "picture: none, matplotlib is not installed"
     model = shlex.quote(str(result.models[STORY_SCHEME]))
     parts += [f"done in {format_duration(result.seconds)}; models: {result.directory}; {picture}", "next:"]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright.cli.progress import JsonLines, choose_progress
 from bitwright.cli.tables import format_duration, format_number, format_size, format_table
-from bitwright.cli.terminal import printable
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison, Row
@@ -54,7 +53,7 @@ def render_comparison(comparison: Comparison) -> str:
         lines.append(f"probes, share of right answers: {counts}")
     elif comparison.probes_skipped:
         lines.append(f"probes: {comparison.probes_skipped}")
-    return printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _cells(row: Row, kinds: Sequence[str], *, beside: bool) -> list[str]:

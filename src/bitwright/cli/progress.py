@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from bitwright.cli.tables import format_duration
+from bitwright.cli.terminal import printable
 from bitwright.core.settings import read_settings
 
 __all__ = ["JsonLines", "LiveLines", "PlainLines", "Progress", "ProgressEvent", "choose_progress", "describe_unit"]
@@ -60,7 +61,7 @@ class PlainLines:
 
     def say(self, text: str) -> None:
         with self.lock:
-            print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
 
     def close(self) -> None:
         return
@@ -88,9 +89,9 @@ class LiveLines(PlainLines):
 
     def _show(self, event: ProgressEvent) -> None:
         if event.kind == "unit":
-            self.live = [f"{self._bar(event.data)} {describe_unit(event)}", ""]
+            self.live = [f"{self._bar(event.data)} {printable(describe_unit(event))}", ""]
         elif event.kind == "progress":
-            self.live[1] = f"  {event.message}"
+            self.live[1] = f"  {printable(event.message)}"
         else:
             self.say(event.message)
             return
