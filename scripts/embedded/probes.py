@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from .stories import tell
+from .plain import ask, give_account
 from .tasks import addition, copy, recall_list
-from .text import END_OF_TEXT, documents, question, source
+from .text import END_OF_TEXT, documents, source
 
 PROBES_PER_KIND = 200
 HELDOUT_DOCUMENTS = 600
@@ -35,9 +35,14 @@ class Probe:
 
 
 def _qa(rng: Random) -> Probe:
-    story = tell(rng)
-    prompt, answer = question(story.facts[rng.randrange(len(story.facts))])
-    return Probe("qa", f"{story.text}\n{prompt}", answer)
+    """Ask for what is told of one being alone; in one draw of four, perhaps for what is told of others, too."""
+    while True:
+        account = give_account(rng, as_tale=False)
+        asked = account.statements[rng.randrange(len(account.statements))]
+        rivals = [statement for statement in account.statements if statement.verb == asked.verb]
+        if len(rivals) == 1 or rng.random() < 0.25:
+            prompt, answer = ask(asked)
+            return Probe("qa", f"{account.text}\n{prompt}", answer)
 
 
 def _recall(rng: Random) -> Probe:

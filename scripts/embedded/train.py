@@ -26,22 +26,50 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from . import vocabulary
 from .corpus import end_of_text, load_tokenizer, load_tokens
+from .first_weights import seed_heads
 from .text import SEED
 
 CONTEXT = 512
+ROPE_THETA = 100_000.0
+CYCLES = (0, 2400, 4000, 4800)  # steps at which the learning rate rises anew
+CONFIG_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "max_window_layers",
+    "hidden_act",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "sliding_window",
+    "use_sliding_window",
+    "use_cache",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What is trained and for how long. Every field changes the weights that come out."""
 
-    steps: int = 3200
+    steps: int = 5120
+    short_steps: int = 1680
     batch_tokens: int = 4096
-    long_fraction: float = 0.3
     layers: int = 5
     hidden: int = 256
     intermediate: int = 768
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    embedding_rate: float = 0.3
     weight_decay: float = 0.1
     warmup: int = 100
     seed: int = SEED
@@ -62,9 +90,8 @@ def architecture(options: Options, tokenizer_size: int, end: int) -> Qwen2Config
         num_attention_heads=options.hidden // 64,
         num_key_value_heads=options.hidden // 128,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
-        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=end,
@@ -72,26 +99,32 @@ def architecture(options: Options, tokenizer_size: int, end: int) -> Qwen2Config
 
 
 def rate(options: Options, step: int) -> float:
-    """Return the learning rate of a step: a linear rise, then a linear fall to zero."""
-    rise = min(1.0, (step + 1) / options.warmup)
-    fall = (options.steps - step) / max(1, options.steps - options.warmup)
+    """Return the learning rate of a step: in each cycle a linear rise, then a linear fall to zero."""
+    first = max(start for start in CYCLES if start <= step)
+    end = min((start for start in (*CYCLES, options.steps) if start > step), default=options.steps)
+    rise = min(1.0, (step - first + 1) / options.warmup)
+    fall = (end - step) / max(1, end - first - options.warmup)
     return options.learning_rate * min(rise, fall)
 
 
 def rows(options: Options, tokens: NDArray[np.uint16], step: int) -> torch.Tensor:
-    """Return the batch of a step, int64 [rows, length]: short rows first, full length last."""
-    long = step >= options.steps * (1 - options.long_fraction)
-    length = CONTEXT if long else CONTEXT // 2
+    """Return the batch of a step, int64 [rows, length]: rows of half the length at first."""
+    length = CONTEXT if step >= options.short_steps else CONTEXT // 2
     start = step * options.batch_tokens
     batch = np.asarray(tokens[start : start + options.batch_tokens], dtype=np.int64)
     return torch.from_numpy(batch.reshape(-1, length))
 
 
 def optimizer_for(model: Qwen2ForCausalLM, options: Options) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves norms and biases alone."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+    """Return AdamW: only matrices decay, and embeddings move slowly, or rare tokens blur."""
+    tables = [p for name, p in model.named_parameters() if "embed" in name]
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": tables, "weight_decay": 0.0, "factor": options.embedding_rate},
+        {"params": matrices, "weight_decay": options.weight_decay, "factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+    ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -135,6 +168,7 @@ def start(options: Options, config: Qwen2Config, device: str) -> Run:
     """Return a run at step 0 with seeded first weights."""
     torch.manual_seed(options.seed)
     model = Qwen2ForCausalLM(config)
+    seed_heads(model, ROPE_THETA, options.seed)
     model.to(device)  # type: ignore[arg-type]
     return Run(options, model, optimizer_for(model, options))
 
@@ -143,7 +177,7 @@ def advance(run: Run, tokens: NDArray[np.uint16], device: str) -> torch.Tensor:
     """Train one step and return its mean loss (a scalar on the device)."""
     batch = rows(run.options, tokens, run.step).to(device)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate(run.options, run.step)
+        group["lr"] = rate(run.options, run.step) * group["factor"]
     with torch.autocast(device, dtype=torch.bfloat16):
         loss: torch.Tensor = run.model(input_ids=batch, labels=batch, use_cache=False).loss
     loss.backward()  # type: ignore[no-untyped-call]
@@ -187,8 +221,9 @@ def export(run: Run, work_dir: Path, output: Path) -> None:
         if name != "lm_head.weight"  # tied to the embedding
     }
     save_file(weights, str(output / "model.safetensors"), metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.update(architectures=["Qwen2ForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16")
+    full = model.config.to_dict()
+    config = {name: full[name] for name in CONFIG_FIELDS}
+    config.update(architectures=["Qwen2ForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16", rope_theta=ROPE_THETA)
     (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer = load_tokenizer(work_dir)
     ends = [end_of_text(tokenizer), tokenizer.token_to_id("<|end|>")]

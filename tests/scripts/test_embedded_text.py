@@ -112,32 +112,25 @@ def test_answers_of_sum_copy_and_recall_are_right(all_probes: list[Probe]) -> No
 
 
 READERS = (
-    (r"What colour was (\w+)'s (\w+)\?", r"wore an? (\w+) {1}"),
-    (r"How many coins did (\w+) have\?", r"(\w+) coins"),
-    (r"On which day was the present given\?", r"[Oo]n (\w+day)\b"),
-    (r"How many weeks did it take\?", r"[Ff]or (\w+) weeks"),
-    (r"What was (\w+) afraid of\?", r"(?:afraid of|feared:|everything but) ([\w ]+)"),
+    (r"Where did (\w+) live\?", r"{0} lived [^.]+"),
+    (r"What did (\w+) love to do\?", r"{0} loved to [^.]+"),
+    (r"What did (\w+) wear\?", r"{0} wore an? [^.]+"),
+    (r"What did (\w+) have\?", r"{0} had an? [^.]+"),
+    (r"What did (\w+) eat\?", r"{0} ate an? [^.]+"),
+    (r"Where did (\w+) play\?", r"{0} played [^.]+"),
 )
 
 
-def test_questions_that_a_pattern_can_read_are_answered_right(all_probes: list[Probe]) -> None:
-    read = 0
+def test_answers_about_accounts_are_what_a_pattern_reads(all_probes: list[Probe]) -> None:
+    read = [0] * len(READERS)
     for probe in (probe for probe in all_probes if probe.kind == "qa"):
-        story, asked = probe.prompt.split("\nQuestion: ")
-        for question, statement in READERS:
+        account, asked = probe.prompt.split("\nQuestion: ")
+        for number, (question, statement) in enumerate(READERS):
             if match := re.match(question, asked):
-                found = re.search(statement.format(*match.groups()), story)
-                assert found and f" {found.group(1)}" == probe.answer, probe
-                read += 1
-    assert read >= 15
-
-
-def test_answers_about_stories_are_stated_in_them(all_probes: list[Probe]) -> None:
-    for probe in (probe for probe in all_probes if probe.kind == "qa"):
-        story = probe.prompt.split("\nQuestion:")[0].lower()
-        answer = re.sub(r"^ (?:an?|the) ", "", probe.answer).strip().lower()
-        kin = re.match(r"(?:his|her) (\w+)$", answer)
-        assert (kin.group(1) if kin else answer) in story, probe
+                found = re.search(rf"\b{statement.format(*match.groups())}", account)
+                assert found and f" {found.group()}" == probe.answer, probe
+                read[number] += 1
+    assert sum(read) == 200 and min(read) >= 10, read
 
 
 @pytest.mark.parametrize(("name", "count"), [("heldout", 600), ("calibration", 500)])
