@@ -69,8 +69,8 @@ def find_blocks(model: nn.Module) -> Blocks:
     """The outermost ModuleList whose members all contain linear layers; the one with most weights if several.
 
     Raises:
-        BitwrightError: BW313 if there is none, or if its blocks hold weight matrices in no Linear or Conv1D (fused
-            mixtures of experts), which would silently stay unquantized.
+        BitwrightError: BW313 if there is none, if blocks share layers, or if they hold weight matrices in no Linear or
+            Conv1D (fused mixtures of experts), which would silently stay unquantized.
     """
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -87,6 +87,7 @@ def find_blocks(model: nn.Module) -> Blocks:
         )
     name = max(candidates, key=lambda candidate: _weight_count(candidates[candidate]))
     blocks = Blocks(name=name, modules=tuple(candidates[name]))
+    _refuse_shared_layers(blocks)
     for block_name, block in zip(blocks.names(), blocks.modules, strict=True):
         _refuse_fused_matrices(block_name, block)
     return blocks
@@ -104,6 +105,19 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _weight_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _refuse_shared_layers(blocks: Blocks) -> None:
+    first: dict[nn.Module, str] = {}
+    for block_name, block in zip(blocks.names(), blocks.modules, strict=True):
+        for name, layer in linears(block, block_name).items():
+            if first.setdefault(layer, name) != name:
+                raise BitwrightError(
+                    "BW313",
+                    f"{name} is the same layer as {first[layer]}; blocks that share layers cannot be quantized yet",
+                    why="each block is quantized by itself, and what fits one need not fit the other",
+                    suggestion="quantize a model whose blocks have weights of their own",
+                )
 
 
 def _refuse_fused_matrices(block_name: str, block: nn.Module) -> None:

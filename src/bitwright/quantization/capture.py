@@ -17,7 +17,7 @@ __all__ = ["BlockCall", "Captured", "capture", "run_block"]
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """How a model called a block, without the hidden states: masks, positions and the like."""
+    """How a model called a block, without the hidden states and without a cache: masks, positions and the like."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
@@ -49,12 +49,11 @@ class _Recorder(nn.Module):
         return getattr(self.__dict__["block"], name)  # models read attributes of their blocks, such as layer types
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if arguments:
-            hidden, call = arguments[0], BlockCall(arguments[1:], keywords, None)
-        else:
-            hidden = keywords.pop("hidden_states")
-            call = BlockCall((), keywords, "hidden_states")
-        self.seen.append((hidden, call))
+        name = None if arguments else "hidden_states"
+        hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
+        # A cache would be filled again by every run of the block, each attending to what the runs before it left.
+        kept = {key: False if key == "use_cache" else _without_cache(value) for key, value in keywords.items()}
+        self.seen.append((hidden, BlockCall(tuple(map(_without_cache, rest)), kept, name)))
         if self.is_last:
             raise _Reached
         return (hidden,) if self.as_tuple else hidden
@@ -62,7 +61,7 @@ class _Recorder(nn.Module):
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The hidden states that ``block`` makes of ``hidden``."""
-    output = _call(block, hidden, call)
+    output = _call(block, hidden.clone(), call)  # a block may add to its input in place, and is run more than once
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
     return result
@@ -95,6 +94,11 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     pool: list[BlockCall] = []
     calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
     return Captured(inputs, calls)
+
+
+def _without_cache(value: Any) -> Any:
+    """``None`` instead of a cache of keys and values, by whatever name or place it is handed on."""
+    return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
 
 
 def _call(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:

@@ -88,14 +88,19 @@ def convert(prepared: Prepared) -> nn.Module:
         )
     plan = make_plan(source, recipe, format="native", group_fallback=prepared.group_fallback)
     forwards: list[Callable[[], object]] = [partial(model, *batch[0], **batch[1]) for batch in prepared.batches]
-    captured = capture(model, plan.blocks, forwards) if forwards else None
     originals: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.schemes}
+    modes = {module: module.training for module in model.modules()}
+    model.train(False)  # dropout would make other statistics at every pass
     try:
+        captured = capture(model, plan.blocks, forwards) if forwards else None
         _convert_units(model, recipe, plan, captured)
     except BaseException:
         for name, module in originals.items():
             set_module(model, name, module)
         raise
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, modes[model])
     return model
 
 
