@@ -67,7 +67,7 @@ class _Session:
 
     def window(self, name: str, done: int, total: int) -> None:
         data = {"model": name, "windows_done": done, "windows": total}
-        self.on_event(Event("progress", f"{name}: {done} of {total} windows", data))
+        self.on_event(Event("progress", f"reading with {name}: {done} of {total} windows", data))
 
     def finish(self, row: Row) -> None:
         self.done += 1
@@ -79,7 +79,7 @@ class _Session:
             "seconds": row.seconds,
             "eta_seconds": elapsed / self.done * (self.total - self.done),
         }
-        self.on_event(Event("unit", f"{row.name}: perplexity {row.perplexity:.4g}, {row.seconds:.1f} s", data))
+        self.on_event(Event("unit", f"{row.name} has perplexity {row.perplexity:.4g}, {row.seconds:.1f} s", data))
 
 
 def evaluate(
