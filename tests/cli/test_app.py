@@ -114,6 +114,14 @@ def test_a_terminal_that_knows_few_letters() -> None:
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, rb"\xb1")
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_idle_threads_sleep_unless_asked_otherwise(given: dict[str, str], used: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    code = "import os; from bitwright.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == used
+
+
 def test_every_public_name_loads() -> None:
     for name in bitwright.__all__:
         assert getattr(bitwright, name) is not None

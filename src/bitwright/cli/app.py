@@ -13,7 +13,7 @@ import typer
 from bitwright import __version__
 from bitwright.cli.failures import notices_as_lines, report_failure
 from bitwright.cli.terminal import printable
-from bitwright.core.settings import read_settings
+from bitwright.core.settings import read_settings, wait_passively
 
 __all__ = [
     "app",
@@ -46,6 +46,7 @@ def run(arguments: list[str]) -> int:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # a terminal that knows no letter of a text still gets the rest
+    wait_passively()
     debug, arguments = _take_debug(arguments)
     name, command = "bitwright", typer.main.get_command(app)
     if "--help" in arguments and arguments[0] in (commands := getattr(command, "commands", {})):
