@@ -60,10 +60,15 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     seed: int = 0
 
-    def scheme_for(self, name: str, type_name: str) -> LayerScheme | None:
-        """The scheme of the layer ``name`` of class ``type_name``; ``None`` leaves it in floating point."""
+    def scheme_for(self, name: str, type_name: str, *, is_head: bool | None = None) -> LayerScheme | None:
+        """The scheme of the layer ``name`` of class ``type_name``; ``None`` leaves it in floating point.
+
+        ``is_head``: whether it is the output head, where the model says so; else that is judged by its name.
+        """
+        if is_head is None:
+            is_head = name.rpartition(".")[2] in OUTPUT_HEADS
         matching = [override for override in self.overrides if override.matches(name, type_name)]
-        if not any(not override.is_type for override in matching) and name.rpartition(".")[2] in OUTPUT_HEADS:
+        if is_head and all(override.is_type for override in matching):
             return None
         if not matching:
             return self.scheme

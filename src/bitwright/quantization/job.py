@@ -110,33 +110,35 @@ class Job:
         tensors: dict[str, Tensor | TensorSource] = {name: self.source.stored(name) for name in unit.tensors}
         rows: Mapping[str, Mapping[str, Any]] = {}
         if unit.layers:
-            encoded, rows = self._compute_head(unit)
+            quantized = self._compute_head(unit)
+            encoded, rows = self._encode(unit, *quantized)
             tensors = {name: tensor for name, tensor in tensors.items() if not _is_weight_of(name, unit.layers)}
             tensors.update(encoded)
         return _Work(unit=unit.name, file=file, tensors=tensors, rows=rows)
 
-    def _compute_head(self, unit: Unit) -> tuple[dict[str, Tensor], Mapping[str, Mapping[str, Any]]]:
+    def _compute_head(self, unit: Unit) -> tuple[dict[str, QuantizedTensor], dict[str, Mapping[str, Any]]]:
         """Quantize the output head from its weights alone."""
         second_names = shared_names(self.source.model)
         names = [second_names.get(f"{layer}.weight", f"{layer}.weight") for layer in unit.layers]
         self.source.load(names)
         modules = {name: self.source.model.get_submodule(name) for name in unit.layers}
-        tensors, rows = round_layers(modules, unit.layers, {}, self.algorithm, self.options)
+        rounded = round_layers(modules, unit.layers, {}, self.algorithm, self.options)
         self.source.release(names)
-        return self._encode(unit, tensors), rows
+        return rounded
 
     def _compute_block(self, unit: Unit, file: str) -> _Work:
         already_dropped = len(self.dropped)
         result = self._quantize(unit)
         tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source, unit))
-        tensors.update(self._encode(unit, result.tensors))
+        encoded, rows = self._encode(unit, result.tensors, result.rows)
+        tensors.update(encoded)
         self.inputs = dict(zip(self.inputs, result.outputs, strict=True))
         self.source.release(unit.tensors)
         return _Work(
             unit=unit.name,
             file=file,
             tensors=tensors,
-            rows=result.rows,
+            rows=rows,
             inputs=self.inputs,
             output_error=result.output_error,
             dropped=tuple(self.dropped[already_dropped:]),
@@ -169,11 +171,18 @@ class Job:
                 for name, layer in layers.items():
                     set_module(self.source.model, name, layer)
 
-    def _encode(self, unit: Unit, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    def _encode(
+        self, unit: Unit, tensors: Mapping[str, QuantizedTensor], rows: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any]]]:
+        """The tensors of the file, and the report's rows with the bits that those really take."""
         encoded: dict[str, Tensor] = {}
+        measured: dict[str, Mapping[str, Any]] = {}
         for name, tensor in tensors.items():
-            encoded |= self.plan.format.encode(name, tensor, unit.layers[name])
-        return encoded
+            parts = self.plan.format.encode(name, tensor, unit.layers[name])
+            bits = 8 * sum(map(tensor_bytes, parts.values()))
+            measured[name] = {**rows[name], "bits_per_weight": round(bits / tensor.codes.numel(), 4)}
+            encoded |= parts
+        return encoded, measured
 
     def _commit(self, index: int, work: _Work, started: float) -> None:
         """Write a unit's files, then its line in the journal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,7 +77,12 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     every_linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
     recipe.check_overrides((name, type(module).__name__) for name, module in every_linear.items())
     shapes = {name: linear_shape(module) for name, module in layers.items()}
-    wanted = {name: recipe.scheme_for(name, type(module).__name__) for name, module in layers.items()}
+    _check_reach(recipe, layers, every_linear)
+    head = output_head(model)
+    wanted = {
+        name: recipe.scheme_for(name, type(module).__name__, is_head=head is not None and module is head[1])
+        for name, module in layers.items()
+    }
     schemes = {name: scheme for name, scheme in wanted.items() if scheme is not None}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
     if not schemes:
@@ -85,7 +91,6 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     if chosen.name == compressed_tensors.FORMAT.name:
         schemes, more = _fit_readers(schemes, layers)
         notices += more
-    head = output_head(model)
     head_quantized = head is not None and head[0] in schemes
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
     units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None)
@@ -99,7 +104,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         untied=untied,
         notices=notices,
         source_bytes=source.byte_count(),
-        output_bytes=_output_bytes(source, schemes, shapes),
+        output_bytes=_output_bytes(source, schemes, shapes, chosen),
     )
 
 
@@ -112,6 +117,19 @@ def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     return found if head is None else found | {head[0]: head[1]}
 
 
+def _check_reach(recipe: Recipe, layers: Mapping[str, nn.Module], every: Mapping[str, nn.Module]) -> None:
+    """Refuse overrides that give a scheme only to layers which are not quantized at all."""
+    for override in recipe.overrides:
+        matching = [name for name, module in every.items() if override.matches(name, type(module).__name__)]
+        if override.scheme is not None and matching and not any(name in layers for name in matching):
+            raise BitwrightError(
+                "BW208",
+                f"override {override.pattern!r} matches only {', '.join(matching[:5])}",
+                why="that lies outside the model's blocks; only layers inside them, and the output head, are quantized",
+                suggestion="drop the override",
+            )
+
+
 def _fit_groups(
     schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], fallback: GroupFallback
 ) -> tuple[dict[str, LayerScheme], tuple[str, ...]]:
@@ -122,7 +140,8 @@ def _fit_groups(
     listed = ", ".join(list(unfit)[:5]) + (", ..." if len(unfit) > 5 else "")
     sizes = {shapes[name][scheme.weight.axis] for name, scheme in unfit.items()}
     if fallback == "error":
-        divisors = [group for group in USUAL_GROUPS if all(shapes[name][1] % group == 0 for name in schemes)]
+        grouped = {shapes[name][scheme.weight.axis] for name, scheme in schemes.items()}
+        divisors = [group for group in USUAL_GROUPS if all(size % group == 0 for size in grouped)]
         known = f"group sizes that divide every layer: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
         raise BitwrightError(
             "BW204",
@@ -200,18 +219,23 @@ def _units(source: Source, blocks: Blocks, schemes: Mapping[str, LayerScheme], h
     shapes = source.shapes()
     members: dict[str, list[str]] = {OUTER: [], **{name: [] for name in blocks.names()}, HEAD: []}
     for tensor in shapes:
-        block = next((name for name in _prefixes(tensor) if name in members), None)
+        block = next((name for name in _prefixes(tensor) if name in members and name not in (OUTER, HEAD)), None)
         is_head = head is not None and tensor.startswith(head + ".")
         members[HEAD if is_head else block or OUTER].append(tensor)
     units = []
     for name, tensors in members.items():
-        prefix = head if name == HEAD else name
-        layers = {
-            layer: scheme for layer, scheme in schemes.items() if layer == prefix or layer.startswith(f"{prefix}.")
-        }
+        is_member = partial(_is_member, name=name, head=head)
+        layers = {layer: scheme for layer, scheme in schemes.items() if is_member(layer)}
         if tensors or layers:
             units.append(Unit(name=name, tensors=tuple(tensors), layers=layers))
     return tuple(units)
+
+
+def _is_member(layer: str, *, name: str, head: str | None) -> bool:
+    """Whether a quantized layer belongs to the unit ``name``; the model may have modules of the same name."""
+    if name == OUTER:
+        return False
+    return layer == head if name == HEAD else layer.startswith(f"{name}.") and layer != head
 
 
 def _prefixes(name: str) -> list[str]:
@@ -219,7 +243,9 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _output_bytes(source: Source, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]]) -> int:
+def _output_bytes(
+    source: Source, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], chosen: Format
+) -> int:
     """What the weights will take on disk, to within the headers."""
     total = source.byte_count()
     element = total / max(1, sum(_numel(shape) for shape in source.shapes().values()))
@@ -230,7 +256,9 @@ def _output_bytes(source: Source, schemes: Mapping[str, LayerScheme], shapes: Ma
         scales = groups * shapes[name][1 - weight.axis]
         scale_bits = 8 if weight.scale_scheme else weight.scale_dtype.itemsize * 8
         zero_bits = 0 if weight.symmetric else (weight.bits if weight.zero == "integer" else scale_bits)
-        stored = (out * columns * weight.bits + scales * (scale_bits + zero_bits)) / 8
+        # Beside 8-bit activations that format keeps one code a byte.
+        is_wide = scheme.activation is not None and chosen.name == compressed_tensors.FORMAT.name
+        stored = (out * columns * (8 if is_wide else weight.bits) + scales * (scale_bits + zero_bits)) / 8
         total += int(stored - (out * columns * element if f"{name}.weight" in source.shapes() else 0))
     return total
 
