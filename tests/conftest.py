@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports the hub's client: the tests never use a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch: test processes that run side by side do not spin for each other's cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # third-party models and texts lie beside the repository, and may be absent

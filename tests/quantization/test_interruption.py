@@ -114,7 +114,10 @@ def sweep(run: Run, output: Path, code: int, *, lasting: bool, step: int = 1) ->
             break
         where = f"call {number}, {failing.failed}"
         if clean:
-            assert digests(output) == expected, where
+            found = digests(output)
+            if failing.failed == "unlink":  # a lock file that cannot be removed stays, and locks nothing
+                found.pop(".bitwright/lock", None)
+            assert found == expected, where
             continue
         if output.exists():
             assert failing.failed in ("unlink", "remove") or not list(output.rglob(".*.tmp")), where
