@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme_names import parse
 from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.formats.storage import lock_directory, make_directory, remove_empty_directory
-from bitwright.models.hf import context_length, load_tokenizer
+from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
+from bitwright.models.loading import check_vocabulary
 from bitwright.models.location import resolve_model
 from bitwright.quantization.account import make_report, plan_facts, sample_notices
 from bitwright.quantization.algorithms import get_algorithm, parse_options
@@ -246,7 +247,9 @@ def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | N
     if seqlen is not None and context is not None and seqlen > context:
         raise BitwrightError("BW401", f"--seqlen {seqlen} is beyond the model's context of {context} tokens")
     length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
-    ids = tokenize(load_tokenizer(source.directory), read_calibration_text(name))
+    tokenizer = load_tokenizer(source.directory)
+    check_vocabulary(cast(PreTrainedModel, source.model), tokenizer)  # a directory's model is one of transformers
+    ids = tokenize(tokenizer, read_calibration_text(name))
     return cut_windows(ids, samples=samples, seqlen=length, seed=seed, source=str(name))
 
 

@@ -42,7 +42,7 @@ def read_calibration_text(name: str | Path) -> str:
         BitwrightError: BW402 for a name that is neither, BW401 for an empty or undecodable file.
     """
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
@@ -59,6 +59,13 @@ def read_calibration_text(name: str | Path) -> str:
         f"{str(name)!r} is neither a file nor a data set that ships with bitwright",
         suggestion=f"a path to a UTF-8 text file, or one of {', '.join(EMBEDDED_TEXTS)}",
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or behind a directory that may not be read
+        return False
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:

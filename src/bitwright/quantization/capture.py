@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.models.blocks import Blocks, set_module
-from bitwright.quantization.statistics import NonFiniteActivations
 
 __all__ = ["BlockCall", "Captured", "capture", "run_block"]
 
@@ -72,9 +71,6 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     """Run ``forwards`` (one calibration sample each) with every block replaced by a recorder.
 
     Everything before the blocks, and the first block, must be loaded; the others may be on the meta device.
-
-    Raises:
-        NonFiniteActivations: naming the first sample whose embeddings are not finite.
     """
     names = blocks.names()
     first = _Recorder(blocks.modules[0], as_tuple=False, is_last=True)
@@ -88,9 +84,6 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     for forward in forwards:
         _run_with(model, names, recorders, forward)
     inputs = tuple(hidden.detach() for hidden, _ in recorders[0].seen)
-    for sample, tensor in enumerate(inputs):
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteActivations(sample, sample, f"before the first block, {names[0]}")
     pool: list[BlockCall] = []
     calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
     return Captured(inputs, calls)
