@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports the hub's client: the tests never use a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell that starts a command in the background has it ignore Ctrl-C; the tests of signals need the usual answer.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports torch: test processes that run side by side do not spin for each other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
