@@ -180,6 +180,18 @@ def _run_sample(block: nn.Module, flow: Flow | None, sample: int) -> Tensor:
 
 def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) -> tuple[float, float | None]:
     """``|W - W'| / |W|`` in the Frobenius norm, and the same with each column weighted by its input's power."""
+    difference, size = _square_sums(weight, tensor, 1.0)
+    largest = float(weight.abs().amax().to(torch.float32)) if not 1e-20 < float(size.sum()) < 1e30 else 0.0
+    if largest:  # float32 squares of such numbers over- or underflow
+        difference, size = _square_sums(weight, tensor, largest)
+    plain = float((difference.sum() / size.sum().clamp(min=1e-300)).sqrt())
+    if importance is None:
+        return plain, None
+    return plain, float(((difference * importance).sum() / (size * importance).sum().clamp(min=1e-300)).sqrt())
+
+
+def _square_sums(weight: Tensor, tensor: QuantizedTensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Sums of squares of the error and of the weight, by column (float64), in units of ``unit``."""
     difference = torch.zeros(weight.shape[1], dtype=torch.float64)
     size = torch.zeros_like(difference)
     separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
@@ -189,14 +201,14 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) 
         rows = slice(start, start + count)
         part = weight[rows].to(torch.float32)
         decoded = tensor.rows(rows).dequantize() if rebuilt is None else rebuilt[rows]
-        difference += (part - decoded).square_().sum(0)
+        error = part - decoded
+        if unit != 1.0:
+            error, part = error / unit, part / unit
+        difference += error.square_().sum(0)
         size += part.square().sum(0)
-    plain = float((difference.sum() / size.sum().clamp(min=1e-300)).sqrt())
-    if importance is None:
-        return plain, None
-    return plain, float(((difference * importance).sum() / (size * importance).sum().clamp(min=1e-300)).sqrt())
+    return difference, size
 
 
 def _relative_square(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> float:
-    error = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(outputs, reference, strict=False))
-    return error / max(1e-30, sum(float(a.float().square().sum()) for a in reference))
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, reference, strict=False))
+    return error / max(1e-300, sum(float(a.double().square().sum()) for a in reference))
