@@ -120,6 +120,10 @@ def reshape(folder: Folder) -> None:
     edit_tensors(folder.model / WEIGHTS, lambda t: t.update({LAYER: t[LAYER][:, :7].contiguous()}))
 
 
+def make_integer(folder: Folder) -> None:
+    edit_tensors(folder.model / WEIGHTS, lambda tensors: tensors.update({LAYER: tensors[LAYER].view(torch.int32)}))
+
+
 def drop_tensors(folder: Folder) -> None:
     edit_tensors(folder.model / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if "mlp" in name][:0])
 
@@ -186,6 +190,8 @@ FAULTS = [
     Fault(10, lie_in_header, EVAL, "BW302", [WEIGHTS, "byte"]),
     Fault(11, reshape, QUANTIZE, "BW304", [LAYER, "[32, 7]", "[32, 64]"]),
     Fault(11, reshape, EVAL_MODEL, "BW304", [LAYER, "[32, 7]", "[32, 64]"]),
+    Fault(11, make_integer, QUANTIZE, "BW304", [LAYER, "int32", "float"]),
+    Fault(11, make_integer, EVAL_MODEL, "BW304", [LAYER]),
     Fault(12, pickle_instead, QUANTIZE, "BW305", ["pytorch_model.bin", "safe_serialization=True"]),
     Fault(12, pickle_instead, EVAL_MODEL, "BW305", ["pytorch_model.bin", "safe_serialization=True"]),
     Fault(13, lambda f: edit_config(f.model, model_type="qwen2x"), QUANTIZE, "BW306", ["qwen2x", "qwen2"]),

@@ -292,14 +292,15 @@ def tensor_has_another_dtype(model: Path, random: Random) -> None:
 
 def tensor_has_another_shape(model: Path, random: Random) -> None:
     def change(header: dict[str, Any]) -> None:
-        name = random.choice(_weights(header) or _tensors(header))
+        # One scale per row may be stored as a column or without its second dimension: both are read.
+        names = [name for name in _weights(header) or _tensors(header) if not name.endswith("_scale")]
+        name = random.choice(names)
         shape = header[name]["shape"]
         flat = 1
         for size in shape:
             flat *= size
-        header[name]["shape"] = random.choice(
-            [shape[::-1], [flat], [1, *shape], [*shape, 1]] if len(shape) > 1 else [[1, flat]]
-        )
+        others = [shape[::-1], [flat], [1, *shape], [*shape, 1]] if len(shape) > 1 else [[1, flat]]
+        header[name]["shape"] = random.choice([other for other in others if other != shape])
 
     _edit_header(random.choice(list_shards(model)), change)
 

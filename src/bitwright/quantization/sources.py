@@ -73,6 +73,7 @@ class DiskSource:
         self._shared = shared_names(self.model)
         self._dtype: torch.dtype | None = None  # of all float tensors that are loaded; as stored unless given
         self._check_shapes()
+        self._check_dtypes()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -129,6 +130,17 @@ class DiskSource:
                     f"tensor {self._files[name]} has shape {list(stored)}, but config.json calls for {list(shape)}",
                     where=str(self._checkpoint.directory),
                     suggestion="check hidden_size, intermediate_size, vocab_size and the head counts in config.json",
+                )
+
+    def _check_dtypes(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            stored = self.stored(name).dtype if name in self._shapes else parameter.dtype
+            if parameter.is_floating_point() and not stored.is_floating_point:
+                raise BitwrightError(
+                    "BW304",
+                    f"tensor {self._files[name]} has dtype {str(stored).removeprefix('torch.')}; a float is called for",
+                    where=str(self._checkpoint.directory),
+                    suggestion="fetch the weights again; what these numbers stand for is not known",
                 )
 
 
