@@ -136,7 +136,8 @@ CLOSE = re.compile(SPACE + rb"\}" + SPACE)
 COMMA = re.compile(SPACE + rb"," + SPACE)
 KEY = re.compile(STRING + SPACE + rb":" + SPACE)
 VALUE = re.compile(STRING)
-LIST = rb"\[" + SPACE + rb"((?:" + NUMBER + rb"(?:," + SPACE + rb"(?=[0-9])|(?=\]))){0,64}+)\]"
+# Not possessive: before Python 3.11.5 a possessive repeat loses its place where what is repeated can backtrack.
+LIST = rb"\[" + SPACE + rb"((?:" + NUMBER + rb"(?:," + SPACE + rb"(?=[0-9])|(?=\]))){0,64})\]"
 FIELD = re.compile(
     rb'"(dtype|shape|data_offsets)"' + SPACE + rb":" + SPACE + rb'(?:"([A-Z0-9_]{1,16})"|' + LIST + rb")"
 )
