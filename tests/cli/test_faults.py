@@ -1,8 +1,4 @@
-"""What can go wrong on the command line: each fault, by its number in the catalogue of faults, with what a user sees.
-
-A fault is made in a copy of a tiny model (or in its quantized checkpoint), a command meets it, and the code, the exit
-status, the object that the message names and the next step that it proposes are checked.
-"""
+"""What can go wrong on the command line: each fault, by its number in the catalogue of faults, with what a user sees."""
 
 from __future__ import annotations
 
