@@ -1,4 +1,4 @@
-"""What can go wrong on the command line: each fault, by its number in the catalogue of faults, with what a user sees."""
+"""What can go wrong on the command line: each fault, by its number in the catalogue, with what a user sees."""
 
 from __future__ import annotations
 
