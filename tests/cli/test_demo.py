@@ -18,6 +18,8 @@ from bitwright.cli.demo import Demonstration
 from bitwright.evaluation import comparison
 from bitwright.models.embedded_model import read_probes
 
+pytestmark = pytest.mark.xdist_group("demo")  # one process makes what all of these look at
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:

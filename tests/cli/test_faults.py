@@ -1,156 +1,46 @@
-"""What can go wrong on the command line: each fault, by its number in the catalogue, with what a user sees."""
+"""What can go wrong with what a command is given: each fault, by its number in the catalogue of faults.
+
+A fault is made in a copy of a tiny model (or in its quantized checkpoint), a command meets it, and the code, the exit
+status, the object that the message names and the next step that it proposes are checked.
+"""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
-import signal
-import struct
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-import bitwright
 from bitwright.cli import main
 from bitwright.core.errors import CATALOGUE
-from bitwright.formats import storage
-from bitwright.formats.storage import lock_directory
-from bitwright.kernels import table
-from tests.quantization.tiny import TEXT, save_model
-
-LAYER = "model.layers.0.mlp.down_proj.weight"
-WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where a case lives: ``model`` (float), ``made`` (its checkpoint, if the case asks for it), ``out``, ``text``."""
-
-    path: Path
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def made(self) -> Path:
-        return self.path / "made"
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A sound tiny model, a quantized one, and a text; copied by every case."""
-    folder = Folder(tmp_path_factory.mktemp("faults"))
-    save_model(folder.model)
-    (folder.path / "text.txt").write_text(TEXT)
-    assert main(["quantize", str(folder.model), "-o", str(folder.made), "--scheme", "w4g32", "--no-check"]) == 0
-    return folder
-
-
-@pytest.fixture
-def folder(prepared: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    shutil.copytree(prepared.path, tmp_path / "case")
-    monkeypatch.chdir(tmp_path / "case")
-    return Folder(tmp_path / "case")
-
-
-def edit_config(directory: Path, **fields: Any) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | fields))
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def shard(folder: Folder) -> Path:
-    return sorted(folder.made.glob("model-*.safetensors"))[1]
-
-
-def truncate(folder: Folder) -> None:
-    data = shard(folder).read_bytes()
-    shard(folder).write_bytes(data[: len(data) // 2])
-
-
-def flip_last_byte(folder: Folder) -> None:
-    data = bytearray(shard(folder).read_bytes())
-    data[-1] ^= 1
-    shard(folder).write_bytes(data)
-
-
-def lie_in_header(folder: Folder) -> None:
-    header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}'
-    (folder.model / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-def finish_half(folder: Folder) -> None:
-    (folder.made / "model.safetensors.index.json").unlink()
-    (folder.made / ".bitwright").mkdir()
-
-
-def pickle_instead(folder: Folder) -> None:
-    (folder.model / WEIGHTS).rename(folder.model / "pytorch_model.bin")
-
-
-def put_nan(folder: Folder) -> None:
-    edit_tensors(folder.model / WEIGHTS, lambda tensors: tensors[LAYER][0, :3].fill_(float("nan")))
-
-
-def explode(folder: Folder) -> None:
-    """Weights that are finite, and whose products are not."""
-    edit_tensors(folder.model / WEIGHTS, lambda tensors: tensors[LAYER].fill_(3e38))
-
-
-def reshape(folder: Folder) -> None:
-    edit_tensors(folder.model / WEIGHTS, lambda t: t.update({LAYER: t[LAYER][:, :7].contiguous()}))
-
-
-def make_integer(folder: Folder) -> None:
-    edit_tensors(folder.model / WEIGHTS, lambda tensors: tensors.update({LAYER: tensors[LAYER].view(torch.int32)}))
-
-
-def drop_tensors(folder: Folder) -> None:
-    edit_tensors(folder.model / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if "mlp" in name][:0])
-
-
-def add_tensor(folder: Folder) -> None:
-    edit_tensors(folder.model / WEIGHTS, lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(3)}))
-
-
-def grow_tokenizer(folder: Folder, directory: str = "model", start: int = 50) -> None:
-    path = folder.path / directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    tokenizer["model"]["vocab"] |= {f"<{number}>": number for number in range(start, start + 20)}
-    path.write_text(json.dumps(tokenizer))
-
-
-def swap_tokenizer(folder: Folder) -> None:
-    path = folder.made / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(tokenizer))
-
-
-def nothing(folder: Folder) -> None:
-    return
-
-
-QUANTIZE = ("quantize", "model", "-o", "out", "--scheme", "w4g32", "--no-check")
-GENERATE, EVAL = ("generate", "made", "once"), ("eval", "made", "--reference", "model", "--text", "text.txt")
-EVAL_MODEL, INSPECT = ("eval", "model", "--text", "text.txt"), ("inspect", "made")
-CALIBRATE = (*QUANTIZE, "--calibration", "text.txt", "--seqlen", "16")
+from tests.cli.damaged_models import (
+    CALIBRATE,
+    EVAL,
+    EVAL_MODEL,
+    GENERATE,
+    INSPECT,
+    LAYER,
+    QUANTIZE,
+    WEIGHTS,
+    Folder,
+    add_tensor,
+    drop_tensors,
+    edit_config,
+    explode,
+    finish_half,
+    flip_last_byte,
+    grow_tokenizer,
+    lie_in_header,
+    make_integer,
+    nothing,
+    pickle_instead,
+    put_nan,
+    reshape,
+    shard,
+    swap_tokenizer,
+    tree,
+    truncate,
+)
 
 
 @dataclass(frozen=True)
@@ -224,12 +114,6 @@ FAULTS = [
 ]
 
 
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.number}-{f.code}-{f.command[0]}-{i}" for i, f in enumerate(FAULTS)])
 def test_fault(fault: Fault, folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     fault.make(folder)
@@ -242,158 +126,6 @@ def test_fault(fault: Fault, folder: Folder, capsys: pytest.CaptureFixture[str])
     assert "\n  try: " in err, "no next step"
     after = {name: data for name, data in tree(folder.path).items() if not name.startswith("out/")}
     assert after == before, "something outside the output was touched"
-
-
-def test_disk_full_before_the_start(
-    folder: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 4: what is needed, what is free, where."""
-    usage = shutil.disk_usage(folder.path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert main(QUANTIZE) == 5
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW501]: ")
-    assert str(folder.path / "out") in err
-    assert "try: free " in err
-
-
-def test_disk_full_in_the_middle(
-    folder: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 4: the temporary file is gone, finished blocks stay, and the same command ends well."""
-    write, calls = os.write, [0]
-
-    def full(descriptor: int, data: bytes) -> int:
-        calls[0] += 1
-        if calls[0] == 12:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage.os, "write", full)
-        assert main(QUANTIZE) == 5
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW501]: ")
-    assert "run the same command again" in err
-    assert list((folder.path / "out").glob("*.tmp")) + list((folder.path / "out").glob(".*.tmp")) == []
-    assert main(QUANTIZE) == 0
-    sound = {name: data for name, data in tree(folder.made).items() if name != "report.json"}
-    made = {name: data for name, data in tree(folder.path / "out").items() if name != "report.json"}
-    assert made == sound
-
-
-def test_a_second_run_is_told_who_holds_the_output(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 6."""
-    work = folder.path / "out" / ".bitwright"
-    work.mkdir(parents=True)
-    with lock_directory(work):
-        assert main(QUANTIZE) == 5
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW502]: ")
-    assert f"pid {os.getpid()} on host " in err
-    assert main(QUANTIZE) == 0, "a lock that nobody holds does not matter"
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_killed_run_resumes(
-    folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int
-) -> None:
-    """Faults 1 to 3, in a process of its own that gets a real signal."""
-    at = 2 if number == signal.SIGKILL else 1  # shards are written one behind, and the last is not stopped after
-    script = (
-        "import os, sys\n"
-        "from bitwright.quantization import job\n"
-        "compute = job.Job._compute\n"
-        "def compute_or_die(self, index, unit):\n"
-        f"    if index == {at}: os.kill(os.getpid(), {int(number)})\n"
-        "    return compute(self, index, unit)\n"
-        "job.Job._compute = compute_or_die\n"
-        "from bitwright.cli import main\n"
-        f"sys.exit(main({list(QUANTIZE)}))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(bitwright.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=120).returncode == status
-    capsys.readouterr()
-    assert main(("generate", "out", "once")) == 3
-    assert "BW308" in capsys.readouterr().err
-    assert main(QUANTIZE) == 0
-    out = capsys.readouterr().out
-    assert "resuming at" in out
-    sound = {name: data for name, data in tree(folder.made).items() if name != "report.json"}
-    assert {name: data for name, data in tree(folder.path / "out").items() if name != "report.json"} == sound
-
-
-def test_other_settings_do_not_resume(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 1: a mixture of two runs is refused, with the difference shown."""
-    finish_half(folder)
-    shutil.rmtree(folder.made / ".bitwright")
-    shutil.rmtree(folder.made)
-    script_out = ("quantize", "model", "-o", "made", "--scheme", "w4g32", "--no-check")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage.os, "replace", _fail_at(3, os.replace))
-        assert main(script_out) == 5
-    capsys.readouterr()
-    assert main(("quantize", "model", "-o", "made", "--scheme", "w8g32", "--no-check")) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW207]: ")
-    assert "--restart" in err
-    assert main(("quantize", "model", "-o", "made", "--scheme", "w8g32", "--no-check", "--restart")) == 0
-
-
-def _fail_at(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    calls = [0]
-
-    def call(*arguments: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == number:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments)
-
-    return call
-
-
-def test_few_samples_are_noticed_and_recorded(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 20."""
-    assert main((*CALIBRATE, "--samples", "4")) == 0
-    assert "notice: only 4 calibration samples" in capsys.readouterr().out
-    assert "only 4 calibration samples" in (folder.path / "out" / "README.md").read_text()
-
-
-def test_out_of_memory_names_the_levers(
-    folder: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 25."""
-
-    def refuse(*arguments: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr("bitwright.quantization.job.quantize_block", refuse)
-    assert main(CALIBRATE) == 5
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW503]: ")
-    assert "--samples" in err and "--seqlen" in err
-
-
-def test_no_kernel_for_a_scheme(
-    folder: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 18."""
-    picky = tuple(replace(kernel, refuse=lambda spec: "not today") for kernel in table.KERNELS)
-    monkeypatch.setattr(table, "KERNELS", picky)
-    assert main(GENERATE) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error[BW206]: ")
-    assert "w4g32" in err and "not today" in err
-
-
-def test_a_collapse_in_eval_is_a_notice(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 27: exit 0, the worst modules named."""
-    assert main(("quantize", "demo:", "-o", "out", "--scheme", "w1", "--no-check")) == 0
-    capsys.readouterr()
-    status = main(("eval", "out", "--reference", "demo:", "--max-tokens", "512", "--seqlen", "256", "--no-probes"))
-    captured = capsys.readouterr()
-    assert (status, captured.err) == (0, "")
-    assert captured.out.partition("quality collapsed")[2].count("model.layers.") == 5
 
 
 def test_every_tested_code_is_in_the_catalogue() -> None:
