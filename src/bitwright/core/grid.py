@@ -32,7 +32,8 @@ class FitOptions:
     Attributes:
         symmetric_range: ``restricted``: scale = max|w| / (2^(b-1)-1); ``full``: max|w| / 2^(b-1) with the sign that
             puts the extreme value on the lowest code; ``centred``: max|w| / ((2^b-1)/2), as compressed-tensors presets.
-        search: try ranges shrunk by each of ``SHRINK_RATIOS`` and keep, per group, the one of least squared error.
+        search: try ranges shrunk by each of ``SHRINK_RATIOS`` and keep, per group, the one of least squared error
+            (weighted by the importance of the columns where :func:`fit` is given one).
     """
 
     symmetric_range: Literal["restricted", "full", "centred"] = "restricted"
@@ -60,10 +61,16 @@ class Parameters:
 SHRINK_RATIOS = tuple(1.0 - 0.02 * step for step in range(36))
 
 
-def fit(values: Tensor, *, scheme: QuantScheme, options: FitOptions | None = None) -> Parameters:
+def fit(
+    values: Tensor, *, scheme: QuantScheme, options: FitOptions | None = None, importance: Tensor | None = None
+) -> Parameters:
     """Choose a grid for each group of ``values`` (``[rows, columns]``, any float dtype).
 
+    ``importance`` (``[columns]``, >= 0; for instance the diagonal of a Hessian) weighs the squared error of each column
+    where ``options.search`` is set, and is not looked at otherwise. Only its ratios within a group matter.
+
     Raises:
+        ArgumentError: BW201 if the importance has another shape, or a number that is negative or not finite.
         BitwrightError: BW602 if a value is not finite.
     """
     options = options or FitOptions()
@@ -76,7 +83,8 @@ def fit(values: Tensor, *, scheme: QuantScheme, options: FitOptions | None = Non
     dtype = _stored_dtype(scale * SHRINK_RATIOS[-1] if options.search else scale, scheme)
     if not options.search:
         return Parameters(scale.to(dtype), _zero(low, high, scale.to(dtype), scheme))
-    return _search(values, low, high, size, dtype, scheme, options)
+    weights = None if importance is None else _column_weights(importance, values, scheme)
+    return _search(values, low, high, size, dtype, scheme, options, weights)
 
 
 def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Tensor:
@@ -238,16 +246,17 @@ def _search(
     dtype: torch.dtype,
     scheme: QuantScheme,
     options: FitOptions,
+    weights: Tensor | None,
 ) -> Parameters:
     """Per group, the shrunk range of least squared error; constant groups keep theirs, which is exact."""
     scale = _scale(low, high, mean, scheme, options).to(dtype)
     zero = _zero(low, high, scale, scheme)
-    least = _squared_error(values, Parameters(scale, zero), scheme)
+    least = _squared_error(values, Parameters(scale, zero), scheme, weights)
     for ratio in SHRINK_RATIOS[1:]:
         factor = torch.where(low == high, 1.0, ratio)
         candidate = _scale(low * factor, high * factor, mean * factor, scheme, options).to(dtype)
         candidate_zero = _zero(low * factor, high * factor, candidate, scheme)
-        error = _squared_error(values, Parameters(candidate, candidate_zero), scheme)
+        error = _squared_error(values, Parameters(candidate, candidate_zero), scheme, weights)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, candidate, scale)
@@ -256,15 +265,40 @@ def _search(
     return Parameters(scale, zero)
 
 
-def _squared_error(values: Tensor, parameters: Parameters, scheme: QuantScheme) -> Tensor:
-    """Sum of squared errors of each group, in units of its largest value: ``[rows, groups]``."""
+def _column_weights(importance: Tensor, values: Tensor, scheme: QuantScheme) -> Tensor:
+    """``importance`` in units of the greatest of its group (float32 ``[1, columns]``): exactly 1 where it is constant.
+
+    A group without any importance weighs its columns alike.
+    """
+    shape = [values.shape[1]]
+    row = importance.detach().to(values.device, torch.float32).unsqueeze(0)
+    if list(importance.shape) != shape or not bool(((row >= 0) & row.isfinite()).all()):
+        found = f"importance is {list(importance.shape)}, or not all of it is finite and >= 0"
+        raise ArgumentError("BW201", found, suggestion=f"accepted: {shape}, finite float32 numbers >= 0")
+    weights = torch.ones_like(row)
+    for columns, _, view in _group_views(row, scheme.group):
+        greatest = view.amax(-1, keepdim=True)
+        weights[:, columns] = torch.where(greatest > 0, view / greatest, 1.0).flatten(1)
+    return weights
+
+
+def _squared_error(
+    values: Tensor, parameters: Parameters, scheme: QuantScheme, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of squared errors of each group, in units of its largest value: ``[rows, groups]``.
+
+    ``weights`` (``[1, columns]``) multiplies the squared error of each column.
+    """
     error = torch.empty(parameters.scale.shape, dtype=torch.float32, device=values.device)
     for rows in _row_tiles(values):
         tile = values[rows].to(torch.float32)
-        for _, groups, view in _group_views(tile, scheme.group):
+        for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
             rebuilt = _positions(_encode_groups(view, scale, zero, scheme), zero, scheme) * scale
             largest = view.abs().amax(-1, keepdim=True).clamp(min=FLOAT32.tiny)  # or squares over- and underflow
-            error[rows, groups] = (rebuilt - view).div_(largest).square_().sum(-1)
+            squares = (rebuilt - view).div_(largest).square_()
+            if weights is not None:
+                squares.mul_(weights[:, columns].view(1, view.shape[1], -1))
+            error[rows, groups] = squares.sum(-1)
     return error

@@ -41,10 +41,16 @@ class QuantizedTensor:
         _check_shapes(self)
 
     @staticmethod
-    def quantize(values: Tensor, scheme: QuantScheme, options: FitOptions | None = None) -> QuantizedTensor:
+    def quantize(
+        values: Tensor, scheme: QuantScheme, options: FitOptions | None = None, *, importance: Tensor | None = None
+    ) -> QuantizedTensor:
         """Round ``values`` (``[out, in]``, float) to the nearest codes of grids fitted to them.
 
+        ``importance`` (``[in]``, see :func:`bitwright.core.grid.fit`) weighs the columns in a search for ranges.
+        Groups along axis 0 lie within one column, whose importance then changes nothing.
+
         Raises:
+            ArgumentError: BW201 if the importance has another shape, or a number that is negative or not finite.
             BitwrightError: BW602 if a value is not finite.
 
         Example:
@@ -53,7 +59,7 @@ class QuantizedTensor:
             torch.Size([8, 256])
         """
         rows = values if scheme.axis == 1 else values.t().contiguous()
-        parameters = grid.fit(rows, scheme=scheme, options=options)
+        parameters = grid.fit(rows, scheme=scheme, options=options, importance=importance if scheme.axis == 1 else None)
         return QuantizedTensor.encode(values, scheme, parameters)
 
     @staticmethod
