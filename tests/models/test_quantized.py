@@ -105,3 +105,23 @@ def test_a_bias_of_another_size_is_refused() -> None:
 def test_its_description_names_scheme_and_kernel() -> None:
     _, module = layer("w4g32", bias=False)
     assert repr(module) == "QuantizedLinear(in=160, out=48, bias=False, scheme=w4g32, kernel=reference)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_scale_multiplies_the_input(dtype: torch.dtype) -> None:
+    tensor, plain = layer("w4g32")
+    scale = torch.rand(160) + 0.5
+    scheme = parse("w4g32")
+    module = QuantizedLinear.build(tensor, plain.bias, scheme, input_scale=scale).to(dtype)
+    assert module.input_scale is not None
+    assert torch.equal(module.input_scale, scale)  # a change of dtype leaves it alone
+    x = torch.randn(3, 160).to(dtype)
+    assert torch.equal(module(x), plain.to(dtype)((x.float() * scale).to(dtype)))
+    assert "input_scale=True" in repr(module)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(48), torch.ones(160, 1), torch.ones(160, dtype=torch.float16)])
+def test_an_input_scale_of_another_kind_is_refused(scale: torch.Tensor) -> None:
+    tensor, _ = layer("w4g32")
+    with pytest.raises(ValueError, match="160 input features; float32"):
+        QuantizedLinear.build(tensor, None, parse("w4g32"), input_scale=scale)

@@ -4,7 +4,8 @@
 "ignored": [NAME]}``. The tensors of a layer are ``NAME.codes`` (int32 words, each row packed on its own; what is packed
 is the code less the smallest one), ``NAME.scale`` in the dtype that the scales have, ``NAME.zero`` (integer zero points
 packed in one stream over all groups, float ones as they are) and, where groups are not runs of columns,
-``NAME.group_index``. Doubly quantized scales are such a layer again, under ``NAME.scale``.
+``NAME.group_index``. Doubly quantized scales are such a layer again, under ``NAME.scale``. Beside them may be
+``NAME.input_scale`` (float32 ``[in]``), by which the input of the layer is multiplied at run time.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
         raise _record_error(checkpoint, "quantization_config has no records of layers")
     found = {name: _read_record(checkpoint, name, record) for name, record in records.items()}
     required = {name: _tensor_names(record.scheme.weight) for name, record in found.items()}
-    check_names(checkpoint, required, {"bias", "group_index"})
+    check_names(checkpoint, required, {"bias", "group_index", "input_scale"})
     return found
 
 

@@ -14,7 +14,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.records import Format, LayerRecord
-from bitwright.formats.stored import read_checked
+from bitwright.formats.stored import check_finite, read_checked
 from bitwright.formats.table import find_format
 from bitwright.models.blocks import is_linear, linear_shape, set_module
 from bitwright.models.hf import PreTrainedModel, Tokenizer, empty_model, load_tokenizer, read_config
@@ -160,8 +160,14 @@ def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
 
 def _build_layer(checkpoint: Checkpoint, layout: Format, stored: str, record: LayerRecord, bias: object) -> nn.Module:
     """One quantized layer; its unpacked codes are gone when this returns."""
-    tensor = layout.decode(checkpoint, stored, record)
-    return QuantizedLinear.build(tensor, bias if isinstance(bias, Tensor) else None, record.scheme).eval()
+    tensor, scale = layout.decode(checkpoint, stored, record), f"{stored}.input_scale"
+    input_scale: Tensor | None = None
+    if scale in checkpoint.tensors:  # the formats that have none refuse the name when they list the layers
+        input_scale = read_checked(checkpoint, scale, (torch.float32,), record.shape[1:])
+        check_finite(scale, input_scale)
+    return QuantizedLinear.build(
+        tensor, bias if isinstance(bias, Tensor) else None, record.scheme, input_scale=input_scale
+    ).eval()
 
 
 def _fill(model: PreTrainedModel, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitwright.core.qtensor import QuantizedTensor
@@ -15,13 +16,20 @@ __all__ = ["QuantizedLinear"]
 
 
 class QuantizedLinear(nn.Module):
-    """``y = x Wᵀ + bias`` with ``W`` (``[out, in]``) in the packing of the kernel that runs it.
+    """``y = (x * input_scale) Wᵀ + bias`` with ``W`` (``[out, in]``) in the packing of the kernel that runs it.
 
     The packed tensors are buffers, so that devices and state dicts see them, but a change of the model's dtype leaves
-    them alone: a rounded scale would be another weight. The output has the dtype of the input.
+    them alone, and ``input_scale`` too: a rounded scale would be another weight. The output has the dtype of the input.
+
+    ``input_scale`` (``[in]``, float32, or ``None``) is what an equalization could not fold into the layer before: the
+    columns of the weight are divided by it already.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, kernel: Kernel) -> None:
+    input_scale: Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, kernel: Kernel, input_scale: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.scheme, self.kernel = weight.scheme, kernel
         self.out_features, self.in_features = weight.shape
@@ -30,20 +38,29 @@ class QuantizedLinear(nn.Module):
             buffer = "packed_" + name.replace(".", "_")
             self._packed_names[buffer] = name
             self.register_buffer(buffer, tensor)
+        self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def build(cls, tensor: QuantizedTensor, bias: Tensor | None, scheme: LayerScheme) -> QuantizedLinear:
+    def build(
+        cls, tensor: QuantizedTensor, bias: Tensor | None, scheme: LayerScheme, input_scale: Tensor | None = None
+    ) -> QuantizedLinear:
         """Pack ``tensor`` (whose scheme is ``scheme.weight``) for the first kernel that accepts the layer.
 
         Raises:
             BitwrightError: BW206 if no kernel does.
-            ValueError: if the tensor is not of the scheme, or the bias is not ``[out]``.
+            ValueError: if the tensor is not of the scheme, the bias is not ``[out]``, or the input scale is not
+                float32 ``[in]``.
         """
         if bias is not None and tuple(bias.shape) != tensor.shape[:1]:
             raise ValueError(f"a bias of shape {list(bias.shape)} for {tensor.shape[0]} output features")
+        if input_scale is not None and (
+            tuple(input_scale.shape) != tensor.shape[1:] or input_scale.dtype != torch.float32
+        ):
+            found = f"{input_scale.dtype} {list(input_scale.shape)}"
+            raise ValueError(f"an input scale of {found} for {tensor.shape[1]} input features; float32 is called for")
         kernel = select(KernelSpec(scheme=scheme, shape=tensor.shape, device=tensor.codes.device))
-        return cls(kernel.pack(tensor, scheme), bias, kernel)
+        return cls(kernel.pack(tensor, scheme), bias, kernel, input_scale)
 
     @property
     def packed(self) -> PackedWeight:
@@ -54,6 +71,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]``, same dtype."""
+        if self.input_scale is not None:
+            x = (x.to(torch.float32) * self.input_scale).to(x.dtype)
         return self.kernel.run(x, self.packed, self.bias)
 
     def unpack(self) -> QuantizedTensor:
@@ -65,19 +84,20 @@ class QuantizedLinear(nn.Module):
         return self.unpack().dequantize()
 
     def resident_bytes(self) -> int:
-        """The bytes that the packed weight takes in memory, without the bias."""
+        """The bytes that the packed weight takes in memory, without bias and input scale."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.tensors.values())
 
     def extra_repr(self) -> str:
         shape = f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, scheme={self.scheme.name}, kernel={self.kernel.name}"
+        scaled = "" if self.input_scale is None else ", input_scale=True"
+        return f"{shape}, scheme={self.scheme.name}, kernel={self.kernel.name}{scaled}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let the packed tensors follow to another device, never to another dtype."""
-        packed = dict(self.packed.tensors)
+        exact = dict(self._buffers)
         module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for buffer, name in self._packed_names.items():
-            moved = self._buffers[buffer]
-            if moved is not None and moved.dtype != packed[name].dtype:
-                self._buffers[buffer] = packed[name].to(moved.device)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         return module
