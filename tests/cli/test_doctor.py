@@ -14,6 +14,7 @@ import torch
 import bitwright
 from bitwright.cli import doctor as module
 from bitwright.cli import main
+from bitwright.core import memory
 from bitwright.kernels import table
 
 
@@ -51,9 +52,11 @@ def test_the_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         "/sys/fs/cgroup/memory.max": "1000000\n",
         "/sys/fs/cgroup/memory.current": "400000\n",
         "/proc/meminfo": "MemTotal: 8000 kB\nMemAvailable: 7000 kB\n",
+        "/proc/self/cgroup": "0::/\n",
         "/proc/cpuinfo": "model name : Test CPU\nflags : fpu avx2 amx_int8\n",
     }
-    monkeypatch.setattr(module, "_read", lambda path: files[path])
+    for where in (module, memory):
+        monkeypatch.setattr(where, "read_system_file", lambda path: files.get(str(path), ""))
     machine = bitwright.doctor()
     assert machine.usable_cores == 1
     assert (machine.memory_bytes, machine.available_memory_bytes) == (1_000_000, 600_000)

@@ -112,3 +112,27 @@ def test_wrong_dtypes_and_word_counts_are_refused() -> None:
             unpack(words, 4, 8)
     with pytest.raises(ValueError, match="20 padded codes of 3 bits are 2 int32 words, not 3"):
         unpack_padded(torch.zeros(3, dtype=torch.int32), 3, 20)
+
+
+@given(st.integers(1, 8), st.integers(1, 100), st.integers(0, 300), st.integers(0, 2**32 - 1))
+def test_an_offset_is_added_to_codes_and_not_to_padding(bits: int, length: int, offset: int, seed: int) -> None:
+    codes = random_codes(bits, (2, length), seed)
+    moved = ((codes.int() - offset) % 256).to(torch.uint8)
+    assert torch.equal(pack(moved, bits, offset=offset), pack(codes, bits))
+    if bits < 8:
+        with pytest.raises(ValueError, match="does not fit"):
+            pack(codes, bits, offset=(1 << bits) - int(codes.max()))
+
+
+@given(st.integers(1, 8), st.integers(1, 7), st.integers(0, 2**32 - 1))
+def test_codes_may_lie_anywhere_in_their_memory(bits: int, start: int, seed: int) -> None:
+    codes = random_codes(bits, (start + 64,), seed)
+    assert torch.equal(pack(codes[start:], bits), pack(codes[start:].clone(), bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_several_tiles(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = random_codes(bits, (3, 352), seed=bits)
+    whole = pack(codes, bits)
+    monkeypatch.setattr("bitwright.core.bitpack.TILE", 64)
+    assert torch.equal(pack(codes, bits), whole) and torch.equal(unpack(whole, bits, 352), codes)

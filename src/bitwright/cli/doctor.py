@@ -14,6 +14,7 @@ from typing import Any
 
 from bitwright import __version__
 from bitwright.cli.tables import format_size, format_table
+from bitwright.core.memory import machine_memory, read_system_file
 from bitwright.core.settings import read_settings
 
 __all__ = ["KernelChoice", "Machine", "doctor", "render_machine"]
@@ -66,7 +67,7 @@ class Machine:
 def doctor() -> Machine:
     """Look at this machine; nothing is changed and nothing is reached over a network."""
     processor, flags = _processor()
-    total, available = _memory()
+    total, available = machine_memory()
     gpus, gpu_note = _gpus()
     cache = read_settings().cache
     existing = next(path for path in (cache, *cache.parents) if path.exists())
@@ -97,7 +98,7 @@ def _version(package: str) -> str:
 def _usable_cores() -> int:
     """Cores that this process may run on, and no more than its control group grants."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = read_system_file(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         return max(1, min(affinity, round(int(quota) / int(period))))
     return affinity
@@ -106,31 +107,11 @@ def _usable_cores() -> int:
 def _processor() -> tuple[str, set[str]]:
     """Model name and feature flags."""
     fields: dict[str, str] = {}
-    for line in _read("/proc/cpuinfo").splitlines():
+    for line in read_system_file(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, set((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def _memory() -> tuple[int, int]:
-    """Total and available bytes, as the control group allows."""
-    fields = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
-    if "MemTotal" in fields:
-        total, available = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    else:
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit() and int(limit) < total:
-        return int(limit), min(available, int(limit) - int(used))
-    return total, available
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _gpus() -> tuple[tuple[tuple[str, int], ...], str]:

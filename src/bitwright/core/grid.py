@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitwright.core.codebook import FP8_MAX, decode_levels, encode_levels
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.memory import use_huge_pages
 from bitwright.core.scheme import QuantScheme
 
 __all__ = ["FitOptions", "Parameters", "decode", "encode", "fit", "rescale"]
@@ -89,7 +90,7 @@ def fit(
 
 def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Tensor:
     """Codes of ``values`` (``[rows, columns]``) on the grid ``parameters``: same shape, the scheme's code dtype."""
-    codes = torch.empty(values.shape, dtype=scheme.code_dtype, device=values.device)
+    codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype, device=values.device))
     for rows in _row_tiles(values):
         tile = values[rows].to(torch.float32)
         for columns, groups, view in _group_views(tile, scheme.group):

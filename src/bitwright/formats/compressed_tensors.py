@@ -75,19 +75,19 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme) -> dict[str,
             tensors[f"{name}.weight_zero_point"] = _signed(tensor.zero, bits)
         return tensors
     tensors = {
-        f"{name}.weight_packed": bitpack.pack(_unsigned(tensor.codes, bits), bits),
+        f"{name}.weight_packed": _pack(tensor.codes, bits),
         f"{name}.weight_scale": tensor.scale,
         f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if tensor.zero is not None:
-        packed = bitpack.pack(_unsigned(tensor.zero, bits).t().contiguous(), bits)
+        packed = _pack(tensor.zero.t().contiguous(), bits)
         tensors[f"{name}.weight_zero_point"] = packed.t().contiguous()
     return tensors
 
 
-def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Codes counted from the smallest one, as uint8; those of ``uint`` schemes are so already."""
-    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) + (1 << (bits - 1))
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Packed along the last dimension, counted from the smallest code; those of ``uint`` schemes are so already."""
+    return bitpack.pack(codes.view(torch.uint8), bits, offset=0 if codes.dtype == torch.uint8 else 1 << (bits - 1))
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

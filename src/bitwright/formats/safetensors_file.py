@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.memory import use_huge_pages
 from bitwright.formats.safetensors_index import DTYPE_BITS, TensorEntry
 
 __all__ = ["DTYPES", "FileTensor", "TensorSource", "open_source", "read_tensor", "serialize"]
@@ -96,7 +97,7 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
     Raises:
         BitwrightError: BW302 if the file has become shorter than its index says, BW304 if torch has no such dtype.
     """
-    tensor = torch.empty(entry.shape, dtype=_dtype(path, entry))
+    tensor = use_huge_pages(torch.empty(entry.shape, dtype=_dtype(path, entry)))
     view = _bytes_of(tensor)
     descriptor = _open(path)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.memory import machine_memory
 from bitwright.quantization.calibration import CalibrationTokens
 from bitwright.quantization.plan import Plan
 from bitwright.quantization.sources import Source
@@ -67,20 +68,10 @@ def check_resources(output: Path, plan: Plan, needed: Estimate) -> None:
             where=str(output.resolve()),
             suggestion=f"free {(room - free) / 1e9:.2f} GB, or choose an output directory on another disk",
         )
-    available = _available_memory()
-    if available is not None and needed.peak_bytes > available:
+    available = machine_memory()[1]
+    if needed.peak_bytes > available:
         raise BitwrightError(
             "BW503",
             f"the run needs about {needed.peak_bytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free",
             suggestion=MEMORY_LEVERS,
         )
-
-
-def _available_memory() -> int | None:
-    """Bytes that can be taken without swapping; ``None`` where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
