@@ -16,10 +16,11 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import find_blocks
 from bitwright.models.quantized import QuantizedLinear
-from bitwright.quantization.algorithms import ALGORITHMS, Algorithm, BlockTask
+from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.capture import capture, run_block
-from bitwright.quantization.rtn import RtnOptions, round_to_nearest
+from bitwright.quantization.rtn import RTN, RtnOptions
 from bitwright.quantization.session import convert, prepare, quantize_module
+from bitwright.quantization.stages import Algorithm, BlockTask, Stage
 from bitwright.quantization.statistics import SiteStatistics, collect_statistics
 from tests.quantization.tiny import Plain, PlainBlock, build_model
 
@@ -143,7 +144,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[BlockTask]:
         tasks.append(task)
         return tensors
 
-    row = Algorithm(options=RtnOptions, round=round_to_nearest, tune=tune, calibrated=True)
+    row = Algorithm(round=RTN, tune=(Stage("look", RtnOptions, tune),), calibrated=True)
     monkeypatch.setitem(ALGORITHMS, "look", row)
     return tasks
 
@@ -241,7 +242,7 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
             raise BitwrightError("BW602", "the fifth is one too many")
         return QuantizedTensor.quantize(weight, scheme)
 
-    monkeypatch.setitem(ALGORITHMS, "fails", Algorithm(options=RtnOptions, round=fail_late))
+    monkeypatch.setitem(ALGORITHMS, "fails", Algorithm(round=Stage("fails", RtnOptions, fail_late)))
     with pytest.raises(BitwrightError) as caught:
         quantize_module(model, scheme="w4g32", algorithm="fails", inplace=True)
     assert caught.value.code == "BW602" and "blocks.2.up" in caught.value.what
@@ -340,9 +341,8 @@ def test_captured_calls_reproduce_the_model_and_are_shared() -> None:
 def test_statistics_of_parts_add_up() -> None:
     torch.manual_seed(1)
     linear, batches = nn.Linear(6, 3), [torch.randn(count, 2, 6) * 3 for count in (1, 4, 2)]
-    found = collect_statistics({"a": linear}, [lambda batch=batch: linear(batch) for batch in batches], with_gram=True)[
-        "a"
-    ]
+    forwards = [lambda batch=batch: linear(batch) for batch in batches]
+    found = collect_statistics({"a": linear}, forwards, with_gram=True).statistics["a"]
     whole = SiteStatistics(6, with_gram=True)
     whole.add(torch.cat([batch.reshape(-1, 6) for batch in batches]))
     assert found.tokens == whole.tokens == 14
@@ -358,7 +358,7 @@ def test_statistics_of_bfloat16_do_not_stall() -> None:
     """A running sum in bfloat16 stops growing at 256; ours does not."""
     linear = nn.Linear(4, 1).to(torch.bfloat16)
     ones = torch.ones(3000, 4, dtype=torch.bfloat16)
-    found = collect_statistics({"a": linear}, [lambda: linear(ones)], with_gram=True)["a"]
+    found = collect_statistics({"a": linear}, [lambda: linear(ones)], with_gram=True).statistics["a"]
     assert found.sum_of_squares.tolist() == [3000.0] * 4 and found.gram is not None
     assert torch.equal(found.gram, torch.full((4, 4), 3000.0))
 

@@ -22,11 +22,12 @@ from bitwright.models.blocks import find_blocks, linear_weight, linears, set_mod
 from bitwright.models.hf import load_tokenizer
 from bitwright.models.loading import load
 from bitwright.models.quantized import QuantizedLinear
-from bitwright.quantization.algorithms import ALGORITHMS, Algorithm, BlockTask
+from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.api import quantize
 from bitwright.quantization.calibration import cut_windows, tokenize
 from bitwright.quantization.events import Stopped
 from bitwright.quantization.session import convert, prepare
+from bitwright.quantization.stages import Algorithm, BlockTask, Stage
 from bitwright.quantization.statistics import SiteStatistics
 from bitwright.quantization.stream import block_seed
 from tests.quantization.tiny import TEXT, digests, file_tensors, save_model
@@ -56,9 +57,10 @@ class Seen:
         self.rounded.append((weight.detach().clone(), statistics))
         return QuantizedTensor.quantize(weight, scheme)
 
-    def equalize(self, task: BlockTask, options: NoOptions) -> None:
+    def equalize(self, task: BlockTask, options: NoOptions) -> Mapping[str, Tensor]:
         self.order.append("equalize")
         self.equalized.append(task)
+        return {}
 
     def tune(
         self, task: BlockTask, tensors: Mapping[str, QuantizedTensor], options: NoOptions
@@ -70,8 +72,15 @@ class Seen:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def add(name: str, **stages: Any) -> None:
-        monkeypatch.setitem(ALGORITHMS, name, Algorithm(options=NoOptions, calibrated=True, **stages))
+    def add(name: str, *, round: Any, equalize: Any = None, tune: Any = None, **needs: bool) -> None:
+        row = Algorithm(
+            round=Stage("round", NoOptions, round),
+            equalize=() if equalize is None else (Stage("equalize", NoOptions, equalize),),
+            tune=() if tune is None else (Stage("tune", NoOptions, tune),),
+            calibrated=True,
+            **needs,
+        )
+        monkeypatch.setitem(ALGORITHMS, name, row)
 
     return add
 
@@ -229,7 +238,7 @@ LLAMA_LAYERS = [
 ]  # fmt: skip
 
 
-def scale_mlp(task: BlockTask, options: NoOptions) -> None:
+def scale_mlp(task: BlockTask, options: NoOptions) -> Mapping[str, Tensor]:
     """Scale the norm before the gate and up projections by two, and up to down by four: exact powers of two."""
     mlp: Any = task.block.get_submodule("mlp")
     before = [task.run(sample) for sample in range(len(task.inputs))]
@@ -239,6 +248,7 @@ def scale_mlp(task: BlockTask, options: NoOptions) -> None:
     mlp.down_proj.weight.div_(4)
     after = [task.run(sample) for sample in range(len(task.inputs))]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    return {}
 
 
 def test_what_a_tuner_returns_is_stored_reported_and_met_by_the_next_block(

@@ -12,7 +12,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 
-__all__ = ["FLOAT", "OUTPUT_HEADS", "Override", "Recipe", "parse_override"]
+__all__ = ["FLOAT", "OUTPUT_HEADS", "Choice", "Override", "Recipe", "parse_override"]
 
 FLOAT = "float"  # the scheme name that leaves a layer as it is
 OUTPUT_HEADS = ("lm_head", "output_layer", "embed_out")  # left alone unless an override names them
@@ -23,12 +23,15 @@ class Override:
     """A rule for some layers: ``scheme`` is ``None`` to leave them in floating point.
 
     ``pattern`` is an exact layer name or a regular expression that must match the whole name; with ``is_type`` it is
-    the class name of a layer (``Linear``, ``Conv1D``).
+    the class name of a layer (``Linear``, ``Conv1D``). ``algorithm``, with its ``options``, is the recipe's own unless
+    given.
     """
 
     pattern: str
     scheme: LayerScheme | None
     is_type: bool = False
+    algorithm: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -40,6 +43,15 @@ class Override:
     def matches(self, name: str, type_name: str) -> bool:
         subject = type_name if self.is_type else name
         return subject == self.pattern or re.fullmatch(self.pattern, subject) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of one layer."""
+
+    scheme: LayerScheme
+    algorithm: str
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +73,12 @@ class Recipe:
     seed: int = 0
 
     def scheme_for(self, name: str, type_name: str, *, is_head: bool | None = None) -> LayerScheme | None:
-        """The scheme of the layer ``name`` of class ``type_name``; ``None`` leaves it in floating point.
+        """The scheme of the layer ``name``, as :meth:`choice_for` makes it out; ``None`` leaves it float."""
+        choice = self.choice_for(name, type_name, is_head=is_head)
+        return None if choice is None else choice.scheme
+
+    def choice_for(self, name: str, type_name: str, *, is_head: bool | None = None) -> Choice | None:
+        """What becomes of the layer ``name`` of class ``type_name``; ``None`` leaves it in floating point.
 
         ``is_head``: whether it is the output head, where the model says so; else that is judged by its name.
         """
@@ -71,10 +88,15 @@ class Recipe:
         if is_head and all(override.is_type for override in matching):
             return None
         if not matching:
-            return self.scheme
+            return Choice(self.scheme, self.algorithm, self.options)
         # Sorting is stable, so that among equal ranks the last given stays last.
         rank = lambda override: (not override.is_type, override.pattern == name)  # noqa: E731
-        return sorted(matching, key=rank)[-1].scheme
+        rule = sorted(matching, key=rank)[-1]
+        if rule.scheme is None:
+            return None
+        if rule.algorithm is None:
+            return Choice(rule.scheme, self.algorithm, self.options)
+        return Choice(rule.scheme, rule.algorithm, rule.options)
 
     def check_overrides(self, layers: Iterable[tuple[str, str]]) -> None:
         """Raise if an override matches none of ``layers`` (pairs of name and class name).
@@ -102,6 +124,7 @@ class Recipe:
                 "pattern": override.pattern,
                 "type": override.is_type,
                 "scheme": override.scheme.name if override.scheme else FLOAT,
+                **({"algorithm": override.algorithm, "options": dict(override.options)} if override.algorithm else {}),
             }
             for override in self.overrides
         ]
@@ -115,7 +138,7 @@ class Recipe:
 
 
 def parse_override(text: str) -> Override:
-    """Read ``NAME=SCHEME``, ``PATTERN=float`` or ``type:CLASS=SCHEME``.
+    """Read ``NAME=SCHEME``, ``PATTERN=float``, ``type:CLASS=SCHEME`` or ``NAME=SCHEME@ALGORITHM``.
 
     Raises:
         ArgumentError: BW201 for text without ``=``, BW202 for an unknown scheme.
@@ -127,5 +150,10 @@ def parse_override(text: str) -> Override:
             "BW201", message, suggestion=r"NAME=SCHEME, for example 'model\.layers\.0\..*=w8' or lm_head=w8"
         )
     is_type = pattern.startswith("type:")
+    scheme, at, algorithm = scheme.partition("@")
     layer_scheme = None if scheme.lower() == FLOAT else parse(scheme)
-    return Override(pattern=pattern.removeprefix("type:"), scheme=layer_scheme, is_type=is_type)
+    if at and (layer_scheme is None or not algorithm):
+        raise ArgumentError("BW201", f"cannot read override {text!r}", suggestion="NAME=SCHEME@ALGORITHM")
+    return Override(
+        pattern=pattern.removeprefix("type:"), scheme=layer_scheme, is_type=is_type, algorithm=algorithm or None
+    )

@@ -3,74 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
 from bitwright.core.errors import BitwrightError
-from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme, QuantScheme
-from bitwright.quantization.rtn import RtnOptions, round_to_nearest
-from bitwright.quantization.statistics import SiteStatistics
+from bitwright.quantization.rtn import RTN
+from bitwright.quantization.stages import Algorithm
 
-__all__ = ["ALGORITHMS", "Algorithm", "BlockTask", "get_algorithm", "parse_options"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTask:
-    """One block on the bench: what equalizers and tuners work on.
-
-    Attributes:
-        name: of the block in the model (``model.layers.3``).
-        block: the module with its float weights loaded.
-        linears: the layers to quantize by full name, and their schemes.
-        statistics: of each layer's input site; empty without calibration.
-        inputs: the block's calibration inputs, one tensor a sample; empty without calibration.
-        run: computes the block on one of its inputs, by sample number, as the block is now.
-        seed: of this block alone, from the run's seed and the block's name.
-    """
-
-    name: str
-    block: nn.Module
-    linears: Mapping[str, LayerScheme]
-    statistics: Mapping[str, SiteStatistics]
-    inputs: tuple[Tensor, ...]
-    run: Callable[[int], Tensor]
-    seed: int
-
-
-Rounder = Callable[[Tensor, SiteStatistics | None, QuantScheme, Any], QuantizedTensor]
-Equalizer = Callable[[BlockTask, Any], None]
-Tuner = Callable[[BlockTask, Mapping[str, QuantizedTensor], Any], Mapping[str, QuantizedTensor]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Algorithm:
-    """What happens to a block between loading and writing: equalize, then round, then tune.
-
-    Attributes:
-        options: frozen dataclass of the algorithm's own options.
-        round: weight ``[out, in]``, its site's statistics, scheme, options -> quantized tensor. Pure.
-        equalize: changes the block's float weights so that its float output stays and rounding hurts less.
-        tune: improves the rounded tensors with the whole block in view.
-        calibrated: whether calibration text is needed.
-        with_gram: whether ``sum(x xT)`` of each input site is needed.
-    """
-
-    options: type
-    round: Rounder
-    equalize: Equalizer | None = None
-    tune: Tuner | None = None
-    calibrated: bool = False
-    with_gram: bool = False
-
+__all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_options"]
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "rtn": Algorithm(options=RtnOptions, round=round_to_nearest),
+    "rtn": Algorithm(round=RTN),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """An algorithm by name, with the options record of each of its stages."""
+
+    name: str
+    algorithm: Algorithm
+    options: Mapping[str, Any]
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -84,22 +40,52 @@ def get_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def parse_options(name: str, values: Mapping[str, Any]) -> Any:
-    """The options record of algorithm ``name`` from ``values``.
+def make_method(name: str, values: Mapping[str, Any]) -> Method:
+    """The algorithm ``name`` with options ``values``.
 
     Raises:
-        BitwrightError: BW201 naming the unknown option, or the one whose value has the wrong type or range.
+        BitwrightError: as :func:`parse_options`.
     """
-    options = get_algorithm(name).options
-    fields = {field.name for field in dataclasses.fields(options)}
-    unknown = sorted(set(values) - fields)
-    if unknown:
-        known = ", ".join(sorted(fields))
-        raise BitwrightError("BW201", f"{name} has no option {unknown[0]!r}", suggestion=f"its options: {known}")
-    hints = typing.get_type_hints(options)
-    for field, value in values.items():
-        if hints[field] in (bool, int, float) and type(value) is not hints[field]:
-            raise BitwrightError(
-                "BW201", f"{name} option {field} is {value!r}", suggestion=f"a {hints[field].__name__}"
-            )
-    return options(**values)
+    return Method(name, get_algorithm(name), parse_options(name, values))
+
+
+def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options record of each stage of algorithm ``name``, by the stage's name.
+
+    ``values`` are given by field (``act_order``), or by stage and field (``gptq.damp``) where several stages of a
+    composition have a field of that name.
+
+    Raises:
+        BitwrightError: BW201 naming the option that is unknown or could be several, or whose value is of a wrong type
+            or out of range.
+    """
+    stages = {stage.name: stage for stage in get_algorithm(name).stages}
+    fields = {stage: [field.name for field in dataclasses.fields(stages[stage].options)] for stage in stages}
+    given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+    for option, value in values.items():
+        stage, _, field = option.rpartition(".")
+        owners = [owner for owner in stages if field in fields[owner] and stage in ("", owner)]
+        if len(owners) != 1:
+            known = [
+                f"{owner}.{each}" if len(stages) > 1 else each for owner in stages for each in sorted(fields[owner])
+            ]
+            choices = [f"{owner}.{field}" for owner in owners] or known
+            what = f"{name} has several options {option!r}" if owners else f"{name} has no option {option!r}"
+            raise BitwrightError("BW201", what, suggestion=f"its options: {', '.join(choices)}")
+        given[owners[0]][field] = _checked(f"{name} option {option}", value, stages[owners[0]].options, field)
+    return {stage: stages[stage].options(**values) for stage, values in given.items()}
+
+
+def _checked(what: str, value: Any, options: type, field: str) -> Any:
+    """``value`` if it is of the type that the field declares; whole numbers pass for fractions."""
+    hint = typing.get_type_hints(options)[field]
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [kind for kind in accepted if kind in (bool, int, float, str, types.NoneType)]
+    if len(plain) < len(accepted):
+        return value  # a choice or a structure: the record itself checks it
+    if type(value) is int and float in plain and int not in plain:
+        return float(value)
+    if type(value) not in plain:
+        kinds = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in plain)
+        raise BitwrightError("BW201", f"{what} is {value!r}", suggestion=f"a {kinds}")
+    return value

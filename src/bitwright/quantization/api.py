@@ -15,6 +15,7 @@ from torch import nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
+from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.formats.storage import lock_directory, make_directory, remove_empty_directory
@@ -22,7 +23,7 @@ from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
 from bitwright.models.loading import check_vocabulary
 from bitwright.models.location import resolve_model
 from bitwright.quantization.account import make_report, plan_facts, sample_notices
-from bitwright.quantization.algorithms import get_algorithm, parse_options
+from bitwright.quantization.algorithms import parse_options
 from bitwright.quantization.calibration import (
     CalibrationTokens,
     cut_windows,
@@ -63,7 +64,7 @@ def quantize(
     model: str | Path | nn.Module,
     output: str | Path,
     *,
-    scheme: str = "w4g128",
+    scheme: str | LayerScheme = "w4g128",
     algorithm: str = "rtn",
     options: Mapping[str, Any] | None = None,
     format: str | None = None,
@@ -129,8 +130,6 @@ def quantize(
     )
     given = {name: value for name, value in locals().items() if name in (*shown, "group_fallback", "on_nonfinite")}
     recipe = _recipe(scheme, algorithm, options, overrides, seed)
-    if get_algorithm(algorithm).calibrated and calibration is None:
-        calibration = "calibration"
     _check_numbers(samples, seqlen, threads, seed)
     if on_nonfinite not in ("stop", "drop-sample"):
         raise BitwrightError("BW201", f"on_nonfinite is {on_nonfinite!r}", suggestion="stop or drop-sample")
@@ -148,6 +147,8 @@ def quantize(
     with _thread_count(threads):
         source, name = _open_source(model, request)
         plan = make_plan(source, recipe, format=format, group_fallback=group_fallback)
+        if plan.is_calibrated and calibration is None:
+            calibration = "calibration"
         tokens = None if calibration is None else _calibration(source, calibration, samples, seqlen, seed)
         return _run(source, name, plan, recipe, tokens, samples, request)
 
@@ -214,8 +215,6 @@ def _do_units(
         source=source,
         plan=plan,
         recipe=recipe,
-        algorithm=get_algorithm(recipe.algorithm),
-        options=parse_options(recipe.algorithm, recipe.options),
         calibration=tokens,
         output=request.output,
         journal=journal,
@@ -265,13 +264,18 @@ def _check_numbers(samples: int, seqlen: int | None, threads: int | None, seed: 
 
 
 def _recipe(
-    scheme: str, algorithm: str, options: Mapping[str, Any] | None, overrides: Sequence[str | Override], seed: int
+    scheme: str | LayerScheme,
+    algorithm: str,
+    options: Mapping[str, Any] | None,
+    overrides: Sequence[str | Override],
+    seed: int,
 ) -> Recipe:
     if isinstance(overrides, str):
         raise BitwrightError("BW201", f"overrides is the text {overrides!r}", suggestion=f"a list: [{overrides!r}]")
     rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
     parse_options(algorithm, options or {})
-    return Recipe(scheme=parse(scheme), algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+    stored = scheme if isinstance(scheme, LayerScheme) else parse(scheme)
+    return Recipe(scheme=stored, algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
 
 
 def _python_call(model: object, output: str | Path, options: Mapping[str, Any]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.models.blocks import Blocks, set_module
+from bitwright.quantization.statistics import SiteStatistics, collect_statistics
 
-__all__ = ["BlockCall", "Captured", "capture", "run_block"]
+__all__ = ["BlockCall", "Captured", "capture", "observe_head", "run_block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,27 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """``inputs``: the first block's hidden states, one tensor a sample; ``calls[block][sample]``."""
+    """``inputs``: the first block's hidden states, one tensor a sample; ``calls[block][sample]``; ``as_tuple``: whether
+    blocks return tuples."""
 
     inputs: tuple[Tensor, ...]
     calls: tuple[tuple[BlockCall, ...], ...]
+    as_tuple: bool
+
+
+class _Feeder(nn.Module):
+    """Stands in for a block: whatever comes in, hands on the hidden states that the block would have made."""
+
+    def __init__(self, block: nn.Module, *, as_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule, as in the recorder
+        self.as_tuple, self.hidden = as_tuple, torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return (self.hidden,) if self.as_tuple else self.hidden
 
 
 class _Reached(Exception):
@@ -86,7 +105,45 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     inputs = tuple(hidden.detach() for hidden, _ in recorders[0].seen)
     pool: list[BlockCall] = []
     calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
-    return Captured(inputs, calls)
+    return Captured(inputs, calls, as_tuple)
+
+
+@torch.no_grad()
+def observe_head(
+    model: nn.Module,
+    blocks: Blocks,
+    head: Mapping[str, nn.Module],
+    forwards: Sequence[Callable[[], object]],
+    hidden: Sequence[Tensor],
+    *,
+    as_tuple: bool,
+    with_gram: bool,
+    numbers: Sequence[int],
+) -> Mapping[str, SiteStatistics]:
+    """Statistics of what the output head reads, from the last block's outputs ``hidden``, one a sample.
+
+    ``forwards`` run the whole model; its blocks are not computed, and the head is not either. Everything else must be
+    loaded.
+    """
+    names, feeders = blocks.names(), [_Feeder(block, as_tuple=as_tuple) for block in blocks.modules]
+
+    def forward(sample: int) -> None:
+        for feeder in feeders:
+            feeder.hidden = hidden[sample]
+        _run_with(model, names, feeders, forwards[sample])
+
+    runs = [partial(forward, sample) for sample in range(len(forwards))]
+    try:
+        for module in head.values():
+            module.forward = _leave  # the statistics are taken before it; nobody needs the logits
+        return collect_statistics(head, runs, with_gram=with_gram, numbers=numbers).statistics
+    finally:
+        for module in head.values():
+            del module.forward
+
+
+def _leave(*_: object) -> None:
+    raise _Reached
 
 
 def _without_cache(value: Any) -> Any:
@@ -101,7 +158,7 @@ def _call(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
 
 
 def _run_with(
-    model: nn.Module, names: Sequence[str], recorders: Sequence[_Recorder], forward: Callable[[], object]
+    model: nn.Module, names: Sequence[str], recorders: Sequence[nn.Module], forward: Callable[[], object]
 ) -> None:
     originals = [model.get_submodule(name) for name in names]
     try:

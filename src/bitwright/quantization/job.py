@@ -21,19 +21,21 @@ from bitwright.formats.safetensors_index import read_index
 from bitwright.formats.storage import write_file
 from bitwright.models.blocks import set_module
 from bitwright.models.names import shared_names
-from bitwright.quantization.algorithms import Algorithm
 from bitwright.quantization.calibration import CalibrationTokens
-from bitwright.quantization.capture import Captured, capture
+from bitwright.quantization.capture import Captured, capture, observe_head
 from bitwright.quantization.events import Event, EventSink, Stopped
 from bitwright.quantization.journal import Journal, UnitRecord
 from bitwright.quantization.plan import Plan, Unit
 from bitwright.quantization.report import versions
+from bitwright.quantization.rows import layer_row
 from bitwright.quantization.sources import Source
-from bitwright.quantization.statistics import NonFiniteActivations
-from bitwright.quantization.stream import BlockResult, Flow, quantize_block, round_layers
+from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics
+from bitwright.quantization.stream import BlockResult, BlockWork, Flow, quantize_block, round_layers
 from bitwright.quantization.writer import shard_name, tensor_bytes
 
 __all__ = ["Job", "fingerprint"]
+
+REFERENCE = "reference."  # begins the names of the float model's hidden states in the work directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class _Work:
     file: str
     tensors: Mapping[str, Tensor | TensorSource]
     rows: Mapping[str, Mapping[str, Any]]
-    inputs: Mapping[int, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     output_error: float | None = None
     dropped: tuple[int, ...] = ()
 
@@ -54,14 +56,13 @@ class Job:
     """A planned run on one output directory.
 
     In calibrated runs ``captured`` is what the model hands to its blocks, and ``inputs`` the next block's inputs by the
-    number of their sample; ``dropped`` are the samples left out because they made NaN or infinity.
+    number of their sample; ``references`` are the same in the float model, where an algorithm needs them; ``dropped``
+    are the samples left out because they made NaN or infinity.
     """
 
     source: Source
     plan: Plan
     recipe: Recipe
-    algorithm: Algorithm
-    options: Any
     calibration: CalibrationTokens | None
     output: Path
     journal: Journal
@@ -70,6 +71,7 @@ class Job:
     drop_nonfinite: bool = False
     captured: Captured | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    references: dict[int, Tensor] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -85,7 +87,7 @@ class Job:
             saved = round(sum(record.seconds for record in self.journal.done), 1)
             message = f"found {done}/{total} units done and intact ({saved} s saved), resuming at unit {done + 1}"
             self.sink(Event("resume", message, {"done": done, "total": total, "saved_seconds": saved}))
-        if self.calibration is not None and any(unit.is_block for unit in self.plan.units[done:]):
+        if self.calibration is not None and any(unit.layers for unit in self.plan.units[done:]):
             self._start_flow()
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending: Future[None] | None = None
@@ -117,52 +119,81 @@ class Job:
         return _Work(unit=unit.name, file=file, tensors=tensors, rows=rows)
 
     def _compute_head(self, unit: Unit) -> tuple[dict[str, QuantizedTensor], dict[str, Mapping[str, Any]]]:
-        """Quantize the output head from its weights alone."""
+        """Quantize the output head, on what the calibration samples bring to it if there are any."""
         second_names = shared_names(self.source.model)
-        names = [second_names.get(f"{layer}.weight", f"{layer}.weight") for layer in unit.layers]
+        outer = [name for other in self.plan.units if not other.is_block for name in other.tensors]
+        weights = [second_names.get(f"{layer}.weight", f"{layer}.weight") for layer in unit.layers]
+        names = list(dict.fromkeys([*outer, *weights])) if self.captured is not None else weights
         self.source.load(names)
-        modules = {name: self.source.model.get_submodule(name) for name in unit.layers}
-        rounded = round_layers(modules, unit.layers, {}, self.algorithm, self.options)
+        layers = {name: self.source.model.get_submodule(name) for name in unit.layers}
+        statistics = self._observe_head(layers)
+        rounded = round_layers(
+            layers, unit.layers, self.plan.methods, statistics, is_calibrated=self.captured is not None
+        )
+        rows: dict[str, Mapping[str, Any]] = {}
+        for name, made in rounded.items():
+            row = layer_row(layers[name], made.tensor, unit.layers[name], statistics.get(name))
+            rows[name] = {**row, **made.notes}
         self.source.release(names)
-        return rounded
+        return {name: made.tensor for name, made in rounded.items()}, rows
+
+    def _observe_head(self, layers: Mapping[str, nn.Module]) -> Mapping[str, SiteStatistics]:
+        """Statistics of what the head reads, behind the quantized blocks."""
+        if self.captured is None or self.calibration is None:
+            return {}
+        with_gram = any(self.plan.methods[name].algorithm.with_gram for name in layers)
+        windows = [self.calibration.windows[number] for number in self.inputs]
+        forwards = [partial(_forward, self.source.model, window) for window in windows]
+        hidden = tuple(self.inputs.values())
+        return observe_head(
+            self.source.model,
+            self.plan.blocks,
+            layers,
+            forwards,
+            hidden,
+            as_tuple=self.captured.as_tuple,
+            with_gram=with_gram,
+            numbers=tuple(self.inputs),
+        )
 
     def _compute_block(self, unit: Unit, file: str) -> _Work:
         already_dropped = len(self.dropped)
         result = self._quantize(unit)
         tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source, unit))
+        tensors.update({f"{name}.input_scale": scale for name, scale in result.input_scales.items()})
         encoded, rows = self._encode(unit, result.tensors, result.rows)
         tensors.update(encoded)
         self.inputs = dict(zip(self.inputs, result.outputs, strict=True))
+        if result.references is not None:
+            self.references = dict(zip(self.inputs, result.references, strict=True))
         self.source.release(unit.tensors)
         return _Work(
             unit=unit.name,
             file=file,
             tensors=tensors,
             rows=rows,
-            inputs=self.inputs,
+            inputs=self._saved_inputs(),
             output_error=result.output_error,
             dropped=tuple(self.dropped[already_dropped:]),
         )
 
+    def _saved_inputs(self) -> dict[str, Tensor]:
+        """The next block's inputs as they are kept in the work directory, by name."""
+        saved = {f"{number:06d}": tensor for number, tensor in self.inputs.items()}
+        return saved | {f"{REFERENCE}{number:06d}": tensor for number, tensor in self.references.items()}
+
     def _quantize(self, unit: Unit) -> BlockResult:
         """Quantize a block, again without the sample that made NaN or infinity if that is allowed."""
-        number = self.plan.blocks.names().index(unit.name)
-        block = self.plan.blocks.modules[number]
         layers = {name: self.source.model.get_submodule(name) for name in unit.layers}
         while True:
             self.source.load(unit.tensors)
-            flow = None
-            if self.captured is not None:
-                calls = self.captured.calls[number]
-                flow = Flow(tuple(self.inputs.values()), tuple(calls[n] for n in self.inputs), tuple(self.inputs))
             try:
-                return quantize_block(
-                    unit.name, block, layers, unit.layers, flow, self.algorithm, self.options, self.recipe.seed
-                )
+                return quantize_block(self._block_work(unit, layers))
             except NonFiniteActivations as error:
                 if not self.drop_nonfinite or len(self.inputs) == 1:
                     raise
                 del self.inputs[error.number]
+                self.references.pop(error.number, None)
                 self.dropped.append(error.number)
                 self.sink(
                     Event("notice", f"calibration sample {error.number} is left out: NaN or infinity {error.place}")
@@ -170,6 +201,23 @@ class Job:
             finally:
                 for name, layer in layers.items():
                     set_module(self.source.model, name, layer)
+
+    def _block_work(self, unit: Unit, layers: Mapping[str, nn.Module]) -> BlockWork:
+        flow = None
+        if self.captured is not None:
+            calls = tuple(tuple(self.captured.calls[block][n] for n in self.inputs) for block in unit.blocks)
+            references = tuple(self.references.values()) if self.plan.with_float_flow else None
+            flow = Flow(tuple(self.inputs.values()), calls, tuple(self.inputs), references)
+        return BlockWork(
+            name=unit.name,
+            model=self.source.model,
+            blocks=tuple(self.plan.blocks.modules[block] for block in unit.blocks),
+            layers=layers,
+            schemes=unit.layers,
+            methods=self.plan.methods,
+            flow=flow,
+            seed=self.recipe.seed,
+        )
 
     def _encode(
         self, unit: Unit, tensors: Mapping[str, QuantizedTensor], rows: Mapping[str, Mapping[str, Any]]
@@ -189,8 +237,7 @@ class Job:
         saved = None
         if work.inputs:
             name = f"inputs-{index + 1:05d}.safetensors"
-            tensors = {f"{number:06d}": tensor for number, tensor in work.inputs.items()}
-            saved = (name, write_file(self.journal.work / name, serialize(tensors)))
+            saved = (name, write_file(self.journal.work / name, serialize(work.inputs)))
         record = UnitRecord(
             unit=work.unit,
             file=work.file,
@@ -221,10 +268,15 @@ class Job:
         self.captured = capture(self.source.model, self.plan.blocks, forwards)
         self.source.release([*before, *first.tensors])
         self.inputs = dict(enumerate(self.captured.inputs))
+        self.references = dict(self.inputs) if self.plan.with_float_flow else {}
         self.dropped = [number for record in self.journal.done for number in record.dropped]
         saved = self.journal.done[-1].inputs if self.journal.done else None
         if saved is not None:
-            self.inputs = _open_inputs(self.journal.work / saved[0])
+            tensors = _open_inputs(self.journal.work / saved[0])
+            self.inputs = {int(name): tensors[name] for name in tensors if name.isdigit()}
+            self.references = {
+                int(name.removeprefix(REFERENCE)): tensors[name] for name in tensors if name.startswith(REFERENCE)
+            }
 
     def _tell(self, index: int, record: UnitRecord, seconds: float) -> None:
         self.seconds.append(seconds)
@@ -250,6 +302,7 @@ def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: Calibra
         "model": source.identity(),
         "recipe": recipe.to_dict(),
         "schemes": {name: scheme.name for name, scheme in plan.schemes.items()},
+        "algorithms": {name: method.name for name, method in plan.methods.items() if method.name != recipe.algorithm},
         "format": plan.format.name,
         "calibration": None if calibration is None else calibration.fingerprint(),
         "threads": torch.get_num_threads(),
@@ -257,10 +310,10 @@ def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: Calibra
     }
 
 
-def _open_inputs(path: Path) -> dict[int, Tensor]:
-    """A block's inputs from the work directory, by the number of their sample."""
+def _open_inputs(path: Path) -> dict[str, Tensor]:
+    """A block's inputs from the work directory, by name, in the order of the samples."""
     index = read_index(path)
-    return {int(name): read_tensor(path, index.tensors[name]) for name in sorted(index.tensors)}
+    return {name: read_tensor(path, index.tensors[name]) for name in sorted(index.tensors)}
 
 
 def _forward(base: nn.Module, window: Tensor) -> object:

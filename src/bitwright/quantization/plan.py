@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from bitwright.core.errors import BitwrightError
-from bitwright.core.recipe import Recipe
+from bitwright.core.recipe import Choice, Recipe
 from bitwright.core.scheme import LayerScheme, QuantScheme
-from bitwright.formats import compressed_tensors
+from bitwright.formats import compressed_tensors, native
 from bitwright.formats.records import Format
-from bitwright.formats.table import FORMATS, get_format
+from bitwright.formats.table import get_format
 from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
+from bitwright.quantization.algorithms import Method, make_method
 from bitwright.quantization.sources import Source
 
 __all__ = ["GroupFallback", "Plan", "Unit", "make_plan"]
@@ -35,15 +36,17 @@ class Unit:
         name: of a block, or ``outer`` (embeddings, norms, a head left alone) or ``head`` (a quantized output head).
         tensors: all tensors of the float model that belong to it, by name.
         layers: the layers among them that are quantized, with their schemes.
+        blocks: the numbers of the blocks in it: one, or several that are tuned together, or none.
     """
 
     name: str
     tensors: tuple[str, ...]
     layers: Mapping[str, LayerScheme]
+    blocks: tuple[int, ...] = ()
 
     @property
     def is_block(self) -> bool:
-        return self.name not in (OUTER, HEAD)
+        return bool(self.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +57,23 @@ class Plan:
     blocks: Blocks
     format: Format
     schemes: Mapping[str, LayerScheme]
+    methods: Mapping[str, Method]
     shapes: Mapping[str, tuple[int, int]]
     skipped: tuple[str, ...]
     untied: bool
     notices: tuple[str, ...]
     source_bytes: int
     output_bytes: int
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether some layer's algorithm needs calibration data."""
+        return any(method.algorithm.calibrated for method in self.methods.values())
+
+    @property
+    def with_float_flow(self) -> bool:
+        """Whether some layer's algorithm needs the hidden states of the float model."""
+        return any(method.algorithm.with_float_flow for method in self.methods.values())
 
 
 def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallback: GroupFallback) -> Plan:
@@ -79,26 +93,31 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     shapes = {name: linear_shape(module) for name, module in layers.items()}
     _check_reach(recipe, layers, every_linear)
     head = output_head(model)
-    wanted = {
-        name: recipe.scheme_for(name, type(module).__name__, is_head=head is not None and module is head[1])
-        for name, module in layers.items()
-    }
-    schemes = {name: scheme for name, scheme in wanted.items() if scheme is not None}
+    choices: dict[str, Choice] = {}
+    for name, module in layers.items():
+        is_head = head is not None and module is head[1]
+        choice = recipe.choice_for(name, type(module).__name__, is_head=is_head)
+        if choice is not None:
+            choices[name] = choice
+    schemes = {name: choice.scheme for name, choice in choices.items()}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
     if not schemes:
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
-    chosen = _choose_format(schemes, shapes, layers, format)
+    methods = _methods(choices, schemes)
+    chosen = _choose_format(schemes, shapes, layers, methods, format)
     if chosen.name == compressed_tensors.FORMAT.name:
         schemes, more = _fit_readers(schemes, layers)
         notices += more
     head_quantized = head is not None and head[0] in schemes
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
-    units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None)
+    together = max(getattr(o, "n_blocks", 1) for method in methods.values() for o in method.options.values())
+    units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
     return Plan(
         units=units,
         blocks=blocks,
         format=chosen,
         schemes=schemes,
+        methods=methods,
         shapes=shapes,
         skipped=tuple(name for name in every_linear if name not in schemes),
         untied=untied,
@@ -115,6 +134,19 @@ def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         found |= linears(block, name)
     head = output_head(model)
     return found if head is None else found | {head[0]: head[1]}
+
+
+def _methods(choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, Method]:
+    """Each layer's algorithm; layers of the same algorithm and options share one record."""
+    made: dict[str, Method] = {}
+    methods = {}
+    for name in names:
+        choice = choices[name]
+        key = f"{choice.algorithm} {sorted(choice.options.items())!r}"
+        if key not in made:
+            made[key] = make_method(choice.algorithm, choice.options)
+        methods[name] = made[key]
+    return methods
 
 
 def _check_reach(recipe: Recipe, layers: Mapping[str, nn.Module], every: Mapping[str, nn.Module]) -> None:
@@ -170,11 +202,12 @@ def _choose_format(
     schemes: Mapping[str, LayerScheme],
     shapes: Mapping[str, tuple[int, int]],
     layers: Mapping[str, nn.Module],
+    methods: Mapping[str, Method],
     wanted: str | None,
 ) -> Format:
     """The format asked for, or the most widely read one that can store every layer."""
-    for candidate in (get_format(wanted),) if wanted is not None else reversed(FORMATS):
-        reason = _refusal(candidate, schemes, shapes, layers)
+    for candidate in (get_format(wanted),) if wanted is not None else (compressed_tensors.FORMAT, native.FORMAT):
+        reason = _unfolded(candidate, methods) or _refusal(candidate, schemes, shapes, layers)
         if reason is None:
             return candidate
     raise BitwrightError(
@@ -182,6 +215,15 @@ def _choose_format(
         f"the {candidate.name} format cannot store this model: {reason}",
         suggestion="--format native stores every scheme",
     )
+
+
+def _unfolded(candidate: Format, methods: Mapping[str, Method]) -> str | None:
+    """Scales of inputs that may stay outside the weights are known to the native format's readers alone."""
+    for name, method in methods.items():
+        stages = [stage.name for stage in method.algorithm.equalize]
+        if candidate.name != "native" and any(not getattr(method.options[stage], "folding", True) for stage in stages):
+            return f"{name}: {method.name} without folding may leave scales that its readers do not apply"
+    return None
 
 
 def _fit_readers(
@@ -215,27 +257,41 @@ def _refusal(
     return None
 
 
-def _units(source: Source, blocks: Blocks, schemes: Mapping[str, LayerScheme], head: str | None) -> tuple[Unit, ...]:
-    shapes = source.shapes()
-    members: dict[str, list[str]] = {OUTER: [], **{name: [] for name in blocks.names()}, HEAD: []}
-    for tensor in shapes:
-        block = next((name for name in _prefixes(tensor) if name in members and name not in (OUTER, HEAD)), None)
+def _units(
+    source: Source, blocks: Blocks, schemes: Mapping[str, LayerScheme], head: str | None, together: int
+) -> tuple[Unit, ...]:
+    """The shards in order: what is outside the blocks, ``together`` blocks at a time, a quantized head."""
+    groups = [
+        tuple(range(len(blocks.modules)))[start : start + together] for start in range(0, len(blocks.modules), together)
+    ]
+    names = {_group_name(blocks, group): group for group in groups}
+    members: dict[str, list[str]] = {OUTER: [], **{name: [] for name in names}, HEAD: []}
+    owner = {blocks.names()[number]: name for name, group in names.items() for number in group}
+    for tensor in source.shapes():
+        block = next((owner[name] for name in _prefixes(tensor) if name in owner), None)
         is_head = head is not None and tensor.startswith(head + ".")
         members[HEAD if is_head else block or OUTER].append(tensor)
     units = []
     for name, tensors in members.items():
-        is_member = partial(_is_member, name=name, head=head)
+        inside = [f"{blocks.names()[number]}." for number in names.get(name, ())]
+        is_member = partial(_is_member, inside=inside, is_head_unit=name == HEAD, head=head)
         layers = {layer: scheme for layer, scheme in schemes.items() if is_member(layer)}
         if tensors or layers:
-            units.append(Unit(name=name, tensors=tuple(tensors), layers=layers))
+            units.append(Unit(name=name, tensors=tuple(tensors), layers=layers, blocks=names.get(name, ())))
     return tuple(units)
 
 
-def _is_member(layer: str, *, name: str, head: str | None) -> bool:
-    """Whether a quantized layer belongs to the unit ``name``; the model may have modules of the same name."""
-    if name == OUTER:
-        return False
-    return layer == head if name == HEAD else layer.startswith(f"{name}.") and layer != head
+def _group_name(blocks: Blocks, group: tuple[int, ...]) -> str:
+    """``model.layers.3``, or ``model.layers.2-3`` of blocks that are worked on together."""
+    first = blocks.names()[group[0]]
+    return first if len(group) == 1 else f"{first}-{group[-1]}"
+
+
+def _is_member(layer: str, *, inside: Sequence[str], is_head_unit: bool, head: str | None) -> bool:
+    """Whether a quantized layer belongs to a unit; the model may have modules named as units are."""
+    if is_head_unit:
+        return layer == head
+    return layer != head and any(layer.startswith(prefix) for prefix in inside)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from bitwright.core.grid import FitOptions
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
+from bitwright.quantization.stages import Rounder, Stage
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["RtnOptions", "round_to_nearest"]
+__all__ = ["RTN", "RtnOptions", "round_to_nearest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +38,6 @@ def round_to_nearest(
 ) -> QuantizedTensor:
     """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at."""
     return QuantizedTensor.quantize(weight, scheme, FitOptions(symmetric_range=options.range, search=options.search))
+
+
+RTN: Stage[Rounder] = Stage("rtn", RtnOptions, round_to_nearest)

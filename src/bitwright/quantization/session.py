@@ -12,13 +12,15 @@ from torch import nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
+from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import set_module
-from bitwright.quantization.algorithms import get_algorithm, parse_options
-from bitwright.quantization.capture import Captured, capture
+from bitwright.quantization.algorithms import parse_options
+from bitwright.quantization.capture import Captured, capture, observe_head
 from bitwright.quantization.plan import GroupFallback, Plan, make_plan
 from bitwright.quantization.sources import MemorySource, refuse_nonfinite
-from bitwright.quantization.stream import Flow, quantize_block, quantized_linear, round_layers
+from bitwright.quantization.statistics import SiteStatistics
+from bitwright.quantization.stream import BlockWork, Flow, quantize_block, quantized_linear, round_layers
 
 __all__ = ["Prepared", "convert", "prepare", "quantize_module"]
 
@@ -43,7 +45,7 @@ class Prepared(nn.Module):
 def prepare(
     model: nn.Module,
     *,
-    scheme: str = "w4g128",
+    scheme: str | LayerScheme = "w4g128",
     algorithm: str = "rtn",
     options: Mapping[str, Any] | None = None,
     overrides: Sequence[str | Override] = (),
@@ -63,7 +65,8 @@ def prepare(
         >>> quantized = bitwright.convert(prepared)
     """
     rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
-    recipe = Recipe(scheme=parse(scheme), algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+    stored = scheme if isinstance(scheme, LayerScheme) else parse(scheme)
+    recipe = Recipe(scheme=stored, algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
     parse_options(algorithm, recipe.options)
     make_plan(MemorySource(model), recipe, format="native", group_fallback=group_fallback)
     return Prepared(model if inplace else copy.deepcopy(model), recipe, group_fallback)
@@ -78,22 +81,22 @@ def convert(prepared: Prepared) -> nn.Module:
             or activations that are not finite. The model is unchanged then.
     """
     model, recipe = prepared.model, prepared.recipe
-    source, algorithm = MemorySource(model), get_algorithm(recipe.algorithm)
+    source = MemorySource(model)
     refuse_nonfinite(source)
-    if algorithm.calibrated and not prepared.batches:
+    plan = make_plan(source, recipe, format="native", group_fallback=prepared.group_fallback)
+    if plan.is_calibrated and not prepared.batches:
         raise BitwrightError(
             "BW401",
             f"{recipe.algorithm} needs calibration data, and the prepared model was never run",
             suggestion="run the prepared model on some batches before converting it",
         )
-    plan = make_plan(source, recipe, format="native", group_fallback=prepared.group_fallback)
     forwards: list[Callable[[], object]] = [partial(model, *batch[0], **batch[1]) for batch in prepared.batches]
     originals: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.schemes}
     modes = {module: module.training for module in model.modules()}
     model.train(False)  # dropout would make other statistics at every pass
     try:
         captured = capture(model, plan.blocks, forwards) if forwards else None
-        _convert_units(model, recipe, plan, captured)
+        _convert_units(model, recipe, plan, captured, forwards)
     except BaseException:
         for name, module in originals.items():
             set_module(model, name, module)
@@ -107,7 +110,7 @@ def convert(prepared: Prepared) -> nn.Module:
 def quantize_module(
     model: nn.Module,
     *,
-    scheme: str = "w4g128",
+    scheme: str | LayerScheme = "w4g128",
     algorithm: str = "rtn",
     options: Mapping[str, Any] | None = None,
     overrides: Sequence[str | Override] = (),
@@ -132,19 +135,48 @@ def quantize_module(
     return convert(prepared)
 
 
-def _convert_units(model: nn.Module, recipe: Recipe, plan: Plan, captured: Captured | None) -> None:
-    algorithm, options = get_algorithm(recipe.algorithm), parse_options(recipe.algorithm, recipe.options)
+def _convert_units(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Plan,
+    captured: Captured | None,
+    forwards: Sequence[Callable[[], object]],
+) -> None:
     inputs = captured.inputs if captured is not None else ()
-    names = plan.blocks.names()
+    references = inputs if plan.with_float_flow else None
+    numbers = tuple(range(len(inputs)))
     for unit in plan.units:
         layers = {name: model.get_submodule(name) for name in unit.layers}
         if unit.is_block:
-            number = names.index(unit.name)
-            flow = None if captured is None else Flow(inputs, captured.calls[number], tuple(range(len(inputs))))
-            block = plan.blocks.modules[number]
-            result = quantize_block(unit.name, block, layers, unit.layers, flow, algorithm, options, recipe.seed)
-            inputs = result.outputs
-        else:
-            tensors, _ = round_layers(layers, unit.layers, {}, algorithm, options)
-            for name, tensor in tensors.items():
-                set_module(model, name, quantized_linear(layers[name], tensor, unit.layers[name]))
+            flow = None
+            if captured is not None:
+                flow = Flow(inputs, tuple(captured.calls[block] for block in unit.blocks), numbers, references)
+            work = BlockWork(
+                name=unit.name,
+                model=model,
+                blocks=tuple(plan.blocks.modules[block] for block in unit.blocks),
+                layers=layers,
+                schemes=unit.layers,
+                methods=plan.methods,
+                flow=flow,
+                seed=recipe.seed,
+            )
+            result = quantize_block(work)
+            inputs, references = result.outputs, result.references
+        elif layers:
+            statistics: Mapping[str, SiteStatistics] = {}
+            if captured is not None:
+                gram = any(plan.methods[name].algorithm.with_gram for name in layers)
+                statistics = observe_head(
+                    model,
+                    plan.blocks,
+                    layers,
+                    forwards,
+                    inputs,
+                    as_tuple=captured.as_tuple,
+                    with_gram=gram,
+                    numbers=numbers,
+                )
+            rounded = round_layers(layers, unit.layers, plan.methods, statistics, is_calibrated=captured is not None)
+            for name, made in rounded.items():
+                set_module(model, name, quantized_linear(layers[name], made.tensor, unit.layers[name]))

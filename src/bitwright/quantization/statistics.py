@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
 
-__all__ = ["NonFiniteActivations", "SiteStatistics", "collect_statistics"]
+__all__ = ["NonFiniteActivations", "Observed", "SiteStatistics", "collect_statistics"]
 
 
 class NonFiniteActivations(BitwrightError):
@@ -60,16 +60,30 @@ class SiteStatistics:
             self.gram.addmm_(tokens.T, tokens)  # float32: a bf16 running sum stalls at 8 bits
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a pass over the calibration samples told.
+
+    Attributes:
+        statistics: of each layer's input site; the layers of a site share one object. Layers that saw no token lack.
+        sites: the layers that read the very same input, together, in the order in which they ran.
+    """
+
+    statistics: Mapping[str, SiteStatistics]
+    sites: tuple[tuple[str, ...], ...]
+
+
 def collect_statistics(
     linears: Mapping[str, nn.Module],
     forwards: Sequence[Callable[[], object]],
     *,
     with_gram: bool,
     numbers: Sequence[int] | None = None,
-) -> dict[str, SiteStatistics]:
+    sites: Sequence[Sequence[str]] | None = None,
+) -> Observed:
     """Run each of ``forwards`` (one calibration sample each) and sum what the ``linears`` read.
 
-    Linears that read the very same tensor in the first forward form a site and share one object in the result.
+    Linears that read the very same tensor when they first run form a site, unless ``sites`` says which ones do.
     ``numbers`` are those of the samples in the data set, for messages; their positions unless given.
 
     Raises:
@@ -77,13 +91,16 @@ def collect_statistics(
     """
     statistics: dict[str, SiteStatistics] = {}
     read: list[tuple[Tensor, str]] = []
-    leaders: dict[str, str] = {}
+    known = [[name for name in site if name in linears] for site in sites or ()]
+    leaders = {name: site[0] for site in known for name in site}
+    seen: dict[str, str] = {}  # the leaders of the layers that have run, in the order in which they did
     sample = 0
 
     def look(name: str, activations: Tensor) -> None:
         if name not in leaders:
             leaders[name] = next((other for tensor, other in read if tensor is activations), name)
             read.append((activations, leaders[name]))
+        seen[name] = leaders[name]
         if leaders[name] != name:
             return
         if not torch.isfinite(activations).all():
@@ -104,4 +121,8 @@ def collect_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: statistics[leader] for name, leader in leaders.items()}
+    members: dict[str, list[str]] = {}
+    for name, leader in seen.items():
+        members.setdefault(leader, []).append(name)
+    found = {name: statistics[leader] for name, leader in seen.items() if leader in statistics}
+    return Observed({name: entry for name, entry in found.items() if entry.tokens}, tuple(map(tuple, members.values())))

@@ -7,7 +7,8 @@ the quantized block to make the next block's inputs. Without calibration only th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,35 +21,79 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
-from bitwright.quantization.algorithms import Algorithm, BlockTask
+from bitwright.quantization.algorithms import Method
 from bitwright.quantization.capture import BlockCall, run_block
-from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics, collect_statistics
+from bitwright.quantization.rows import layer_row
+from bitwright.quantization.rtn import RtnOptions, round_to_nearest
+from bitwright.quantization.stages import BlockTask, Rounded
+from bitwright.quantization.statistics import NonFiniteActivations, Observed, SiteStatistics, collect_statistics
 
-__all__ = ["BlockResult", "Flow", "block_seed", "layer_row", "quantize_block", "quantized_linear", "round_layers"]
+__all__ = ["BlockResult", "BlockWork", "Flow", "block_seed", "quantize_block", "quantized_linear", "round_layers"]
 
-TILE = 1 << 18  # weights compared at a time, so that the float32 copies stay in cache
 COMPARED_SAMPLES = 8  # a block's output error is measured on so many samples, to bound what is kept
+NOTHING_OBSERVED = Observed({}, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The calibration samples as they stand before a block: its inputs, and how the model calls it.
+    """The calibration samples as they stand before a block, or before several that are worked on together.
 
-    ``numbers`` are the samples' own, which stay when one of them is left out.
+    Attributes:
+        inputs: the first block's hidden states, one tensor a sample.
+        calls: how the model calls each block: ``calls[block][sample]``.
+        numbers: the samples' own numbers, which stay when one of them is left out.
+        references: the hidden states at this place in the float model, where an algorithm asks for them.
     """
 
     inputs: tuple[Tensor, ...]
-    calls: tuple[BlockCall, ...]
+    calls: tuple[tuple[BlockCall, ...], ...]
     numbers: tuple[int, ...]
+    references: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWork:
+    """What is to be done: ``layers`` of loaded ``blocks`` of ``model``, by full name, each by its scheme and method."""
+
+    name: str
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    layers: Mapping[str, nn.Module]
+    schemes: Mapping[str, LayerScheme]
+    methods: Mapping[str, Method]
+    flow: Flow | None
+    seed: int
+
+    def run_on(self, hidden: Tensor, sample: int) -> Tensor:
+        """The blocks' output for other hidden states, with the masks and positions of ``sample``."""
+        assert self.flow is not None
+        for block, calls in zip(self.blocks, self.flow.calls, strict=True):
+            hidden = run_block(block, hidden, calls[sample])
+        return hidden
+
+    def run(self, sample: int) -> Tensor:
+        """The blocks' output for a sample, as they are now."""
+        assert self.flow is not None
+        return self.run_on(self.flow.inputs[sample], sample)
+
+    def by_method(self) -> list[tuple[Method, tuple[str, ...]]]:
+        """The layers of each method, in the order in which the methods first appear."""
+        groups: dict[int, list[str]] = {}
+        for name in self.layers:
+            groups.setdefault(id(self.methods[name]), []).append(name)
+        return [(self.methods[names[0]], tuple(names)) for names in groups.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockResult:
-    """``rows``: of the report; ``outputs``: the next block's inputs, if calibrated."""
+    """``rows``: of the report; ``input_scales``: what multiplies layers' inputs at run time; ``outputs`` and
+    ``references``: the next block's inputs, and those of the float model, if calibrated."""
 
     tensors: Mapping[str, QuantizedTensor]
     rows: Mapping[str, Mapping[str, Any]]
+    input_scales: Mapping[str, Tensor]
     outputs: tuple[Tensor, ...]
+    references: tuple[Tensor, ...] | None
     output_error: float | None
 
 
@@ -58,155 +103,197 @@ def block_seed(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def quantize_block(
-    task_name: str,
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
-    schemes: Mapping[str, LayerScheme],
-    flow: Flow | None,
-    algorithm: Algorithm,
-    options: Any,
-    seed: int,
-) -> BlockResult:
-    """Quantize the ``layers`` (by full name) of one loaded block, and leave the quantized layers in it.
+def quantize_block(work: BlockWork) -> BlockResult:
+    """Quantize the layers of loaded blocks, and leave the quantized layers in them.
 
     Raises:
         NonFiniteActivations: naming the sample and the layer.
         BitwrightError: BW602 for weights that are not finite; the layer is named.
     """
-    run = partial(_run_sample, block, flow)
-    statistics, reference = _observe(layers, flow, run, algorithm)
-    task = BlockTask(
-        name=task_name,
-        block=block,
-        linears=schemes,
-        statistics=statistics,
-        inputs=flow.inputs if flow is not None else (),
-        run=run,
-        seed=block_seed(seed, task_name),
-    )
-    if algorithm.equalize is not None:
-        algorithm.equalize(task, options)
-        # The inputs of the sites are scaled now; what was measured before no longer describes them.
-        statistics = _observe(layers, flow, run, algorithm)[0]
-    tensors, rows = round_layers(layers, schemes, statistics, algorithm, options)
-    if algorithm.tune is not None:
-        tensors = dict(algorithm.tune(task, tensors, options))
-        rows = {name: layer_row(layers[name], tensors[name], schemes[name], statistics.get(name)) for name in tensors}
+    references = _float_outputs(work)
+    observed, outputs = _observe(work)
+    scales: dict[str, Tensor] = {}
+    with ExitStack() as multiplied:
+        for method, names in work.by_method():
+            for equalizer in method.algorithm.equalize:
+                found = equalizer.run(_task(work, names, observed), method.options[equalizer.name])
+                for name, scale in found.items():
+                    multiplied.enter_context(_multiplied_input(work.layers[name], scale))
+                    scales[name] = scale * scales[name] if name in scales else scale
+                # The inputs of the sites are scaled now; what was measured before no longer describes them.
+                observed = _observe(work, sites=observed.sites)[0]
+        tensors: dict[str, QuantizedTensor] = {}
+        rows: dict[str, Mapping[str, Any]] = {}
+        for method, names in work.by_method():
+            rounded, statistics = _round(work, method, names, observed, scales)
+            made: Mapping[str, QuantizedTensor] = {name: rounded[name].tensor for name in names}
+            for tuner in method.algorithm.tune:
+                made = tuner.run(_task(work, names, observed), made, method.options[tuner.name])
+            for name in names:
+                row = layer_row(work.layers[name], made[name], work.schemes[name], statistics.get(name))
+                rows[name] = {**row, **_note_of(method, work), **rounded[name].notes}
+                tensors[name] = made[name]
     for name, tensor in tensors.items():
-        set_module(block, name.removeprefix(task_name + "."), quantized_linear(layers[name], tensor, schemes[name]))
-    outputs = tuple(run(sample) for sample in range(len(task.inputs)))
-    for sample, output in enumerate(outputs):
-        if not torch.isfinite(output).all():
-            assert flow is not None
-            raise NonFiniteActivations(sample, flow.numbers[sample], f"at the output of the quantized {task_name}")
-    error = _relative_square(reference, outputs) if reference else None
-    return BlockResult(tensors=tensors, rows=rows, outputs=outputs, output_error=error)
+        _put(work, name, quantized_linear(work.layers[name], tensor, work.schemes[name], scales.get(name)))
+    results = _outputs(work)
+    error = _relative_square(outputs, results) if outputs else None
+    return BlockResult(
+        tensors=tensors, rows=rows, input_scales=scales, outputs=results, references=references, output_error=error
+    )
 
 
 def round_layers(
     layers: Mapping[str, nn.Module],
     schemes: Mapping[str, LayerScheme],
+    methods: Mapping[str, Method],
     statistics: Mapping[str, SiteStatistics],
-    algorithm: Algorithm,
-    options: Any,
-) -> tuple[dict[str, QuantizedTensor], dict[str, Mapping[str, Any]]]:
-    """Round each layer's weight, and measure what that costs."""
-    tensors: dict[str, QuantizedTensor] = {}
-    rows: dict[str, Mapping[str, Any]] = {}
-    for name, scheme in schemes.items():
+    *,
+    is_calibrated: bool,
+) -> dict[str, Rounded]:
+    """Round each layer's weight. A layer that no token of the calibration data reached is rounded to nearest.
+
+    Raises:
+        BitwrightError: whatever the rounder raises, with the layer's name.
+    """
+    rounded: dict[str, Rounded] = {}
+    for name, layer in layers.items():
+        scheme, method = schemes[name].weight, methods[name]
+        if is_calibrated and method.algorithm.calibrated and name not in statistics:
+            nearest = round_to_nearest(linear_weight(layer), None, scheme, RtnOptions())
+            rounded[name] = Rounded(nearest, {"calibration_tokens": 0, "rounded_by": "rtn"})
+            continue
+        stage = method.algorithm.round
         try:
-            tensors[name] = algorithm.round(linear_weight(layers[name]), statistics.get(name), scheme.weight, options)
+            made = stage.run(linear_weight(layer), statistics.get(name), scheme, method.options[stage.name])
         except BitwrightError as error:
-            if error.code != "BW602":
-                raise
-            raise BitwrightError("BW602", f"{name}: {error.what}", suggestion="check the layer's weights") from None
-        rows[name] = layer_row(layers[name], tensors[name], scheme, statistics.get(name))
-    return tensors, rows
+            suggestion = "check the layer's weights" if error.code == "BW602" else error.suggestion
+            what = f"{name}: {error.what}"
+            raise BitwrightError(error.code, what, where=error.where, why=error.why, suggestion=suggestion) from None
+        rounded[name] = made if isinstance(made, Rounded) else Rounded(made)
+    return rounded
 
 
-def quantized_linear(layer: nn.Module, tensor: QuantizedTensor, scheme: LayerScheme) -> QuantizedLinear:
+def quantized_linear(
+    layer: nn.Module, tensor: QuantizedTensor, scheme: LayerScheme, input_scale: Tensor | None = None
+) -> QuantizedLinear:
     """What runs in place of ``layer``."""
-    bias = layer.bias
-    return QuantizedLinear.build(tensor, bias.detach() if isinstance(bias, Tensor) else None, scheme)
+    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
+    return QuantizedLinear.build(tensor, bias, scheme, input_scale)
 
 
-def layer_row(
-    layer: nn.Module, tensor: QuantizedTensor, scheme: LayerScheme, statistics: SiteStatistics | None
-) -> dict[str, Any]:
-    """The report's row of one layer."""
-    weight = linear_weight(layer)
-    importance = None if statistics is None else statistics.sum_of_squares
-    plain, weighted = _errors(weight, tensor, importance)
-    row: dict[str, Any] = {
-        "scheme": scheme.name,
-        "shape": list(tensor.shape),
-        "bits_per_weight": round(tensor.stored_bits() / weight.numel(), 4),
-        "relative_error": plain,
-    }
-    if weighted is not None:
-        row["weighted_error"] = weighted
-    if statistics is not None and (dead := int((statistics.largest == 0).sum())):
-        row["dead_inputs"] = dead  # channels that were zero in every token: calibration says nothing of their weights
-    if isinstance(tensor.scale, Tensor) and tensor.scale.dtype != scheme.weight.scale_dtype:
-        row["scale_dtype"] = str(tensor.scale.dtype).removeprefix(
-            "torch."
-        )  # the scheme's would have under- or overflowed
-    return row
+def _round(
+    work: BlockWork, method: Method, names: Sequence[str], observed: Observed, scales: Mapping[str, Tensor]
+) -> tuple[dict[str, Rounded], Mapping[str, SiteStatistics]]:
+    """Round the layers of one method: all from one observation, or site by site behind rounded predecessors."""
+    options = method.options[method.algorithm.round.name]
+    if work.flow is None or not getattr(options, "true_sequential", False):
+        layers = {name: work.layers[name] for name in names}
+        is_calibrated = work.flow is not None
+        rounded = round_layers(layers, work.schemes, work.methods, observed.statistics, is_calibrated=is_calibrated)
+        return rounded, observed.statistics
+    return _round_in_sequence(work, method, names, observed, scales)
 
 
-def _observe(
-    layers: Mapping[str, nn.Module], flow: Flow | None, run: Callable[[int], Tensor], algorithm: Algorithm
-) -> tuple[dict[str, SiteStatistics], tuple[Tensor, ...]]:
-    """Statistics of the layers' inputs, and the block's outputs for the first samples, as the block is now."""
-    if flow is None:
-        return {}, ()
+def _round_in_sequence(
+    work: BlockWork, method: Method, names: Sequence[str], observed: Observed, scales: Mapping[str, Tensor]
+) -> tuple[dict[str, Rounded], Mapping[str, SiteStatistics]]:
+    """Site by site in the order in which they run, each on what its rounded predecessors make of the inputs."""
+    assert work.flow is not None
+    forwards = [partial(work.run, sample) for sample in range(len(work.flow.inputs))]
+    gram, numbers = method.algorithm.with_gram, work.flow.numbers
+    rounded: dict[str, Rounded] = {}
+    statistics: dict[str, SiteStatistics] = {}
+    seen = [name for site in observed.sites for name in site if name in names]
+    sites = [[name for name in site if name in names] for site in observed.sites]
+    for site in [*filter(None, sites), [name for name in names if name not in seen]]:
+        layers = {name: work.layers[name] for name in site}
+        found = collect_statistics(layers, forwards, with_gram=gram, numbers=numbers, sites=observed.sites)
+        statistics |= found.statistics
+        rounded |= round_layers(layers, work.schemes, work.methods, found.statistics, is_calibrated=True)
+        for name in site:
+            tensor, scale = rounded[name].tensor, scales.get(name)
+            _put(work, name, quantized_linear(work.layers[name], tensor, work.schemes[name], scale))
+    for name in names:
+        _put(work, name, work.layers[name])
+    return {name: rounded[name] for name in names}, statistics
+
+
+def _task(work: BlockWork, names: Sequence[str], observed: Observed) -> BlockTask:
+    sites = (tuple(name for name in site if name in names) for site in observed.sites)
+    inputs = work.flow.inputs if work.flow is not None else ()
+    references = work.flow.references if work.flow is not None else None
+    return BlockTask(
+        name=work.name,
+        block=work.blocks[0] if len(work.blocks) == 1 else nn.ModuleList(work.blocks),
+        layers={name: work.layers[name] for name in names},
+        linears={name: work.schemes[name] for name in names},
+        sites=tuple(filter(None, sites)),
+        statistics={name: entry for name, entry in observed.statistics.items() if name in names},
+        inputs=inputs,
+        reference_inputs=inputs if references is None else references,
+        run=work.run,
+        run_on=work.run_on,
+        seed=block_seed(work.seed, work.name),
+    )
+
+
+def _observe(work: BlockWork, sites: Sequence[Sequence[str]] | None = None) -> tuple[Observed, tuple[Tensor, ...]]:
+    """Statistics of the layers' inputs, and the blocks' outputs for the first samples, as the blocks are now."""
+    if work.flow is None:
+        return NOTHING_OBSERVED, ()
     outputs: list[Tensor] = []
 
     def forward(sample: int) -> None:
-        output = run(sample)
+        output = work.run(sample)
         if sample < COMPARED_SAMPLES:
             outputs.append(output)
 
-    forwards = [partial(forward, sample) for sample in range(len(flow.inputs))]
-    statistics = collect_statistics(layers, forwards, with_gram=algorithm.with_gram, numbers=flow.numbers)
-    return statistics, tuple(outputs)
+    forwards = [partial(forward, sample) for sample in range(len(work.flow.inputs))]
+    with_gram = any(method.algorithm.with_gram for method, _ in work.by_method())
+    observed = collect_statistics(work.layers, forwards, with_gram=with_gram, numbers=work.flow.numbers, sites=sites)
+    return observed, tuple(outputs)
 
 
-def _run_sample(block: nn.Module, flow: Flow | None, sample: int) -> Tensor:
-    assert flow is not None
-    return run_block(block, flow.inputs[sample], flow.calls[sample])
+def _float_outputs(work: BlockWork) -> tuple[Tensor, ...] | None:
+    """What the float blocks make of the float model's hidden states, where some algorithm wants those."""
+    if work.flow is None or work.flow.references is None:
+        return None
+    return tuple(work.run_on(hidden, sample) for sample, hidden in enumerate(work.flow.references))
 
 
-def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) -> tuple[float, float | None]:
-    """``|W - W'| / |W|`` in the Frobenius norm, and the same with each column weighted by its input's power."""
-    difference, size = _square_sums(weight, tensor, 1.0)
-    largest = float(weight.abs().amax().to(torch.float32)) if not 1e-20 < float(size.sum()) < 1e30 else 0.0
-    if largest:  # float32 squares of such numbers over- or underflow
-        difference, size = _square_sums(weight, tensor, largest)
-    plain = float((difference.sum() / size.sum().clamp(min=1e-300)).sqrt())
-    if importance is None:
-        return plain, None
-    return plain, float(((difference * importance).sum() / (size * importance).sum().clamp(min=1e-300)).sqrt())
+def _outputs(work: BlockWork) -> tuple[Tensor, ...]:
+    """What the quantized blocks make of each sample."""
+    if work.flow is None:
+        return ()
+    outputs = tuple(map(work.run, range(len(work.flow.inputs))))
+    for output, number in zip(outputs, work.flow.numbers, strict=True):
+        if not torch.isfinite(output).all():
+            position = work.flow.numbers.index(number)
+            raise NonFiniteActivations(position, number, f"at the output of the quantized {work.name}")
+    return outputs
 
 
-def _square_sums(weight: Tensor, tensor: QuantizedTensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Sums of squares of the error and of the weight, by column (float64), in units of ``unit``."""
-    difference = torch.zeros(weight.shape[1], dtype=torch.float64)
-    size = torch.zeros_like(difference)
-    separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
-    rebuilt = None if separable else tensor.dequantize()
-    count = max(1, TILE // weight.shape[1])
-    for start in range(0, weight.shape[0], count):
-        rows = slice(start, start + count)
-        part = weight[rows].to(torch.float32)
-        decoded = tensor.rows(rows).dequantize() if rebuilt is None else rebuilt[rows]
-        error = part - decoded
-        if unit != 1.0:
-            error, part = error / unit, part / unit
-        difference += error.square_().sum(0)
-        size += part.square().sum(0)
-    return difference, size
+@contextmanager
+def _multiplied_input(layer: nn.Module, scale: Tensor) -> Iterator[None]:
+    """Multiply what ``layer`` reads by ``scale`` (``[in]``)."""
+
+    def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return ((inputs[0] * scale).to(inputs[0].dtype), *inputs[1:])
+
+    hook: Any = layer.register_forward_pre_hook(multiply)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _note_of(method: Method, work: BlockWork) -> dict[str, Any]:
+    """The row's word on the algorithm, where a block has several."""
+    return {"algorithm": method.name} if len(work.by_method()) > 1 else {}
+
+
+def _put(work: BlockWork, name: str, module: nn.Module) -> None:
+    set_module(work.model, name, module)
 
 
 def _relative_square(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> float:
