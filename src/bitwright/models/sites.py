@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bitwright.models.blocks import is_linear, linear_shape, linears
+from bitwright.models.blocks import linear_shape, linears
 from bitwright.models.folding import Fold, holds, is_norm, norm_offset
 
 __all__ = ["Site", "enclosing", "find_sites"]
@@ -246,7 +246,6 @@ def _with_routed(
         if other.width == site.width
         and trace.writes.get(trace.reads[other.readers[0]]) is None
         and position[other.readers[0]] > position[site.readers[0]]
-        and _numberless(other.readers[0]) != other.readers[0].removeprefix(enclosing(site.readers))
         and _in_list_of_experts(other.readers[0], site.readers)
     ]
     readers = [*site.readers, *(reader for other in later for reader in other.readers)]
