@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.quantization.awq import AWQ
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 
@@ -17,6 +18,7 @@ __all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_option
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
+    "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
 }
 
 
