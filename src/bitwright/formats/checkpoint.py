@@ -15,6 +15,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.formats.directory import find_file, locate_file, read_object
 from bitwright.formats.safetensors_file import FileTensor, open_source, read_tensor
 from bitwright.formats.safetensors_index import FileIndex, TensorEntry, read_index
+from bitwright.formats.sidecar import read_sidecar
 
 __all__ = [
     "CONFIG",
@@ -53,7 +54,7 @@ class Checkpoint:
 
     Attributes:
         directory: where it lies.
-        config: ``config.json`` as it is.
+        config: ``config.json``, with the ``quantization_config`` that old checkpoints have in a file of its own.
         tensors: every tensor by name.
         files: the weight files by name, and their sizes in bytes.
         metadata: the metadata of the first weight file.
@@ -116,7 +117,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         BitwrightError: BW301 not a model, BW302 an invalid weight file, BW303 shards or tensors missing or
             unexpected, BW305 pickle weights only, BW307 an invalid ``config.json``, BW308 an unfinished output,
-            BW310 an unsafe name.
+            BW310 an unsafe name, BW311 an unreadable record of quantization in a file of its own.
     """
     names = _list_directory(directory)
     config = _read_config(directory, names)
@@ -125,6 +126,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     files = sorted(set(weight_map.values())) if weight_map is not None else _find_weight_files(directory, names)
     indexes = _read_indexes(directory, files)
     tensors = _merge(directory, indexes)
+    if "quantization_config" not in config and any(name.endswith(".qweight") for name in tensors):
+        record = read_sidecar(directory, names)
+        config = config if record is None else {**config, "quantization_config": record}
     if weight_map is not None:
         _check_weight_map(directory, weight_map, tensors)
     sizes = {index.path.name: index.size for index in indexes}

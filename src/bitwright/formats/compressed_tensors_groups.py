@@ -8,16 +8,12 @@ from typing import Any
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
+from bitwright.formats.patterns import compile_pattern
 
 __all__ = ["ConfigGroup", "find_group", "read_groups"]
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
 MAX_GROUPS = 4096
-MAX_PATTERN = 512
-# Patterns come with the model. A repeated group that repeats inside, or many open repeats, can take forever to match.
-NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?:[*+]|\{)(?:[^()\\]|\\.)*\)\s*[*+{]")
-OPEN_REPEAT = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
-MAX_REPEATS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +119,10 @@ def _has_activation(checkpoint: Checkpoint, key: str, activations: Any) -> bool:
 
 
 def _compile(checkpoint: Checkpoint, pattern: str) -> re.Pattern[str]:
-    too_complex = len(pattern) > MAX_PATTERN or NESTED_REPEAT.search(pattern) is not None
-    if too_complex or len(OPEN_REPEAT.findall(pattern)) > MAX_REPEATS:
-        raise _refusal(checkpoint, f"the target {pattern[:80]!r} is too complex a pattern")
     try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _refusal(checkpoint, f"the target {pattern[:80]!r} is not a regular expression: {error}") from error
+        return compile_pattern(pattern)
+    except ValueError as error:
+        raise _refusal(checkpoint, f"a target is refused: {error}") from error
 
 
 def _refusal(checkpoint: Checkpoint, what: str) -> BitwrightError:

@@ -17,10 +17,19 @@ __all__ = ["Format", "LayerRecord"]
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """How one linear layer is stored: its scheme and its shape ``(out, in)``."""
+    """How one linear layer is stored: its scheme and its shape ``(out, in)``.
+
+    ``reordered``: its groups are not runs of consecutive columns, and ``QuantizedTensor.group_index`` says what they
+    are. Some formats must announce that in their configuration.
+    """
 
     scheme: LayerScheme
     shape: tuple[int, int]
+    reordered: bool = False
+
+
+def _refuse_nothing(records: Mapping[str, LayerRecord], ignored: Sequence[str]) -> str | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class Format:
         recognize: whether a ``quantization_config`` is of this format (whatever its version).
         layers: the records of the quantized layers of a checkpoint.
         decode: one layer of a checkpoint, as the canonical tensor.
+        refuse_together: why layers that can be stored one by one cannot be in one checkpoint (with these linear layers
+            left float), or ``None`` if they can: some formats have one setting for all layers.
     """
 
     name: str
@@ -45,3 +56,4 @@ class Format:
     recognize: Callable[[Mapping[str, Any]], bool]
     layers: Callable[[Checkpoint], dict[str, LayerRecord]]
     decode: Callable[[Checkpoint, str, LayerRecord], QuantizedTensor]
+    refuse_together: Callable[[Mapping[str, LayerRecord], Sequence[str]], str | None] = _refuse_nothing

@@ -19,7 +19,8 @@ from bitwright.formats.safetensors_index import DTYPE_BITS, TensorEntry
 
 __all__ = ["DTYPES", "FileTensor", "TensorSource", "open_source", "read_tensor", "serialize"]
 
-CHUNK = 16 << 20
+CHUNK = 2 << 20  # streamed at a time: small enough to stay in cache from where it is read to where it is used
+PIECE = 16 << 20  # read by one call into a tensor
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
@@ -61,7 +62,7 @@ class FileTensor:
         return self.entry.shape
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        """The bytes of the tensor, 16 MiB at a time.
+        """The bytes of the tensor, 2 MiB at a time.
 
         Raises:
             BitwrightError: BW302 if the file has become shorter than its index says.
@@ -103,7 +104,7 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
     try:
         position = entry.start
         while view.nbytes:
-            count = os.preadv(descriptor, [view[:CHUNK]], position)
+            count = os.preadv(descriptor, [view[:PIECE]], position)
             if count == 0:
                 raise _truncated(path, entry)
             view, position = view[count:], position + count

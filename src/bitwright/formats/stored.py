@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import QuantScheme
 from bitwright.formats.checkpoint import Checkpoint, list_names
 from bitwright.formats.safetensors_file import DTYPES
 
-__all__ = ["check_finite", "check_group_index", "check_names", "read_checked"]
+__all__ = ["check_finite", "check_group_index", "check_names", "float16_scales", "read_checked", "unsigned_codes"]
 
 
 def read_checked(
@@ -75,3 +76,22 @@ def _is_stray(name: str, layers: Mapping[str, Set[str]], optional: Set[str]) -> 
             return name[position + 1 :] not in optional
         position = name.find(".", position + 1)
     return False
+
+
+def unsigned_codes(codes: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes (or zero points) counted from the smallest one, as uint8; those of ``uint`` schemes are so already."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) - (scheme.code_min & 0xFF)
+
+
+def float16_scales(name: str, scale: Tensor) -> Tensor:
+    """The scales of the layer ``name`` for a format that knows float16 alone.
+
+    Where float16 would have lost them in fitting, they are float32, and stay so: readers cast what they read.
+
+    Raises:
+        BitwrightError: BW205 if one is too large for float16, which would be read as infinite.
+    """
+    if scale.dtype != torch.float16 and bool((scale.abs() > torch.finfo(torch.float16).max).any()):
+        what = f"{name} has scales beyond the range of float16, in which the format stores them"
+        raise BitwrightError("BW205", what, suggestion="--format native stores every scheme")
+    return scale

@@ -1,4 +1,9 @@
-"""The formats that bitwright writes and reads, in the order in which they are tried."""
+"""The formats that bitwright writes and reads.
+
+The order counts twice. A ``quantization_config`` is offered to each in turn, so the versions of GPTQ that are written
+only when asked for come before the one that takes the rest. And where the user names no format, the last one that can
+store every layer is chosen: compressed-tensors, which most engines read, then the others, then native.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
-from bitwright.formats import compressed_tensors, native
+from bitwright.formats import awq, compressed_tensors, gptq, native
 from bitwright.formats.records import Format
 
 __all__ = ["FORMATS", "find_format", "get_format"]
 
-FORMATS: tuple[Format, ...] = (native.FORMAT, compressed_tensors.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    native.FORMAT,
+    gptq.FORMAT_V1,
+    gptq.FORMAT_V2,
+    gptq.FORMAT,
+    awq.FORMAT,
+    compressed_tensors.FORMAT,
+)
 
 
 def get_format(name: str) -> Format:

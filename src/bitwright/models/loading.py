@@ -102,6 +102,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None)
     if layout is not None:
         layers = _place_layers(model, checkpoint, layout.layers(checkpoint))
     taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
+    taken |= _zero_biases(model, checkpoint, layers)
     matched = match_names(model, [name for name in checkpoint.tensors if name not in taken])
     _fill(model, checkpoint, matched)
     for name, (stored, record) in layers.items():
@@ -151,6 +152,20 @@ def _place_layers(
         bias = modules[name].bias
         set_module(model, name, _Vacancy(bias if isinstance(bias, nn.Parameter) else None))
     return layers
+
+
+def _zero_biases(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: Mapping[str, tuple[str, LayerRecord]]
+) -> set[str]:
+    """The biases that the files have where the model has none, if all zero: old writers of GPTQ give them to all."""
+    found = set()
+    for name, (stored, record) in layers.items():
+        bias = f"{stored}.bias"
+        if model.get_submodule(name).bias is None and bias in checkpoint.tensors:
+            values = read_checked(checkpoint, bias, FLOAT_DTYPES, record.shape[:1], field="the output features")
+            if not bool(values.any()):
+                found.add(bias)
+    return found
 
 
 def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
