@@ -33,6 +33,7 @@ from bitwright.quantization.calibration import (
 from bitwright.quantization.destination import check_output, clear_output, clear_work
 from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
+from bitwright.quantization.finishing import final_records
 from bitwright.quantization.job import Job, fingerprint
 from bitwright.quantization.journal import Journal, has_units
 from bitwright.quantization.plan import GroupFallback, Plan, make_plan
@@ -181,14 +182,15 @@ def _run(
             check_resources(request.output, plan, needed)
             if not _resumes(request):
                 clear_output(request.output)
-            units = [unit.name for unit in plan.units]
-            journal = Journal(request.output, fingerprint(source, plan, recipe, tokens), request.command, units)
+            settings = fingerprint(source, plan, recipe, tokens)
+            journal = Journal(request.output, settings, request.command, plan.unit_names)
             journal.open()
             _do_units(source, plan, recipe, tokens, journal, needed, request)
-            report = make_report(name, source, plan, recipe, tokens, journal.done, notices)
+            records = final_records(plan, journal.done)
+            report = make_report(name, source, plan, recipe, tokens, records, notices)
             facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
             report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
-            finish_checkpoint(request.output, source, plan, journal.done, report)
+            finish_checkpoint(request.output, source, plan, records, report)
             clear_work(work)
     finally:
         remove_empty_directory(work)

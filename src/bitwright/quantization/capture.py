@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitwright.models.blocks import Blocks, set_module
 from bitwright.quantization.statistics import SiteStatistics, collect_statistics
 
-__all__ = ["BlockCall", "Captured", "capture", "observe_head", "run_block"]
+__all__ = ["BlockCall", "Captured", "capture", "head_output", "observe_head", "run_block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,18 @@ def observe_head(
     finally:
         for module in head.values():
             del module.forward
+
+
+def head_output(
+    model: nn.Module, blocks: Blocks, hidden: Tensor, forward: Callable[[], Tensor], *, as_tuple: bool
+) -> Tensor:
+    """What ``forward`` (of the whole model) returns if the last block's output is ``hidden``; no block is computed."""
+    feeders = [_Feeder(block, as_tuple=as_tuple) for block in blocks.modules]
+    found: list[Tensor] = []
+    for feeder in feeders:
+        feeder.hidden = hidden
+    _run_with(model, blocks.names(), feeders, lambda: found.append(forward()))
+    return found[0]
 
 
 def _leave(*_: object) -> None:

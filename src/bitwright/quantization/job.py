@@ -24,14 +24,15 @@ from bitwright.models.names import shared_names
 from bitwright.quantization.calibration import CalibrationTokens
 from bitwright.quantization.capture import Captured, capture, observe_head
 from bitwright.quantization.events import Event, EventSink, Stopped
+from bitwright.quantization.finishing import Finish, block_shard
 from bitwright.quantization.journal import Journal, UnitRecord
-from bitwright.quantization.plan import Plan, Unit
+from bitwright.quantization.plan import FINISH, Plan, Unit
 from bitwright.quantization.report import versions
 from bitwright.quantization.rows import layer_row
 from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics
-from bitwright.quantization.stream import BlockResult, BlockWork, Flow, quantize_block, round_layers
-from bitwright.quantization.writer import shard_name, tensor_bytes
+from bitwright.quantization.stream import BlockResult, BlockWork, Flow, block_seed, quantize_block, round_layers
+from bitwright.quantization.writer import tensor_bytes
 
 __all__ = ["Job", "fingerprint"]
 
@@ -82,16 +83,22 @@ class Job:
             Stopped: after a unit, if ``should_stop`` says so.
             BitwrightError: whatever goes wrong; finished units stay.
         """
-        done, total = len(self.journal.done), len(self.plan.units)
+        done, total = len(self.journal.done), len(self.plan.unit_names)
         if done:
             saved = round(sum(record.seconds for record in self.journal.done), 1)
             message = f"found {done}/{total} units done and intact ({saved} s saved), resuming at unit {done + 1}"
             self.sink(Event("resume", message, {"done": done, "total": total, "saved_seconds": saved}))
-        if self.calibration is not None and any(unit.layers for unit in self.plan.units[done:]):
+        pending = any(unit.layers for unit in self.plan.units[done:]) or FINISH in self.plan.unit_names[done:]
+        if self.calibration is not None and pending:
             self._start_flow()
+        self._do_units(done, total)
+        if self.plan.finish is not None and len(self.journal.done) < total:
+            self._finish()
+
+    def _do_units(self, done: int, total: int) -> None:
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending: Future[None] | None = None
-            for index in range(done, total):
+            for index in range(done, len(self.plan.units)):
                 started = time.perf_counter()
                 unit = self.plan.units[index]
                 self.sink(Event("progress", f"{unit.name} ...", {"unit": unit.name, "at": index + 1, "total": total}))
@@ -105,8 +112,22 @@ class Job:
             if pending is not None:
                 pending.result()
 
+    def _finish(self) -> None:
+        assert self.calibration is not None
+        Finish(
+            source=self.source,
+            plan=self.plan,
+            seed=block_seed(self.recipe.seed, FINISH),
+            output=self.output,
+            journal=self.journal,
+            sink=self.sink,
+            windows=[self.calibration.windows[number] for number in self.inputs],
+            references=tuple(self.references.values()),
+            as_tuple=self.captured is not None and self.captured.as_tuple,
+        ).run(self.should_stop)
+
     def _compute(self, index: int, unit: Unit) -> _Work:
-        file = shard_name(index, len(self.plan.units))
+        file = block_shard(self.plan, index)
         if unit.is_block:
             return self._compute_block(unit, file)
         tensors: dict[str, Tensor | TensorSource] = {name: self.source.stored(name) for name in unit.tensors}
@@ -234,7 +255,8 @@ class Job:
 
     def _commit(self, index: int, work: _Work, started: float) -> None:
         """Write a unit's files, then its line in the journal."""
-        saved = None
+        # The head changes nothing in what the pass at the end begins with.
+        saved = self.journal.done[-1].inputs if self.plan.finish is not None and self.journal.done else None
         if work.inputs:
             name = f"inputs-{index + 1:05d}.safetensors"
             saved = (name, write_file(self.journal.work / name, serialize(work.inputs)))
@@ -280,13 +302,13 @@ class Job:
 
     def _tell(self, index: int, record: UnitRecord, seconds: float) -> None:
         self.seconds.append(seconds)
-        remaining = len(self.plan.units) - index - 1
+        remaining = len(self.plan.unit_names) - index - 1
         eta = remaining * sum(self.seconds) / len(self.seconds)
         errors = [float(row["relative_error"]) for row in record.layers.values()]
         data = {
             "unit": record.unit,
             "done": index + 1,
-            "total": len(self.plan.units),
+            "total": len(self.plan.unit_names),
             "seconds": round(seconds, 3),
             "eta_seconds": round(eta, 1),
             "error": max(errors) if errors else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,12 +19,14 @@ from bitwright.formats.table import get_format
 from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
 from bitwright.quantization.algorithms import Method, make_method
 from bitwright.quantization.sources import Source
+from bitwright.quantization.stages import Finisher, Stage
 
-__all__ = ["GroupFallback", "Plan", "Unit", "make_plan"]
+__all__ = ["FINISH", "GroupFallback", "Plan", "Unit", "make_plan"]
 
 GroupFallback = Literal["error", "pad", "per-channel", "skip"]
 GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
 OUTER, HEAD = "outer", "head"  # names of the units that are not blocks
+FINISH = "finish"  # the pass over the whole model at the end, in the journal
 USUAL_GROUPS = (256, 128, 64, 32, 16)
 
 
@@ -73,7 +75,29 @@ class Plan:
     @property
     def with_float_flow(self) -> bool:
         """Whether some layer's algorithm needs the hidden states of the float model."""
-        return any(method.algorithm.with_float_flow for method in self.methods.values())
+        return self.finish is not None or any(method.algorithm.with_float_flow for method in self.methods.values())
+
+    @property
+    def is_equalized(self) -> bool:
+        """Whether the float weights of some layer change before they are rounded."""
+        return any(method.algorithm.equalize for method in self.methods.values())
+
+    @property
+    def finish(self) -> tuple[Stage[Finisher], Any] | None:
+        """The pass over the whole model at the end, with its options; the first layer's that has one, has it."""
+        for method in self.methods.values():
+            stage = method.algorithm.finish
+            if stage is not None:
+                return stage, method.options[stage.name]
+        return None
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """What the journal of a run holds, in order: the units, then the steps of the pass at the end."""
+        names = tuple(unit.name for unit in self.units)
+        if self.finish is None:
+            return names
+        return (*names, FINISH, *(f"{FINISH}:{unit.name}" for unit in self.units if unit.is_block))
 
 
 def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallback: GroupFallback) -> Plan:

@@ -12,7 +12,7 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["Algorithm", "BlockTask", "Equalizer", "Rounded", "Rounder", "Stage", "Tuner"]
+__all__ = ["Algorithm", "BlockTask", "Equalizer", "Finisher", "Rounded", "Rounder", "Stage", "Tuner"]
 
 
 class _RunOn(Protocol):
@@ -62,6 +62,7 @@ class Rounded:
 Rounder = Callable[[Tensor, SiteStatistics | None, QuantScheme, Any], QuantizedTensor | Rounded]
 Equalizer = Callable[[BlockTask, Any], Mapping[str, Tensor]]
 Tuner = Callable[[BlockTask, Mapping[str, QuantizedTensor], Any], Mapping[str, QuantizedTensor]]
+Finisher = Callable[..., Any]  # a task for the whole quantized model, options, seed, state, on_check -> its updates
 Work = TypeVar("Work")
 
 
@@ -84,6 +85,7 @@ class Algorithm:
         equalize: change the block's float weights so that its float output stays and rounding hurts less. What cannot
             be folded into the block is returned: by layer, the vector ``[in]`` that multiplies its input from then on.
         tune: improve the rounded tensors with the whole block in view; the block's other parameters may change too.
+        finish: improve the whole quantized model when all blocks are done, as :func:`.logits.tune_logits` does.
         calibrated: whether calibration text is needed.
         with_gram: whether ``sum(x xT)`` of each input site is needed.
         with_float_flow: whether ``BlockTask.reference_inputs`` are those of the float model.
@@ -92,10 +94,11 @@ class Algorithm:
     round: Stage[Rounder]
     equalize: tuple[Stage[Equalizer], ...] = ()
     tune: tuple[Stage[Tuner], ...] = ()
+    finish: Stage[Finisher] | None = None
     calibrated: bool = False
     with_gram: bool = False
     with_float_flow: bool = False
 
     @property
     def stages(self) -> tuple[Stage[Any], ...]:
-        return (*self.equalize, self.round, *self.tune)
+        return (*self.equalize, self.round, *self.tune, *(() if self.finish is None else (self.finish,)))
