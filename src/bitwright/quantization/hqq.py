@@ -24,9 +24,10 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.grid import Parameters
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
+from bitwright.quantization.stages import Rounder, Stage
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["HqqOptions", "solve_half_quadratic"]
+__all__ = ["HQQ", "HqqOptions", "solve_half_quadratic"]
 
 TILE = 256 * 1024  # numbers worked on at a time: few enough for the cache, enough to pay for each operation's start
 _Part = tuple[slice, slice, slice]  # rows, columns and groups of a tile
@@ -230,3 +231,6 @@ def _divisor(scale: Tensor) -> Tensor:
 def _check(field: str, value: float, is_valid: bool, accepted: str) -> None:
     if not is_valid:
         raise ArgumentError("BW201", f"hqq option {field} is {value!r}", suggestion=f"accepted: {accepted}")
+
+
+HQQ: Stage[Rounder] = Stage("hqq", HqqOptions, solve_half_quadratic)
