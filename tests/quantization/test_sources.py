@@ -176,6 +176,37 @@ def test_a_change_of_a_module_in_memory_is_another_model(tmp_path: Path) -> None
     assert MemorySource(model).identity() != before
 
 
+def test_the_identity_does_not_depend_on_how_bytes_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd()
+    whole = MemorySource(model).identity()
+    monkeypatch.setattr("bitwright.quantization.sources.MOVED", 5)
+    assert MemorySource(model).identity() == whole
+    with torch.no_grad():
+        model.blocks[0].up.weight[3, 5] = torch.nan
+    with pytest.raises(BitwrightError, match=r"blocks.0.up.weight \(1\)"):
+        refuse_nonfinite(MemorySource(model))
+
+
+def test_tensors_without_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    model = Plain(width=32, blocks=2)
+    model.blocks[1].up.to("meta")
+    with pytest.raises(
+        BitwrightError, match=r"2 tensors of the module.*blocks.1.up.bias, blocks.1.up.weight"
+    ) as caught:
+        quantize(model, tmp_path / "out", scheme="w4g32")
+    assert caught.value.code == "BW303" and not (tmp_path / "out").exists()
+
+
+def test_a_file_cut_off_after_it_was_opened_is_reported_by_the_scan(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    source = DiskSource(tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(BitwrightError, match="BW302"):
+        refuse_nonfinite(source)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_every_number_that_is_not_finite_is_counted(dtype: torch.dtype, value: float) -> None:

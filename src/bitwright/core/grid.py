@@ -96,7 +96,7 @@ def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Te
         for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
-            codes[rows, columns] = _encode_groups(view, scale, zero, scheme).flatten(1)
+            codes[rows, columns].unflatten(1, view.shape[1:]).copy_(_encode_groups(view, scale, zero, scheme))
     return codes
 
 
@@ -107,7 +107,7 @@ def decode(codes: Tensor, *, parameters: Parameters, scheme: QuantScheme, dtype:
         for columns, groups, view in _group_views(codes[rows], scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
-            values[rows, columns] = (_positions(view, zero, scheme) * scale).flatten(1).to(dtype)
+            values[rows, columns].unflatten(1, view.shape[1:]).copy_(_positions(view, zero, scheme).mul_(scale))
     return values
 
 
@@ -216,7 +216,10 @@ def _zero(low: Tensor, high: Tensor, scale: Tensor, scheme: QuantScheme) -> Tens
 
 
 def _encode_groups(values: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """Codes of ``[..., groups, size]`` float32 values; ``scale`` and ``zero`` are ``[..., groups, 1]`` float32."""
+    """Codes of ``[..., groups, size]`` float32 values, those of whole numbers as float32 too.
+
+    ``scale`` and ``zero`` are ``[..., groups, 1]`` float32.
+    """
     scaled = values / torch.where(scale == 0, 1.0, scale)
     if scheme.is_codebook:
         return encode_levels(scaled, scheme.code)
@@ -227,16 +230,17 @@ def _encode_groups(values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Q
     else:
         codes = scaled.round_()
         codes = codes if zero is None else codes.add_(zero)
-    return codes.clamp_(scheme.code_min, scheme.code_max).to(scheme.code_dtype)
+    return codes.clamp_(scheme.code_min, scheme.code_max)
 
 
 def _positions(codes: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """What each code is worth before it is multiplied by its scale (float32)."""
+    """What each code is worth before it is multiplied by its scale (float32); float ``codes`` are overwritten."""
     if scheme.is_codebook:
         return decode_levels(codes, scheme.code)
+    positions = codes.to(torch.float32)
     if scheme.symmetric and scheme.bits == 1:
-        return codes.to(torch.float32) * 2 + 1  # two levels, -scale and +scale
-    return codes.to(torch.float32) if zero is None else codes.to(torch.float32) - zero
+        return positions.mul_(2).add_(1)  # two levels, -scale and +scale
+    return positions if zero is None else positions.sub_(zero)
 
 
 def _search(
@@ -296,9 +300,9 @@ def _squared_error(
         for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
-            rebuilt = _positions(_encode_groups(view, scale, zero, scheme), zero, scheme) * scale
+            rebuilt = _positions(_encode_groups(view, scale, zero, scheme), zero, scheme).mul_(scale)
             largest = view.abs().amax(-1, keepdim=True).clamp(min=FLOAT32.tiny)  # or squares over- and underflow
-            squares = (rebuilt - view).div_(largest).square_()
+            squares = rebuilt.sub_(view).div_(largest).square_()
             if weights is not None:
                 squares.mul_(weights[:, columns].view(1, view.shape[1], -1))
             error[rows, groups] = squares.sum(-1)

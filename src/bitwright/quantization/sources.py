@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
-from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.safetensors_file import TensorSource
 from bitwright.models.blocks import find_blocks
 from bitwright.models.hf import empty_model, read_config
@@ -28,6 +29,7 @@ EXPONENTS = {
     torch.float64: (np.uint64, np.uint64(0x7FF0000000000000)),
 }
 PIECE = 1 << 18  # numbers looked at together, so that the copy stays in cache
+MOVED = 1 << 24  # numbers fetched together from another device
 
 
 class Source(Protocol):
@@ -145,9 +147,21 @@ class DiskSource:
 
 
 class MemorySource:
-    """A module that is in memory already; loading and releasing do nothing."""
+    """A module that is in memory already, on whatever device; loading and releasing do nothing.
+
+    Raises:
+        BitwrightError: BW303 if some of its tensors are on the meta device and so have no numbers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise BitwrightError(
+                "BW303",
+                f"{len(empty)} tensors of the module are on the meta device: {list_names(empty)}",
+                why="such tensors have shapes and no numbers",
+                suggestion="load the whole model, without offloading any of it, or give its directory instead",
+            )
         self.model = model
         self.directory: Path | None = None
         config = getattr(model, "config", None)
@@ -175,7 +189,8 @@ class MemorySource:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # flat: a scalar has no bytes to view
+            for piece in _pieces(tensor):
+                digest.update(piece)
         return {"class": type(self.model).__name__, "sha256": digest.hexdigest()}
 
     def byte_count(self) -> int:
@@ -190,8 +205,13 @@ def refuse_nonfinite(source: Source) -> None:
     Raises:
         BitwrightError: BW309 naming the tensors and how many of their numbers are not finite.
     """
-    counts = {name: _count_nonfinite(source.stored(name)) for name in source.shapes()}
-    broken = {name: count for name, count in counts.items() if count}
+    names = list(source.shapes())
+    pool = ThreadPoolExecutor(max_workers=torch.get_num_threads())
+    try:
+        counts = list(pool.map(lambda name: _count_nonfinite(source.stored(name)), names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    broken = {name: count for name, count in zip(names, counts, strict=True) if count}
     if broken:
         listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
         raise BitwrightError(
@@ -207,12 +227,18 @@ def _count_nonfinite(stored: Tensor | TensorSource) -> int:
     if stored.dtype not in EXPONENTS:
         return 0
     integer, exponent = EXPONENTS[stored.dtype]
-    chunks = [stored.reshape(-1).view(torch.uint8).numpy()] if isinstance(stored, Tensor) else stored.chunks()
     count = 0
-    for chunk in chunks:
+    for chunk in _pieces(stored) if isinstance(stored, Tensor) else stored.chunks():
         numbers = np.frombuffer(chunk, dtype=integer)
         for start in range(0, len(numbers), PIECE):
             exponents = numbers[start : start + PIECE] & exponent
             if exponents.max() == exponent:
                 count += int(np.count_nonzero(exponents == exponent))
     return count
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, in order; of one on another device, a part at a time. (Flat: a scalar has no bytes.)"""
+    flat = tensor.detach().reshape(-1)
+    for piece in torch.split(flat, MOVED):
+        yield piece.cpu().view(torch.uint8).numpy().data
