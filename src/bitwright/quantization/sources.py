@@ -164,6 +164,7 @@ class MemorySource:
             )
         self.model = model
         self.directory: Path | None = None
+        self._own: dict[str, Tensor] = {}  # the module's tensors that a copy stands in for, by name
         config = getattr(model, "config", None)
         self.config: Mapping[str, Any] = {}
         if config is not None and hasattr(config, "to_dict"):
@@ -177,9 +178,30 @@ class MemorySource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return state_names(self.model)
 
-    def load(self, names: Iterable[str]) -> None: ...
+    def load(self, names: Iterable[str]) -> None:
+        for name in names:
+            for holder, leaf in self._places(name):
+                places = holder._parameters if leaf in holder._parameters else holder._buffers
+                own = places[leaf]
+                assert own is not None
+                self._own.setdefault(name, own)
+                copy = self._own[name].detach().clone()
+                places[leaf] = nn.Parameter(copy, requires_grad=False) if leaf in holder._parameters else copy
 
-    def release(self, names: Iterable[str]) -> None: ...
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            own = self._own.pop(name, None)
+            for holder, leaf in self._places(name) if own is not None else ():
+                if isinstance(own, nn.Parameter):
+                    holder._parameters[leaf] = own
+                else:
+                    holder._buffers[leaf] = own
+
+    def _places(self, name: str) -> list[tuple[nn.Module, str]]:
+        """Where the parameter or buffer ``name`` is, and where it is tied to."""
+        names = [name, *(second for second, first in shared_names(self.model).items() if first == name)]
+        pairs = (each.rpartition(".") for each in names)
+        return [(self.model.get_submodule(parent), leaf) for parent, _, leaf in pairs]
 
     def stored(self, name: str) -> Tensor:
         tensor: Tensor = self.model.state_dict()[name]
