@@ -170,6 +170,12 @@ CATALOGUE: dict[str, Entry] = {
         "The quantized model is far worse than the reference (perplexity ratio above 1.5). The message names the worst "
         "modules: give them more bits with --override, a smaller group, or another algorithm.",
     ),
+    "BW604": Entry(
+        "a Hessian cannot be factored",
+        "A second-order algorithm could not factor the Hessian of a layer's inputs, with any damping: the inputs were "
+        "zero in every calibration token, or far too large. Without strict the layer is rounded to nearest, and the "
+        "report says so.",
+    ),
 }
 
 

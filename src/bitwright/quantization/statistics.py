@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
+from bitwright.quantization.hessian_products import GramSum
 
 __all__ = ["NonFiniteActivations", "Observed", "SiteStatistics", "collect_statistics"]
+
+TILE = 1 << 18  # numbers looked at a time, so that the float32 copies stay in cache
+TILE_ROWS = 256
+
+
+class _AllRead(Exception):
+    """Ends a forward pass in which every layer has got its input."""
 
 
 class NonFiniteActivations(BitwrightError):
@@ -31,33 +41,53 @@ class SiteStatistics:
     """Sums over calibration tokens of the activations ``x`` (``[tokens, in]``) of one input site.
 
     Sums, not means, so that the parts of a data set can be added. ``gram`` is ``sum(x xT)`` (``[in, in]`` float32),
-    kept only where an algorithm asks for it.
+    kept only where an algorithm asks for it (``with_gram``): bf16 activations are multiplied as they are, with float32
+    sums, where the processor can, and all others in float32, unless ``gram_dtype`` says otherwise; see
+    :mod:`bitwright.quantization.hessian_products` for how exact that is.
+
+    ``factored`` is a place for one factorization of the gram, so that the layers of a site share it: whoever makes one
+    keeps it here with a key of their own. Counting more tokens empties it.
     """
 
     width: int
     with_gram: bool = False
+    gram_dtype: torch.dtype | None = None
     tokens: int = 0
     sum_of_squares: Tensor = field(init=False)  # [in] float64
     sum_of_magnitudes: Tensor = field(init=False)  # [in] float64
     largest: Tensor = field(init=False)  # [in] float32
-    gram: Tensor | None = field(init=False)
+    factored: tuple[Hashable, Any] | None = field(init=False, default=None)
+    _gram: GramSum | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.sum_of_squares = torch.zeros(self.width, dtype=torch.float64)
         self.sum_of_magnitudes = torch.zeros(self.width, dtype=torch.float64)
         self.largest = torch.zeros(self.width)
-        self.gram = torch.zeros(self.width, self.width) if self.with_gram else None
+
+    @property
+    def gram(self) -> Tensor | None:
+        """``sum(x xT)`` so far; not to be changed."""
+        if not self.with_gram:
+            return None
+        return torch.zeros(self.width, self.width) if self._gram is None else self._gram.symmetric()
 
     def add(self, activations: Tensor) -> None:
         """Count the tokens of ``activations`` (``[..., in]``, any float dtype)."""
-        tokens = activations.detach().reshape(-1, self.width).to(torch.float32)
-        magnitudes = tokens.abs()
+        tokens = activations.detach().reshape(-1, self.width)
+        if not tokens.shape[0]:
+            return
         self.tokens += tokens.shape[0]
-        self.sum_of_squares += tokens.square().sum(0, dtype=torch.float64)
-        self.sum_of_magnitudes += magnitudes.sum(0, dtype=torch.float64)
-        self.largest = torch.maximum(self.largest, magnitudes.amax(0))
-        if self.gram is not None:
-            self.gram.addmm_(tokens.T, tokens)  # float32: a bf16 running sum stalls at 8 bits
+        self.factored = None
+        rows = max(1, min(TILE_ROWS, TILE // self.width))
+        for start in range(0, tokens.shape[0], rows):
+            magnitudes = tokens[start : start + rows].to(torch.float32).abs()
+            self.largest = torch.maximum(self.largest, magnitudes.amax(0))
+            self.sum_of_magnitudes += magnitudes.sum(0)  # few rows: float32 is exact enough until here
+            self.sum_of_squares += magnitudes.square_().sum(0)
+        if self.with_gram:
+            if self._gram is None:
+                self._gram = GramSum(self.width, self.gram_dtype)
+            self._gram.add(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +110,14 @@ def collect_statistics(
     with_gram: bool,
     numbers: Sequence[int] | None = None,
     sites: Sequence[Sequence[str]] | None = None,
+    complete: int | None = None,
 ) -> Observed:
     """Run each of ``forwards`` (one calibration sample each) and sum what the ``linears`` read.
 
     Linears that read the very same tensor when they first run form a site, unless ``sites`` says which ones do.
-    ``numbers`` are those of the samples in the data set, for messages; their positions unless given.
+    ``numbers`` are those of the samples in the data set, for messages; their positions unless given. Only the first
+    ``complete`` forwards (all unless given) need to reach their end: the others stop once every one of the ``linears``
+    has got its input.
 
     Raises:
         NonFiniteActivations: naming the sample and the layer whose input is not finite.
@@ -94,6 +127,7 @@ def collect_statistics(
     known = [[name for name in site if name in linears] for site in sites or ()]
     leaders = {name: site[0] for site in known for name in site}
     seen: dict[str, str] = {}  # the leaders of the layers that have run, in the order in which they did
+    reached: set[str] = set()
     sample = 0
 
     def look(name: str, activations: Tensor) -> None:
@@ -101,14 +135,19 @@ def collect_statistics(
             leaders[name] = next((other for tensor, other in read if tensor is activations), name)
             read.append((activations, leaders[name]))
         seen[name] = leaders[name]
-        if leaders[name] != name:
-            return
-        if not torch.isfinite(activations).all():
-            number = sample if numbers is None else numbers[sample]
-            raise NonFiniteActivations(sample, number, f"at the input of {name}")
+        reached.add(name)
+        if leaders[name] == name:
+            count(name, activations)
+        if complete is not None and sample >= complete and len(reached) == len(linears):
+            raise _AllRead
+
+    def count(name: str, activations: Tensor) -> None:
         if name not in statistics:
             statistics[name] = SiteStatistics(activations.shape[-1], with_gram)
         statistics[name].add(activations)
+        if not torch.isfinite(statistics[name].largest).all():
+            number = sample if numbers is None else numbers[sample]
+            raise NonFiniteActivations(sample, number, f"at the input of {name}")
 
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
@@ -116,8 +155,10 @@ def collect_statistics(
     ]
     try:
         for sample, forward in enumerate(forwards):  # noqa: B007 - `look` names the sample
-            forward()
+            with suppress(_AllRead):
+                forward()
             read.clear()
+            reached.clear()
     finally:
         for hook in hooks:
             hook.remove()

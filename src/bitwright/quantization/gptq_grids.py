@@ -1,0 +1,164 @@
+"""Where the grids come from on which GPTQ rounds: fitted to the original weights, or to the updated ones as they come.
+
+Doubly quantized scales are groups of hundreds of numbers that run across rows and groups, so all of them must be known
+before one is: such grids are fitted to the original weights, the scales are rounded, and codes are found on the rounded
+scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bitwright.core import grid
+from bitwright.core.grid import FitOptions, Parameters
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import QuantScheme
+from bitwright.quantization.fp8 import code_limits, fit_powers_of_two
+from bitwright.quantization.gptq_columns import ColumnGrids
+from bitwright.quantization.gptq_order import Order
+
+__all__ = ["FittedGrids", "Fitting", "FixedGrids", "nearest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How a range is chosen.
+
+    Attributes:
+        options: of the grid.
+        is_weighted: weigh the squared error of each column by the diagonal of the Hessian.
+        fp8_scale: of a weight that is to be a multiple of e4m3 numbers by this power of two; ``None`` otherwise.
+    """
+
+    options: FitOptions
+    is_weighted: bool = False
+    fp8_scale: float | None = None
+
+    def fit(self, values: Tensor, scheme: QuantScheme, importance: Tensor | None) -> Parameters:
+        """Grids for the groups of ``values`` (``[rows, columns]``, groups along the rows)."""
+        weights = importance if self.is_weighted else None
+        parameters = grid.fit(values, scheme=scheme, options=self.options, importance=weights)
+        if self.fp8_scale is None:
+            return parameters
+        return fit_powers_of_two(values, parameters, scheme, self.fp8_scale)
+
+    def columns(self, scheme: QuantScheme, scale: Tensor, zero: Tensor | None) -> ColumnGrids:
+        """Grids of single numbers from stored parameters, all ``[columns, out]``."""
+        scale = scale.to(torch.float32)
+        zero = None if zero is None else zero.to(torch.float32)
+        if self.fp8_scale is None:
+            return ColumnGrids(scheme, scale, zero)
+        return ColumnGrids(scheme, scale, zero, *code_limits(scale, zero, scheme, self.fp8_scale))
+
+
+@dataclass(slots=True)
+class FixedGrids:
+    """Grids fitted to the original weights (``weight``, ``[out, in]`` float32), double quantization included."""
+
+    scheme: QuantScheme
+    fitting: Fitting
+    stored: Tensor | QuantizedTensor
+    scale: Tensor  # as stored, [groups, out], or [in, groups] along axis 0
+    zero: Tensor | None
+    group_of: Tensor  # of each place; along axis 0, the column
+    outputs: int
+
+    @staticmethod
+    def fit(weight: Tensor, scheme: QuantScheme, fitting: Fitting, importance: Tensor, order: Order) -> FixedGrids:
+        rows = weight if scheme.axis == 1 else weight.t().contiguous()
+        parameters = fitting.fit(rows, scheme, importance if scheme.axis == 1 else None)
+        stored: Tensor | QuantizedTensor = parameters.scale
+        if scheme.scale_scheme is not None:
+            flat = parameters.scale.to(torch.float32).reshape(1, -1)
+            stored = QuantizedTensor.quantize(flat, scheme.scale_scheme)
+            parameters = grid.rescale(parameters, stored.dequantize().view_as(parameters.scale), scheme)
+        scale, zero = parameters.scale, parameters.zero
+        places = torch.arange(weight.shape[1]) if order.columns is None else order.columns
+        if scheme.axis == 0:
+            stored = stored.t().contiguous() if isinstance(stored, Tensor) else stored
+            return FixedGrids(scheme, fitting, stored, scale, zero, places, weight.shape[0])
+        size = weight.shape[1] if scheme.group is None else scheme.group
+        scale, zero = scale.t().contiguous(), None if zero is None else zero.t().contiguous()
+        return FixedGrids(scheme, fitting, stored, scale, zero, places // size, weight.shape[0])
+
+    def at(self, start: int, end: int) -> ColumnGrids:
+        """The grids of the columns at some places."""
+        groups = self.group_of[start:end]
+        scale, zero = self.scale[groups], None if self.zero is None else self.zero[groups]
+        if self.scheme.axis == 0:
+            scale = _along_outputs(scale, self.scheme, self.outputs)
+            zero = None if zero is None else _along_outputs(zero, self.scheme, self.outputs)
+        return self.fitting.columns(self.scheme, scale, zero)
+
+    def parameters(self) -> tuple[Tensor | QuantizedTensor, Tensor | None]:
+        """Scales and zero points in the layout of a :class:`QuantizedTensor`."""
+        return self.stored, None if self.zero is None else self.zero.t().contiguous()
+
+
+@dataclass(slots=True)
+class FittedGrids:
+    """Grids fitted to updated weights, one group (along axis 0: one column) at a time."""
+
+    scheme: QuantScheme
+    fitting: Fitting
+    count: int  # groups along axis 1, columns along axis 0
+    found: dict[int, Parameters] = field(default_factory=dict)
+
+    def fit(self, number: int, values: Tensor, importance: Tensor) -> ColumnGrids:
+        """Fit group (or column) ``number`` to its updated weights (``[columns, out]``)."""
+        if self.scheme.axis == 0:
+            along = replace(self.scheme, axis=1, scale_scheme=None)
+            found = self.fitting.fit(values, along, None)
+            self.found[number] = Parameters(found.scale.t(), None if found.zero is None else found.zero.t())
+            scale = _along_outputs(found.scale, self.scheme, values.shape[1])
+            zero = None if found.zero is None else _along_outputs(found.zero, self.scheme, values.shape[1])
+            return self.fitting.columns(self.scheme, scale, zero)
+        whole = replace(self.scheme, group=None, scale_scheme=None)
+        self.found[number] = self.fitting.fit(values.t().contiguous(), whole, importance)
+        return self.at(number, values.shape[0])
+
+    def at(self, number: int, columns: int) -> ColumnGrids:
+        """The grids of some columns of group ``number``, which has been fitted."""
+        scale, zero = self.found[number].scale, self.found[number].zero
+        one = self.fitting.columns(self.scheme, scale.t().contiguous(), None if zero is None else zero.t().contiguous())
+        pieces = (one.scale, one.zero, one.low, one.high)
+        wide = (None if piece is None else piece.expand(columns, -1) for piece in pieces)
+        return ColumnGrids(self.scheme, *wide)  # type: ignore[arg-type]
+
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points in the layout of a :class:`QuantizedTensor`; float32 if one scale needs that."""
+        found = [self.found[number] for number in range(self.count)]
+        dtypes = {each.scale.dtype for each in found}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        scale = torch.cat([each.scale.to(dtype) for each in found], dim=1)
+        if self.scheme.symmetric:
+            return scale, None
+        zeros = [each.zero for each in found if each.zero is not None]
+        return scale, torch.cat([zero.to(dtype) if zero.is_floating_point() else zero for zero in zeros], dim=1)
+
+
+def nearest(weight: Tensor, grids: FixedGrids) -> QuantizedTensor:
+    """``weight`` (``[out, in]`` float32) rounded to nearest on grids in the natural order of columns."""
+    codes = torch.empty(weight.shape, dtype=grids.scheme.code_dtype)
+    stored, zero = grids.parameters()
+    tensor = QuantizedTensor(scheme=grids.scheme, codes=codes, scale=stored, zero=zero)
+    scale = grids.scale if grids.scheme.axis == 0 else grids.scale.t().contiguous()
+    points = None if grids.zero is None else (grids.zero if grids.scheme.axis == 0 else grids.zero.t().contiguous())
+    rows = weight if grids.scheme.axis == 1 else weight.t().contiguous()
+    found = grid.encode(rows, parameters=Parameters(scale, points), scheme=grids.scheme)
+    codes.copy_(found if grids.scheme.axis == 1 else found.t())
+    if grids.fitting.fp8_scale is not None:
+        limits = grids.at(0, weight.shape[1])
+        assert limits.low is not None and limits.high is not None
+        codes.copy_(torch.clamp(codes, limits.low.t(), limits.high.t()))
+    return tensor
+
+
+def _along_outputs(parameters: Tensor, scheme: QuantScheme, outputs: int) -> Tensor:
+    """``[columns, groups]`` along axis 0 as ``[columns, out]``."""
+    if scheme.group is None:
+        return parameters.expand(-1, outputs)
+    return parameters.repeat_interleave(scheme.group, dim=1)[:, :outputs]
