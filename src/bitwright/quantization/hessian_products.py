@@ -48,7 +48,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _has_linear() -> bool:
-    return bool(torch._C.has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(slots=True)
