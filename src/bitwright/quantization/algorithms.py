@@ -11,6 +11,7 @@ from typing import Any
 
 from bitwright.core.errors import BitwrightError
 from bitwright.quantization.awq import AWQ
+from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 
@@ -18,6 +19,7 @@ __all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_option
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
+    "gptq": Algorithm(round=GPTQ, calibrated=True, with_gram=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
 }
 
