@@ -1,13 +1,13 @@
 """Weights between float and integer: rounded as they will be stored, with gradients for what may still move.
 
-Rounding and clamping have no useful derivative; the straight-through estimator (Bengio et al. 2013) lets a gradient pass
-a rounding unchanged and stops it where a code is clamped. Two kinds of weight follow that rule. Both give, for the
+Rounding and clamping have no useful derivative; the straight-through estimator (Bengio et al. 2013) lets a gradient
+pass a rounding unchanged and stops it where a code is clamped. Two kinds of weight follow that rule. Both give, for the
 gradient of the rounded weight, those of their own numbers, worked out by hand and by tiles of rows: autograd would keep
 some ten copies of every weight.
 
-- :class:`OffsetWeight` follows a float weight: ``q = clamp(round(w / s + v) + z)``, where the range of each group is the
-  weight's own times two multipliers (SignRound, Cheng et al. 2023, equations 3 and 4).
-- :class:`CodeWeight` starts from a quantized tensor: its codes may be moved, its scales and float zero points multiplied.
+- :class:`OffsetWeight` follows a float weight: ``q = clamp(round(w / s + v) + z)``, where the range of each group is
+  the weight's own times two multipliers (SignRound, Cheng et al. 2023, equations 3 and 4).
+- :class:`CodeWeight` starts from a quantized tensor: its codes and float zero points may be moved, its scales scaled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TILE = 1 << 18  # weights worked on at a time, so that the float32 copies stay i
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which columns of a row share a scale: runs of ``size`` (the last may be shorter), or as ``index`` (``[in]``) says."""
+    """Which columns of a row share a scale: runs of ``size`` (the last may be shorter), or what ``index`` says."""
 
     columns: int
     size: int
@@ -225,8 +225,8 @@ class CodeWeight:
     """
 
     def __init__(self, tensor: QuantizedTensor, weight: Tensor | None = None, *, moving: bool = False) -> None:
-        """``weight`` (``[out, in]``) is the float weight that moving codes are drawn to: within the reach of a code's own
-        rounding, positions start where the weight lies."""
+        """``weight`` (``[out, in]``) is the float weight that moving codes are drawn to: positions start as near to it
+        as they can without rounding to another code."""
         self.base, scheme = tensor, tensor.scheme
         self.codes = tensor.codes if scheme.axis == 1 else tensor.codes.t().contiguous()
         self.groups = Groups.of(scheme, self.codes.shape[1], tensor.group_index)
@@ -248,7 +248,7 @@ class CodeWeight:
         return rounded if self.base.scheme.axis == 1 else rounded.t()
 
     def gradients(self, grad: Tensor) -> CodeGradients:
-        """From the gradient of the rounded weight (``[out, in]``) to those of multipliers, zero points and positions."""
+        """From the gradient of the rounded weight (``[out, in]``) to those of scales, zero points and positions."""
         grad = grad if self.base.scheme.axis == 1 else grad.t()
         scale, zero = self._stored()
         by_scale = torch.empty_like(self.start)

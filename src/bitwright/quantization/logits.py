@@ -115,7 +115,9 @@ def tune_logits(
         BitwrightError: BW401 for fewer than two windows, BW601 if the divergence is not finite.
     """
     if len(task.windows) < 2:
-        raise BitwrightError("BW401", "tuning by logits needs two windows at least, one to train on and one to judge by")
+        raise BitwrightError(
+            "BW401", "tuning by logits needs two windows at least, one to train on and one to judge by"
+        )
     if options.steps == 0:
         return None
     with gradients_enabled():
@@ -211,13 +213,15 @@ class _Run:
 
     @contextmanager
     def _open(self, number: int) -> Iterator[TunedBlock]:
-        """A block with stand-ins for its layers and the present values: the model's own stay, loaded ones are let go."""
+        """A block with stand-ins for its layers and the present values; only the model's own are kept for next time."""
         if number in self.resident:
             yield self.resident[number]
             return
         load = self.task.load_block
         module = _children(self.task)[number] if load is None else load(number)
-        block = TunedBlock(module, self._weights(number, module), _float_dtype(module, self.inputs[0].dtype))
+        layers = {name: child for name, child in module.named_modules() if isinstance(child, QuantizedLinear)}
+        weights = {name: self._weight(f"{self.names[number]}.{name}", layer) for name, layer in layers.items()}
+        block = TunedBlock(module, layers, weights, _float_dtype(module, self.inputs[0].dtype))
         prefix = self.names[number] + "."
         known = {name: self.values[prefix + name] for name in block.values if prefix + name in self.values}
         if known:
@@ -227,21 +231,19 @@ class _Run:
             self.resident[number] = block
         yield block
 
-    def _weights(self, number: int, module: nn.Module) -> dict[str, CodeWeight]:
-        layers = {name: child for name, child in module.named_modules() if isinstance(child, QuantizedLinear)}
+    def _weight(self, name: str, layer: QuantizedLinear) -> CodeWeight:
         moving, look_up = self.options.codes, self.task.float_weight
-        weights = {}
-        for name, layer in layers.items():
-            weight = None if look_up is None or not moving else look_up(f"{self.names[number]}.{name}")
-            weights[name] = CodeWeight(layer.unpack(), weight, moving=moving)
-        return weights
+        weight = None if look_up is None or not moving else look_up(name)
+        return CodeWeight(layer.unpack(), weight, moving=moving)
 
     def _enter_each(self) -> tuple[Tensor, ...]:
         """What enters the first block for each window; and whether blocks return tuples."""
         kinds: list[bool] = []
         with self._first_loaded() as blocks:
             hook = blocks.modules[0].register_forward_hook(lambda *seen: kinds.append(isinstance(seen[2], tuple)))
-            captured = capture(self.task.model, blocks, [partial(self._read, [n]) for n in range(len(self.task.windows))])
+            captured = capture(
+                self.task.model, blocks, [partial(self._read, [n]) for n in range(len(self.task.windows))]
+            )
             hook.remove()
         self.as_tuple = kinds[0]
         self.calls[1] = tuple(calls[0] for calls in captured.calls)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from bitwright.models.blocks import set_module
 from bitwright.quantization.fake_quant import CodeWeight
 
-__all__ = ["Adam", "TunedBlock", "TunedLinear", "draw_batches", "learning_rate"]
+__all__ = ["Adam", "TunedBlock", "TunedLinear", "draw_batches", "gradients_enabled", "learning_rate", "stand_ins"]
 
 
 class TunedLinear(nn.Module):
@@ -31,6 +31,20 @@ class TunedLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
+@contextmanager
+def stand_ins(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, TunedLinear]]:
+    """Put stand-ins for ``layers`` (by any names; they are found by identity) into ``block`` for a while."""
+    places = _places(block, layers)
+    placed = {name: _stand_in(layer) for name, layer in layers.items()}
+    try:
+        for name, place in places.items():
+            set_module(block, place, placed[name])
+        yield placed
+    finally:
+        for name, place in places.items():
+            set_module(block, place, layers[name])
+
+
 class TunedBlock:
     """A block with stand-ins for its quantized layers, and every number of it that may move, by name.
 
@@ -40,15 +54,21 @@ class TunedBlock:
     - ``LAYER.bias`` and ``NORM.weight`` (any parameter of one dimension): moves in units of the parameter's root mean
       square, 0 at the start, so that one step size suits them all.
 
-    Names are relative to the block. The block is as before after :meth:`release`, except for what :meth:`keep` changed.
+    Layers may have any names; vectors are named within the block.
     """
 
     def __init__(
-        self, block: nn.Module, weights: Mapping[str, CodeWeight], dtype: torch.dtype, *, biases: bool = True
+        self,
+        block: nn.Module,
+        layers: Mapping[str, nn.Module],
+        weights: Mapping[str, CodeWeight],
+        dtype: torch.dtype,
+        *,
+        with_vectors: bool = True,
     ) -> None:
-        self.block, self.weights, self.dtype = block, dict(weights), dtype
-        self.layers = {name: block.get_submodule(name) for name in weights}
-        self.vectors = _vectors(block, self.layers) if biases else {}
+        self.block, self.layers, self.weights, self.dtype = block, layers, weights, dtype
+        self.vectors = _vectors(block, self.layers) if with_vectors else {}
+        self.required = {name: vector.requires_grad for name, vector in self.vectors.items()}
         self.starts = {name: vector.detach().to(torch.float32).clone() for name, vector in self.vectors.items()}
         self.units = {name: start.square().mean().sqrt() for name, start in self.starts.items()}
         self.values: dict[str, Tensor] = {}
@@ -60,8 +80,13 @@ class TunedBlock:
             if weight.zero is not None:
                 self.values[f"{name}.zero"] = weight.zero
         self.values |= {name: torch.zeros_like(start) for name, start in self.starts.items() if self.units[name] > 0}
-        self.stand_ins: dict[str, TunedLinear] = {}
-        self._install()
+        self.places = _places(block, layers)
+        self.stand_ins = {name: _stand_in(layer) for name, layer in layers.items()}
+        for vector in self.vectors.values():
+            vector.requires_grad_(True)
+        for name, place in self.places.items():
+            set_module(block, place, self.stand_ins[name])
+        self.refresh()
 
     def refresh(self) -> None:
         """Decode every weight anew from the values, and clear the gradients."""
@@ -103,26 +128,14 @@ class TunedBlock:
 
     def release(self, *, keep_vectors: bool) -> None:
         """Put the original layers back; biases and norm weights keep their new numbers or get their old ones."""
-        for name, layer in self.layers.items():
-            set_module(self.block, name, layer)
+        for name, place in self.places.items():
+            set_module(self.block, place, self.layers[name])
         with torch.no_grad():
             for name, vector in self.vectors.items():
                 if not keep_vectors:
                     vector.copy_(self.starts[name])
                 vector.grad = None
                 vector.requires_grad_(self.required[name])
-
-    def _install(self) -> None:
-        self.required = {name: vector.requires_grad for name, vector in self.vectors.items()}
-        for vector in self.vectors.values():
-            vector.requires_grad_(True)
-        for name, layer in self.layers.items():
-            bias, scale = getattr(layer, "bias", None), getattr(layer, "input_scale", None)
-            empty = torch.empty(0)
-            stand_in = TunedLinear(empty, bias, scale)
-            self.stand_ins[name] = stand_in
-            set_module(self.block, name, stand_in)
-        self.refresh()
 
 
 class Adam:
@@ -185,6 +198,17 @@ def gradients_enabled() -> Iterator[None]:
     """Gradients, whatever the caller has turned off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def _places(block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Where each of ``layers`` is in ``block``, by the name that it has there."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return {names[id(module)]: place for place, module in block.named_modules() if id(module) in names}
+
+
+def _stand_in(layer: nn.Module) -> TunedLinear:
+    bias, scale = getattr(layer, "bias", None), getattr(layer, "input_scale", None)
+    return TunedLinear(torch.empty(0), bias, scale)
 
 
 def _vectors(block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
