@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import WORK_DIRECTORY
 from bitwright.models.hf import load_tokenizer
 from bitwright.models.loading import load
+from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization import finishing
 from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.api import quantize
@@ -21,8 +23,9 @@ from bitwright.quantization.calibration import cut_windows, tokenize
 from bitwright.quantization.events import Event, Stopped
 from bitwright.quantization.logits import LogitsOptions, LogitsTask, LogitsUpdates, tune_logits
 from bitwright.quantization.rtn import RTN
+from bitwright.quantization.session import convert, prepare
 from bitwright.quantization.stages import Algorithm, Stage
-from tests.quantization.tiny import TEXT, digests, file_tensors, save_model
+from tests.quantization.tiny import TEXT, build_model, digests, file_tensors, save_model
 
 SAMPLES, SEQLEN, SEED = 6, 16, 5
 SHORT = {"steps": 6, "batch": 2, "check_every": 2, "held_back": 0.3}
@@ -152,3 +155,42 @@ def test_a_pass_that_dies_goes_on_from_its_last_look(place: Path, register: Call
     resumed = run(place, options=SHORT)
     assert resumed_with[0] is None and resumed_with[1] is not None
     assert digests(resumed) == digests(whole)
+
+
+def test_a_prepared_model_is_finished_to_the_same_numbers(place: Path, register: Callable[..., None]) -> None:
+    """Streamed from disk, and in memory: the same codes, scales and norms."""
+    register(tune_logits, LogitsOptions)
+    options = {"steps": 4, "batch": 3, "check_every": 2, "lr": 0.01}
+    ids = tokenize(load_tokenizer(place / "model"), TEXT)
+    windows = cut_windows(ids, samples=SAMPLES, seqlen=SEQLEN, seed=SEED, source="text").windows
+    prepared = prepare(load(place / "model"), scheme="w2g32", algorithm="toy", options=options, seed=SEED)
+    for window in windows:
+        prepared(input_ids=window[None], use_cache=False)
+    in_memory, streamed = convert(prepared), load(run(place, options=options))
+    for name, module in streamed.named_modules():
+        if isinstance(module, QuantizedLinear):
+            other = in_memory.get_submodule(name)
+            assert isinstance(other, QuantizedLinear)
+            assert torch.equal(module.unpack().codes, other.unpack().codes)
+            torch.testing.assert_close(module.dequantize(), other.dequantize(), rtol=2e-3, atol=1e-5)
+    for name, parameter in streamed.named_parameters():
+        torch.testing.assert_close(parameter, in_memory.get_parameter(name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [{"inputs_embeds": torch.zeros(1, 8, 32)}] * 2,
+        [{"input_ids": torch.ones(1, 8, dtype=torch.int64), "attention_mask": torch.tensor([[0] + [1] * 7])}] * 2,
+        [{"input_ids": torch.ones(1, length, dtype=torch.int64)} for length in (8, 9)],
+    ],
+    ids=["embeddings", "padded", "two lengths"],
+)
+def test_batches_that_are_no_windows_are_refused(register: Callable[..., None], batches: list[Any]) -> None:
+    register(tune_logits, LogitsOptions)
+    prepared = prepare(build_model("llama"), scheme="w4g32", algorithm="toy")
+    for batch in batches:
+        prepared(**batch)
+    with pytest.raises(BitwrightError) as caught:
+        convert(prepared)
+    assert caught.value.code == "BW401"

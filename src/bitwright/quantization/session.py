@@ -8,19 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
-from bitwright.models.blocks import set_module
+from bitwright.models.blocks import linear_weight, set_module
+from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import parse_options
-from bitwright.quantization.capture import Captured, capture, observe_head
-from bitwright.quantization.plan import GroupFallback, Plan, make_plan
+from bitwright.quantization.capture import Captured, capture, head_output, observe_head
+from bitwright.quantization.logits import LogitsTask
+from bitwright.quantization.plan import FINISH, GroupFallback, Plan, make_plan
 from bitwright.quantization.sources import MemorySource, refuse_nonfinite
 from bitwright.quantization.statistics import SiteStatistics
-from bitwright.quantization.stream import BlockWork, Flow, quantize_block, quantized_linear, round_layers
+from bitwright.quantization.stream import BlockWork, Flow, block_seed, quantize_block, quantized_linear, round_layers
 
 __all__ = ["Prepared", "convert", "prepare", "quantize_module"]
 
@@ -96,7 +98,7 @@ def convert(prepared: Prepared) -> nn.Module:
     model.train(False)  # dropout would make other statistics at every pass
     try:
         captured = capture(model, plan.blocks, forwards) if forwards else None
-        _convert_units(model, recipe, plan, captured, forwards)
+        _convert_units(prepared, plan, captured, forwards, originals)
     except BaseException:
         for name, module in originals.items():
             set_module(model, name, module)
@@ -136,21 +138,23 @@ def quantize_module(
 
 
 def _convert_units(
-    model: nn.Module,
-    recipe: Recipe,
+    prepared: Prepared,
     plan: Plan,
     captured: Captured | None,
     forwards: Sequence[Callable[[], object]],
+    originals: Mapping[str, nn.Module],
 ) -> None:
+    model, seed = prepared.model, prepared.recipe.seed
     inputs = captured.inputs if captured is not None else ()
     references = inputs if plan.with_float_flow else None
-    numbers = tuple(range(len(inputs)))
+    head: dict[str, QuantizedLinear] = {}
     for unit in plan.units:
         layers = {name: model.get_submodule(name) for name in unit.layers}
         if unit.is_block:
             flow = None
             if captured is not None:
-                flow = Flow(inputs, tuple(captured.calls[block] for block in unit.blocks), numbers, references)
+                calls = tuple(captured.calls[block] for block in unit.blocks)
+                flow = Flow(inputs, calls, tuple(range(len(inputs))), references)
             work = BlockWork(
                 name=unit.name,
                 model=model,
@@ -159,24 +163,94 @@ def _convert_units(
                 schemes=unit.layers,
                 methods=plan.methods,
                 flow=flow,
-                seed=recipe.seed,
+                seed=seed,
             )
             result = quantize_block(work)
             inputs, references = result.outputs, result.references
         elif layers:
-            statistics: Mapping[str, SiteStatistics] = {}
-            if captured is not None:
-                gram = any(plan.methods[name].algorithm.with_gram for name in layers)
-                statistics = observe_head(
-                    model,
-                    plan.blocks,
-                    layers,
-                    forwards,
-                    inputs,
-                    as_tuple=captured.as_tuple,
-                    with_gram=gram,
-                    numbers=numbers,
-                )
-            rounded = round_layers(layers, unit.layers, plan.methods, statistics, is_calibrated=captured is not None)
-            for name, made in rounded.items():
-                set_module(model, name, quantized_linear(layers[name], made.tensor, unit.layers[name]))
+            head = _round_head(model, plan, layers, captured, forwards, inputs)
+    if plan.finish is not None and captured is not None and references is not None:
+        _finish(prepared, plan, references, captured.as_tuple, originals)
+    for name, layer in head.items():
+        set_module(model, name, layer)
+
+
+def _round_head(
+    model: nn.Module,
+    plan: Plan,
+    layers: Mapping[str, nn.Module],
+    captured: Captured | None,
+    forwards: Sequence[Callable[[], object]],
+    inputs: tuple[Tensor, ...],
+) -> dict[str, QuantizedLinear]:
+    statistics: Mapping[str, SiteStatistics] = {}
+    if captured is not None:
+        gram = any(plan.methods[name].algorithm.with_gram for name in layers)
+        numbers, tuples = tuple(range(len(inputs))), captured.as_tuple
+        statistics = observe_head(
+            model, plan.blocks, layers, forwards, inputs, as_tuple=tuples, with_gram=gram, numbers=numbers
+        )
+    rounded = round_layers(layers, plan.schemes, plan.methods, statistics, is_calibrated=captured is not None)
+    return {name: quantized_linear(layers[name], made.tensor, plan.schemes[name]) for name, made in rounded.items()}
+
+
+def _finish(
+    prepared: Prepared, plan: Plan, references: Sequence[Tensor], as_tuple: bool, originals: Mapping[str, nn.Module]
+) -> None:
+    """The pass over the whole model, with every row of the batches a window."""
+    assert plan.finish is not None
+    model, (stage, options) = prepared.model, plan.finish
+    windows = [row for batch in prepared.batches for row in _token_rows(batch)]
+    rows = [row.unsqueeze(0) for reference in references for row in reference]
+    if len({len(window) for window in windows}) != 1:
+        raise BitwrightError(
+            "BW401",
+            f"{prepared.recipe.algorithm} looks at the logits of whole windows, and the batches differ in length",
+            suggestion="run the prepared model on batches of equally long, unpadded windows",
+        )
+
+    def reference(number: int) -> Tensor:
+        ids = windows[number].unsqueeze(0)
+        forward = partial(_logits, model, ids)
+        return head_output(model, plan.blocks, rows[number], forward, as_tuple=as_tuple)[0]
+
+    task = LogitsTask(
+        model=model,
+        blocks=plan.blocks.name,
+        windows=windows,
+        reference=reference,
+        float_weight=None if plan.is_equalized else lambda name: linear_weight(originals[name]).detach().clone(),
+    )
+    updates = stage.run(task, options, seed=block_seed(prepared.recipe.seed, FINISH))
+    if updates is None:
+        return
+    for name, vector in updates.vectors.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(vector)
+    for name, tensor in updates.tensors.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        set_module(model, name, QuantizedLinear.build(tensor, layer.bias, layer.scheme, layer.input_scale))
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _token_rows(batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """The ids ``[windows, length]`` of a batch that is nothing but whole windows.
+
+    Raises:
+        BitwrightError: BW401 for batches without ids, and for padded ones.
+    """
+    arguments, keywords = batch
+    ids, mask = keywords.get("input_ids", arguments[0] if arguments else None), keywords.get("attention_mask")
+    is_padded = isinstance(mask, Tensor) and not bool(mask.all())
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or is_padded:
+        raise BitwrightError(
+            "BW401",
+            "a pass over the logits needs batches of token ids" + (" without padding" if is_padded else ""),
+            suggestion="run the prepared model on input_ids [windows, length], or leave that pass out",
+        )
+    return ids
