@@ -273,7 +273,7 @@ def test_a_wrong_dtype_is_named(tmp_path: Path) -> None:
     assert "model.norm.weight" in refusal(tmp_path, "BW304").what
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "quark", "<nonsense>"])
+@pytest.mark.parametrize("method", ["aqlm", "exl3", "bitsandbytes", "fp8", "quark", "<nonsense>"])
 def test_other_quantization_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     save_float(ARCHITECTURES["llama"](), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -32,6 +32,8 @@ HEADS = ("lm_head", "embed_out")
 def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot store a layer ``shape`` (``[out, in]``), or its readers not load it; else ``None``."""
     reason, group = _obstacle(scheme, shape), scheme.weight.group
+    if reason is None and scheme.weight.scale_dtype != torch.float16:
+        return "its scales are float16"
     if reason is None and group is not None and group not in GROUPS and group != shape[1]:
         return f"its readers know groups of {', '.join(map(str, GROUPS))}, not {group}"
     return reason
@@ -47,7 +49,6 @@ def _obstacle(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
         "its zero points are whole numbers, not floats": weight.zero == "float",
         "its groups run along the input features alone": weight.axis != 1,
         f"it has {reading.BITS} bits, not {weight.bits}": weight.bits != reading.BITS,
-        "its scales are float16": weight.scale_dtype != torch.float16,
         f"the output features must be a multiple of 8, not {shape[0]}": shape[0] % 8 != 0,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)

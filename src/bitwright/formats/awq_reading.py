@@ -44,7 +44,7 @@ INTERLEAVED_ROWS, STRIDE = 4, 64  # of gemv_fast
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class _Settings:
     """The configuration, read; ``group``: columns per scale, ``None`` for one scale per output feature."""
 
     layout: str
@@ -58,7 +58,7 @@ def recognize(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == METHOD or is_auto_round(quantization, AUTO_ROUND_PACKINGS)
 
 
-def _read_settings(checkpoint: Checkpoint) -> Settings:
+def _read_settings(checkpoint: Checkpoint) -> _Settings:
     quantization = checkpoint.quantization or {}
     named = str(quantization.get("version", quantization.get("format", "gemm")))[:40].lower()
     if quantization.get("quant_method") != METHOD:
@@ -79,7 +79,7 @@ def _read_settings(checkpoint: Checkpoint) -> Settings:
     skipped = quantization.get("modules_to_not_convert") or []
     if not isinstance(skipped, list) or not all(isinstance(name, str) and name for name in skipped):
         raise _refusal(checkpoint, "modules_to_not_convert is not a list of names")
-    return Settings(LAYOUTS[named], None if size == -1 else size, not has_zero, tuple(skipped))
+    return _Settings(LAYOUTS[named], None if size == -1 else size, not has_zero, tuple(skipped))
 
 
 def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
@@ -104,7 +104,7 @@ def _zeros(checkpoint: Checkpoint, name: str) -> str:
     return next((field for field in ("qzeros", "scaled_zeros") if f"{name}.{field}" in checkpoint.tensors), "")
 
 
-def _record(checkpoint: Checkpoint, name: str, settings: Settings) -> LayerRecord:
+def _record(checkpoint: Checkpoint, name: str, settings: _Settings) -> LayerRecord:
     matched = next((part for part in settings.skipped if part in name), None)
     if matched is not None:
         what = f"{name} is stored quantized, but {matched[:80]!r} in modules_to_not_convert says that it is not"
@@ -131,7 +131,7 @@ def _record(checkpoint: Checkpoint, name: str, settings: Settings) -> LayerRecor
     return LayerRecord(LayerScheme(weight=weight), shape)
 
 
-def _shape(checkpoint: Checkpoint, name: str, settings: Settings) -> tuple[int, int]:
+def _shape(checkpoint: Checkpoint, name: str, settings: _Settings) -> tuple[int, int]:
     """``(out, in)`` of a layer, from the shape of its ``qweight``."""
     entry = checkpoint.stored(f"{name}.qweight").entry
     wanted = "I16" if settings.layout == "gemv_fast" else "I32"
@@ -203,9 +203,9 @@ def _read_codes(checkpoint: Checkpoint, name: str, layout: str, shape: tuple[int
     quarter = rows // INTERLEAVED_ROWS
     packed = read_checked(checkpoint, tensor, (torch.int16,), (quarter, columns), field=FIELD)
     codes = bitpack.unpack(packed.view(torch.int32), BITS, columns * INTERLEAVED_ROWS)
-    # A half word holds one column of four rows. Columns come in runs of 32: a pair from each quarter, four times; and
-    # of the eight of each time, the even ones first.
-    strided = codes.view(quarter, columns // STRIDE, STRIDE, INTERLEAVED_ROWS).permute(0, 3, 1, 2)
+    # Runs of 64 columns of four rows lie one after another. Their columns come in runs of 32: a pair from each
+    # quarter, four times; and of the eight of each time, the even ones first.
+    strided = codes.view(quarter, columns // STRIDE, INTERLEAVED_ROWS, STRIDE).transpose(1, 2)
     eights = strided.reshape(rows, columns // 32, 4, 2, 4).transpose(3, 4)
     pairs = eights.reshape(rows, columns // 32, 4, 4, 2).transpose(2, 3)
     return pairs.reshape(rows, columns)

@@ -40,6 +40,8 @@ PRODUCER = "bitwright"
 def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot store a layer ``shape`` (``[out, in]``), or its readers not load it; else ``None``."""
     reason, weight = _obstacle(scheme, shape), scheme.weight
+    if reason is None and weight.scale_dtype != torch.float16:
+        return "its scales are float16"
     if reason is not None or weight.group is None:
         return reason
     if shape[1] % weight.group:
@@ -61,7 +63,6 @@ def _obstacle(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
         "its zero points are whole numbers, not floats": weight.zero == "float",
         "its groups run along the input features alone": weight.axis != 1,
         f"it has {', '.join(map(str, BITS))} bits, not {weight.bits}": weight.bits not in BITS,
-        "its scales are float16": weight.scale_dtype != torch.float16,
         f"the shape must be of multiples of 32, not {shape[0]} x {shape[1]}": shape[0] % 32 != 0 or shape[1] % 32 != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

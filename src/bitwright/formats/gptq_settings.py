@@ -45,7 +45,7 @@ class LayerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class _Rule:
     """An exception: for which names, and what is different there; ``None``: they are not quantized."""
 
     pattern: re.Pattern[str]
@@ -61,7 +61,7 @@ class Settings:
 
     version: int
     common: LayerSettings
-    rules: tuple[Rule, ...]
+    rules: tuple[_Rule, ...]
     modules: tuple[str, ...] | None
 
 
@@ -134,7 +134,7 @@ def _change(checkpoint: Checkpoint, common: LayerSettings | None, fields: Mappin
     return LayerSettings(bits, None if size == -1 else size, symmetric)
 
 
-def _rules(checkpoint: Checkpoint) -> tuple[Rule, ...]:
+def _rules(checkpoint: Checkpoint) -> tuple[_Rule, ...]:
     quantization = checkpoint.quantization or {}
     if quantization.get("quant_method") in AUTO_ROUND:
         return _auto_round_rules(checkpoint, quantization.get("extra_config"))
@@ -145,14 +145,14 @@ def _rules(checkpoint: Checkpoint) -> tuple[Rule, ...]:
         if not is_skip and not isinstance(changes, dict):
             raise _refusal(checkpoint, f"the rule {key[:80]!r} of dynamic is not an object")
         pattern = key[2:] if key.startswith(("-:", "+:")) else key
-        rules.append(Rule(_compile(checkpoint, "dynamic", pattern), None if is_skip else changes))
+        rules.append(_Rule(_compile(checkpoint, "dynamic", pattern), None if is_skip else changes))
     return tuple(rules)
 
 
-def _auto_round_rules(checkpoint: Checkpoint, extra: object) -> tuple[Rule, ...]:
+def _auto_round_rules(checkpoint: Checkpoint, extra: object) -> tuple[_Rule, ...]:
     """Names, or patterns of whole names; a layer may give only what is different."""
-    exact: list[Rule] = []
-    patterns: list[Rule] = []
+    exact: list[_Rule] = []
+    patterns: list[_Rule] = []
     for key, changes in _object(checkpoint, "extra_config", extra).items():
         if not isinstance(changes, dict):
             raise _refusal(checkpoint, f"the entry {key[:80]!r} of extra_config is not an object")
@@ -160,7 +160,7 @@ def _auto_round_rules(checkpoint: Checkpoint, extra: object) -> tuple[Rule, ...]
         is_float = (type(bits) is int and bits >= FLOAT_BITS) or changes.get("data_type") in ("float", "fp")
         is_exact = re.fullmatch(r"[\w.\-]+", key) is not None
         source = f"{re.escape(key)}$" if is_exact else f"(?:{key})$"
-        rule = Rule(_compile(checkpoint, "extra_config", source), None if is_float else changes)
+        rule = _Rule(_compile(checkpoint, "extra_config", source), None if is_float else changes)
         (exact if is_exact else patterns).append(rule)
     return tuple(exact + patterns)
 

@@ -84,9 +84,9 @@ def unsigned_codes(codes: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def float16_scales(name: str, scale: Tensor) -> Tensor:
-    """The scales of the layer ``name`` for a format that knows float16 alone.
+    """The scales of the layer ``name`` for a format that knows float16 alone: as they are.
 
-    Where float16 would have lost them in fitting, they are float32, and stay so: readers cast what they read.
+    Where float16 would have lost them in fitting, they are float32, and readers cast what they read.
 
     Raises:
         BitwrightError: BW205 if one is too large for float16, which would be read as infinite.
