@@ -13,6 +13,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.quantization.autoround import AUTOROUND
 from bitwright.quantization.awq import AWQ
 from bitwright.quantization.gptq import GPTQ
+from bitwright.quantization.hqq import HQQ
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 
@@ -20,6 +21,7 @@ __all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_option
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
+    "hqq": Algorithm(round=HQQ),
     "gptq": Algorithm(round=GPTQ, calibrated=True, with_gram=True),
     "autoround": Algorithm(round=RTN, tune=(AUTOROUND,), calibrated=True, with_float_flow=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
