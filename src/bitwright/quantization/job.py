@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from bitwright.quantization.writer import tensor_bytes
 
 __all__ = ["Job", "fingerprint"]
 
+WAITING_BYTES = 128 << 20  # of small units that may wait while a large one is written
 REFERENCE = "reference."  # begins the names of the float model's hidden states in the work directory
 
 
@@ -50,6 +52,11 @@ class _Work:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     output_error: float | None = None
     dropped: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory that it holds."""
+        return sum(tensor.nbytes for tensor in self.tensors.values() if isinstance(tensor, Tensor))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,9 +82,10 @@ class Job:
     references: dict[int, Tensor] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    committed: float = 0.0
 
     def run(self) -> None:
-        """Do every unit that the journal does not have; while one is computed, the one before it is written.
+        """Do every unit that the journal does not have; while one is computed, those before it are written.
 
         Raises:
             Stopped: after a unit, if ``should_stop`` says so.
@@ -97,20 +105,22 @@ class Job:
 
     def _do_units(self, done: int, total: int) -> None:
         with ThreadPoolExecutor(max_workers=1) as writer:
-            pending: Future[None] | None = None
+            waiting: deque[tuple[Future[None], int]] = deque()
+            last: Future[None] | None = None
             for index in range(done, len(self.plan.units)):
                 started = time.perf_counter()
                 unit = self.plan.units[index]
                 self.sink(Event("progress", f"{unit.name} ...", {"unit": unit.name, "at": index + 1, "total": total}))
                 work = self._compute(index, unit)
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(self._commit, index, work, started)
+                while waiting and (work.inputs or work.size + sum(size for _, size in waiting) > WAITING_BYTES):
+                    waiting.popleft()[0].result()
+                last = writer.submit(self._commit, index, work, started, last)
+                waiting.append((last, work.size))
                 if self.should_stop() and index + 1 < total:
-                    pending.result()
+                    last.result()
                     raise Stopped(index + 1, total)
-            if pending is not None:
-                pending.result()
+            if last is not None:
+                last.result()
 
     def _finish(self) -> None:
         assert self.calibration is not None
@@ -238,6 +248,7 @@ class Job:
             methods=self.plan.methods,
             flow=flow,
             seed=self.recipe.seed,
+            swap=flow is not None,
         )
 
     def _encode(
@@ -253,8 +264,11 @@ class Job:
             encoded |= parts
         return encoded, measured
 
-    def _commit(self, index: int, work: _Work, started: float) -> None:
-        """Write a unit's files, then its line in the journal."""
+    def _commit(self, index: int, work: _Work, started: float, before: Future[None] | None) -> None:
+        """Write a unit's files, then its line in the journal, unless what was to be written ``before`` it failed."""
+        if before is not None:
+            before.result()
+        started = max(started, self.committed)
         # The head changes nothing in what the pass at the end begins with.
         saved = self.journal.done[-1].inputs if self.plan.finish is not None and self.journal.done else None
         if work.inputs:
@@ -272,8 +286,9 @@ class Job:
             seconds=round(time.perf_counter() - started, 3),
         )
         self.journal.append(record)
+        self.committed = time.perf_counter()
         trim_memory()
-        self._tell(index, record, time.perf_counter() - started)
+        self._tell(index, record, self.committed - started)
 
     def _start_flow(self) -> None:
         """Record how the model calls its blocks, and find the inputs of the first block still to do."""

@@ -23,6 +23,7 @@ from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import Method
 from bitwright.quantization.capture import BlockCall, run_block
+from bitwright.quantization.concurrency import map_layers
 from bitwright.quantization.rows import layer_row
 from bitwright.quantization.rtn import RtnOptions, round_to_nearest
 from bitwright.quantization.stages import BlockTask, Rounded
@@ -53,7 +54,10 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWork:
-    """What is to be done: ``layers`` of loaded ``blocks`` of ``model``, by full name, each by its scheme and method."""
+    """What is to be done: ``layers`` of loaded ``blocks`` of ``model``, by full name, each by its scheme and method.
+
+    ``swap``: whether the quantized layers take the place of the float ones; where nothing runs them, that is wasted.
+    """
 
     name: str
     model: nn.Module
@@ -63,6 +67,7 @@ class BlockWork:
     methods: Mapping[str, Method]
     flow: Flow | None
     seed: int
+    swap: bool = True
 
     def run_on(self, hidden: Tensor, sample: int) -> Tensor:
         """The blocks' output for other hidden states, with the masks and positions of ``sample``."""
@@ -104,7 +109,7 @@ def block_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def quantize_block(work: BlockWork) -> BlockResult:
-    """Quantize the layers of loaded blocks, and leave the quantized layers in them.
+    """Quantize the layers of loaded blocks, and leave the quantized layers in them if ``work.swap``.
 
     Raises:
         NonFiniteActivations: naming the sample and the layer.
@@ -129,11 +134,11 @@ def quantize_block(work: BlockWork) -> BlockResult:
             made: Mapping[str, QuantizedTensor] = {name: rounded[name].tensor for name in names}
             for tuner in method.algorithm.tune:
                 made = tuner.run(_task(work, names, observed), made, method.options[tuner.name])
+            measured = _measure(work, made, statistics)
             for name in names:
-                row = layer_row(work.layers[name], made[name], work.schemes[name], statistics.get(name))
-                rows[name] = {**row, **_note_of(method, work), **rounded[name].notes}
+                rows[name] = {**measured[name], **_note_of(method, work), **rounded[name].notes}
                 tensors[name] = made[name]
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if work.swap else ():
         _put(work, name, quantized_linear(work.layers[name], tensor, work.schemes[name], scales.get(name)))
     results = _outputs(work)
     error = _relative_square(outputs, results) if outputs else None
@@ -155,22 +160,24 @@ def round_layers(
     Raises:
         BitwrightError: whatever the rounder raises, with the layer's name.
     """
-    rounded: dict[str, Rounded] = {}
-    for name, layer in layers.items():
-        scheme, method = schemes[name].weight, methods[name]
+
+    def round_layer(name: str) -> Rounded:
+        weight, scheme, method = linear_weight(layers[name]), schemes[name].weight, methods[name]
         if is_calibrated and method.algorithm.calibrated and name not in statistics:
-            nearest = round_to_nearest(linear_weight(layer), None, scheme, RtnOptions())
-            rounded[name] = Rounded(nearest, {"calibration_tokens": 0, "rounded_by": "rtn"})
-            continue
+            nearest = round_to_nearest(weight, None, scheme, RtnOptions())
+            return Rounded(nearest, {"calibration_tokens": 0, "rounded_by": "rtn"})
         stage = method.algorithm.round
         try:
-            made = stage.run(linear_weight(layer), statistics.get(name), scheme, method.options[stage.name])
+            made = stage.run(weight, statistics.get(name), scheme, method.options[stage.name])
         except BitwrightError as error:
             suggestion = "check the layer's weights" if error.code == "BW602" else error.suggestion
             what = f"{name}: {error.what}"
             raise BitwrightError(error.code, what, where=error.where, why=error.why, suggestion=suggestion) from None
-        rounded[name] = made if isinstance(made, Rounded) else Rounded(made)
-    return rounded
+        return made if isinstance(made, Rounded) else Rounded(made)
+
+    if is_calibrated:  # products of large matrices, which use all threads by themselves
+        return {name: round_layer(name) for name in layers}
+    return map_layers(round_layer, _sizes(layers))
 
 
 def quantized_linear(
@@ -285,6 +292,21 @@ def _multiplied_input(layer: nn.Module, scale: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _measure(
+    work: BlockWork, tensors: Mapping[str, QuantizedTensor], statistics: Mapping[str, SiteStatistics]
+) -> dict[str, dict[str, Any]]:
+    """The report's row of each layer."""
+
+    def measure(name: str) -> dict[str, Any]:
+        return layer_row(work.layers[name], tensors[name], work.schemes[name], statistics.get(name))
+
+    return map_layers(measure, _sizes({name: work.layers[name] for name in tensors}))
+
+
+def _sizes(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    return {name: linear_weight(layer).numel() for name, layer in layers.items()}
 
 
 def _note_of(method: Method, work: BlockWork) -> dict[str, Any]:
