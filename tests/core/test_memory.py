@@ -109,3 +109,19 @@ def test_collections_go_on_afterwards() -> None:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def test_files_are_read_ahead_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("a.safetensors", 20 << 20), ("b.safetensors", 10), ("notes.txt", 10)):
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "c.safetensors").mkdir()
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "machine_memory", lambda: (0, 2 * ((20 << 20) + 4)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, size)))
+    thread = memory.read_ahead(tmp_path)
+    assert thread is not None and thread.daemon
+    thread.join()
+    ahead = 8 << 20
+    assert asked == [(0, ahead), (ahead, ahead), (2 * ahead, 4 << 20), (0, 4)]  # then there is no more room
+    for nothing in (tmp_path / "missing", tmp_path / "a.safetensors", Path("demo:"), tmp_path / "c.safetensors"):
+        assert memory.read_ahead(nothing) is None

@@ -16,6 +16,7 @@ from bitwright.cli.progress import JsonLines, Progress, ProgressEvent, choose_pr
 from bitwright.cli.signals import GRACE_SECONDS, stop_on_signals
 from bitwright.cli.tables import format_duration, format_number, format_size
 from bitwright.core.errors import BitwrightError
+from bitwright.core.memory import no_collections, read_ahead
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison
@@ -87,8 +88,10 @@ def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> Non
         Interrupted: if a signal stopped the run; its message has the command that resumes.
         BitwrightError: whatever :func:`bitwright.quantize` raises.
     """
-    from bitwright.quantization.api import quantize
-    from bitwright.quantization.events import Stopped
+    read_ahead(Path(request.model))
+    with no_collections():
+        from bitwright.quantization.api import quantize
+        from bitwright.quantization.events import Stopped
 
     command = resume_command(request.arguments)
     progress = choose_progress(as_json=as_json, plain=plain)

@@ -96,7 +96,7 @@ def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Te
         for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
-            codes[rows, columns].unflatten(1, view.shape[1:]).copy_(_encode_groups(view, scale, zero, scheme))
+            codes[rows, columns].view(view.shape).copy_(_encode_groups(view, scale, zero, scheme))
     return codes
 
 
@@ -107,7 +107,7 @@ def decode(codes: Tensor, *, parameters: Parameters, scheme: QuantScheme, dtype:
         for columns, groups, view in _group_views(codes[rows], scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
-            values[rows, columns].unflatten(1, view.shape[1:]).copy_(_positions(view, zero, scheme).mul_(scale))
+            values[rows, columns].view(view.shape).copy_(_positions(view, zero, scheme).mul_(scale))
     return values
 
 
