@@ -30,6 +30,10 @@ def activations(tokens: int, width: int, *, seed: int = 0) -> Tensor:
     return ((torch.randn(tokens, width, generator=generator) * strength) @ mixture + mean).to(torch.bfloat16)
 
 
+def shorten_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(hessian_products, "CHUNK_TOKENS", {torch.bfloat16: tokens, torch.float32: tokens})
+
+
 def exact_gram(tokens: Tensor) -> Tensor:
     return tokens.double().T @ tokens.double()
 
@@ -44,7 +48,7 @@ def relative_error(gram: Tensor, exact: Tensor) -> tuple[float, float]:
 
 @needs_bfloat16
 def test_bf16_tokens_are_summed_exactly_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_products, "CHUNK_BYTES", 1024 * 192 * 2)
+    shorten_chunks(monkeypatch, 1024)
     tokens = activations(12_000, 192)  # eleven full chunks and a part
     total = GramSum(192)
     total.add(tokens)
@@ -59,22 +63,22 @@ def test_bf16_tokens_are_summed_exactly_enough(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_bfloat16
 @pytest.mark.parametrize("scheme", ["w4g32", "w2g32-asym"])
-def test_bf16_grams_round_weights_as_well_as_exact_ones(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_products, "CHUNK_BYTES", 1024 * 128 * 2)
-    tokens, weight = activations(6000, 128), torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 0.05
+def test_bf16_grams_round_weights_as_well_as_exact_ones(scheme: str) -> None:
+    tokens, weight = activations(16_384, 128), torch.randn(1024, 128, generator=torch.Generator().manual_seed(1)) * 0.05
     errors = []
     for dtype in (torch.bfloat16, torch.float32):
         site = SiteStatistics(128, with_gram=True, gram_dtype=dtype)
         site.add(tokens)
         tensor = round_by_error_feedback(weight, site, parse(scheme).weight, GptqOptions()).tensor
         errors.append(squared_error(weight, tensor.dequantize(), exact_gram(tokens).numpy()))
-    # Codes at a tie may go either way, and those that follow make up for it.
-    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    # Where a weight lies between two codes it may go either way, and those that follow make up for it: the same error
+    # comes out of other codes. What differs between two ways is noise that falls with the number of rows.
+    assert errors[0] == pytest.approx(errors[1], rel=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_sum_does_not_depend_on_how_tokens_are_batched(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_products, "CHUNK_BYTES", 128 * 48 * 4)
+    shorten_chunks(monkeypatch, 128)
     tokens = activations(1000, 48).to(dtype)
     whole = SiteStatistics(48, with_gram=True)
     whole.add(tokens[None])

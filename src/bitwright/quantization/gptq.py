@@ -75,6 +75,11 @@ class GptqOptions:
         one_order = not (self.act_order and self.group_aware)
         _check("group_aware", self.group_aware, one_order, "False together with act_order: each is an order of its own")
 
+    @property
+    def reorders(self) -> bool:
+        """Whether groups are not runs of consecutive columns; the plan of a run asks."""
+        return self.act_order and not self.static_groups
+
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
