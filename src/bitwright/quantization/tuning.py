@@ -33,9 +33,13 @@ class TunedLinear(nn.Module):
 
 @contextmanager
 def stand_ins(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, TunedLinear]]:
-    """Put stand-ins for ``layers`` (by any names; they are found by identity) into ``block`` for a while."""
+    """Put stand-ins for ``layers`` (by any names; they are found by identity) into ``block`` for a while; all its other
+    parameters have no gradients then."""
     places = _places(block, layers)
     placed = {name: _stand_in(layer) for name, layer in layers.items()}
+    learning = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
     try:
         for name, place in places.items():
             set_module(block, place, placed[name])
@@ -43,6 +47,8 @@ def stand_ins(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dic
     finally:
         for name, place in places.items():
             set_module(block, place, layers[name])
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 class TunedBlock:
@@ -68,7 +74,9 @@ class TunedBlock:
     ) -> None:
         self.block, self.layers, self.weights, self.dtype = block, layers, weights, dtype
         self.vectors = _vectors(block, self.layers) if with_vectors else {}
-        self.required = {name: vector.requires_grad for name, vector in self.vectors.items()}
+        self.learning = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        for parameter in self.learning:
+            parameter.requires_grad_(False)
         self.starts = {name: vector.detach().to(torch.float32).clone() for name, vector in self.vectors.items()}
         self.units = {name: start.square().mean().sqrt() for name, start in self.starts.items()}
         self.values: dict[str, Tensor] = {}
@@ -135,7 +143,9 @@ class TunedBlock:
                 if not keep_vectors:
                     vector.copy_(self.starts[name])
                 vector.grad = None
-                vector.requires_grad_(self.required[name])
+                vector.requires_grad_(False)
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
 
 
 class Adam:
