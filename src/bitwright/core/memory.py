@@ -81,7 +81,7 @@ def use_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.nbytes < 2 * HUGE_PAGE or tensor.device.type != "cpu":
         return tensor
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+    start, end = start // HUGE_PAGE * HUGE_PAGE, -(-end // HUGE_PAGE) * HUGE_PAGE  # its neighbours in the heap may gain
     advise, huge = _c_function("madvise"), getattr(mmap, "MADV_HUGEPAGE", None)
     if advise is not None and huge is not None:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), huge)
