@@ -73,7 +73,7 @@ def test_bf16_grams_round_weights_as_well_as_exact_ones(scheme: str) -> None:
         errors.append(squared_error(weight, tensor.dequantize(), exact_gram(tokens).numpy()))
     # Where a weight lies between two codes it may go either way, and those that follow make up for it: the same error
     # comes out of other codes. What differs between two ways is noise that falls with the number of rows.
-    assert errors[0] == pytest.approx(errors[1], rel=5e-3)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
