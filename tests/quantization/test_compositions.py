@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.recipe import Override, parse_override
+from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme import QuantScheme
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import find_blocks, linear_weight, linears, set_module
@@ -25,7 +25,9 @@ from bitwright.quantization.algorithms import ALGORITHMS, parse_options
 from bitwright.quantization.api import quantize
 from bitwright.quantization.calibration import cut_windows, tokenize
 from bitwright.quantization.events import Stopped
+from bitwright.quantization.plan import make_plan
 from bitwright.quantization.session import convert, prepare, quantize_module
+from bitwright.quantization.sources import MemorySource
 from bitwright.quantization.stages import Algorithm, BlockTask, Stage
 from bitwright.quantization.statistics import SiteStatistics
 from tests.models.architectures import MIXTURE, build, sample_ids
@@ -357,3 +359,33 @@ def test_quantizing_a_module_in_memory_to_disk_leaves_the_module_alone(place: Pa
     expected = [m.unpack().scale for m in plain.modules() if isinstance(m, QuantizedLinear)]
     total = partial(sum, start=0.0)
     assert total(float(s.sum()) for s in scales) == pytest.approx(3 * total(float(s.sum()) for s in expected), rel=1e-2)
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """Options of a rounder that may move columns between groups."""
+
+    reorders: bool = True
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wanted", "expected"),
+    [
+        ("w4g32", None, "gptq"),
+        ("w4", None, "compressed-tensors"),
+        ("w4g32", "compressed-tensors", "consecutive"),
+        ("w4g32-asym", "awq", "consecutive"),
+        ("nf4g32", None, "native"),
+    ],
+)
+def test_groups_that_are_no_runs_of_columns_go_where_they_can_be_stored(
+    toy: Callable[..., Toy], scheme: str, wanted: str | None, expected: str
+) -> None:
+    seen = toy(round=Stage("toy", Reordering, Toy.round))
+    source = MemorySource(build("llama", dtype=torch.float16))
+    recipe = Recipe(scheme=parse(scheme), algorithm=seen.name)
+    if expected == "consecutive":
+        with pytest.raises(BitwrightError, match="consecutive"):
+            make_plan(source, recipe, format=wanted, group_fallback="error")
+    else:
+        assert make_plan(source, recipe, format=wanted, group_fallback="error").format.name == expected

@@ -84,6 +84,31 @@ def test_twenty_random_kills_are_resumed_to_the_same_bytes(place: Path, calibrat
     assert record["race"]["wrong"] == 0, record
 
 
+ALGORITHMS_KILLED: dict[str, dict[str, Any]] = {
+    "gptq": {"algorithm": "gptq", "options": {"act_order": True}},
+    "awq": {"algorithm": "awq"},
+    "autoround": {"algorithm": "autoround", "options": {"iters": 4, "batch_size": 2}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS_KILLED)
+def test_ten_random_kills_of_an_algorithm_are_resumed_to_the_same_bytes(place: Path, name: str) -> None:
+    arguments: dict[str, Any] = {
+        "model": str(place / "model"),
+        "output": str(place / f"killed-{name}"),
+        "scheme": "w3g32-asym",
+        "calibration": str(place / "text.txt"),
+        "samples": 4,
+        "seqlen": 16,
+        **ALGORITHMS_KILLED[name],
+    }
+    record = killed_runs(arguments, count=10)
+    assert len(record["random"]["points"]) == 10 and not record["random"]["different"], record
+    assert record["random"]["in_work"] >= 3, record
+    assert record["again"]["equal"], record
+
+
 def test_the_second_of_two_runs_is_told_who_holds_the_output(place: Path) -> None:
     output, reached, go_on = place / "locked", place / "reached", place / "go-on"
     holder = python("-c", HOLDER, *map(str, (place / "model", output, reached, go_on)))

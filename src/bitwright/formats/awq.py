@@ -62,6 +62,9 @@ def refuse_together(records: Mapping[str, LayerRecord], ignored: Sequence[str]) 
     schemes = list(dict.fromkeys(record.scheme.weight.name for record in records.values()))
     if len(schemes) > 1:
         return f"it has one setting for all layers, not {' and '.join(schemes[:3])}"
+    reordered = next((name for name, record in records.items() if record.reordered), None)
+    if reordered is not None:
+        return f"the groups of {reordered} are not runs of consecutive columns"
     head = next((name for name in records if name.rpartition(".")[2] in HEADS), None)
     if head is not None:
         return f"its readers expect {head} in floating point"

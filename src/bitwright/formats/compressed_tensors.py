@@ -25,7 +25,7 @@ from bitwright.core.scheme import LayerScheme
 from bitwright.formats import compressed_tensors_reading as reading
 from bitwright.formats.records import Format, LayerRecord
 
-__all__ = ["FORMAT", "config", "encode", "refuse"]
+__all__ = ["FORMAT", "config", "encode", "refuse", "refuse_together"]
 
 # The first version of the package that packs odd widths densely, as we do.
 LAYOUT_VERSION = "0.18.0"
@@ -152,6 +152,12 @@ def _config_group(scheme: LayerScheme) -> dict[str, Any]:
     }
 
 
+def refuse_together(records: Mapping[str, LayerRecord], ignored: Sequence[str]) -> str | None:
+    """Why these layers cannot be stored: readers of today take the columns of a group to be consecutive."""
+    reordered = next((name for name, record in records.items() if record.reordered), None)
+    return None if reordered is None else f"the groups of {reordered} are not runs of consecutive columns"
+
+
 FORMAT = Format(
     name=reading.METHOD,
     refuse=refuse,
@@ -160,4 +166,5 @@ FORMAT = Format(
     recognize=reading.recognize,
     layers=reading.layers,
     decode=reading.decode,
+    refuse_together=refuse_together,
 )

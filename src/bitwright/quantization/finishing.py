@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bitwright.core.memory import trim_memory
 from bitwright.formats.checkpoint import WORK_DIRECTORY, Checkpoint, StoredTensor
-from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import TensorSource, open_source, read_tensor, serialize
 from bitwright.formats.safetensors_index import read_index
 from bitwright.formats.storage import write_file
@@ -169,21 +168,19 @@ class Finish:
                 file = block_shard(self.plan, index)
                 entries = read_index(self.output / file).tensors
                 tensors |= {name: StoredTensor(file, entry) for name, entry in entries.items()}
-        records = {name: LayerRecord(scheme, self.plan.shapes[name]) for name, scheme in self.plan.schemes.items()}
-        config = {"quantization_config": self.plan.format.config(records, ())}
+        config = {"quantization_config": self.plan.format.config(self.plan.records, ())}
         return Checkpoint(self.output, config, tensors, {}, {})
 
     def _load_block(self, checkpoint: Checkpoint, number: int) -> nn.Module:
         """Block ``number`` with its quantized layers, from the work directory."""
         prefix = self.plan.blocks.names()[number] + "."
         block = copy.deepcopy(self.plan.blocks.modules[number])
-        for name, scheme in self.plan.schemes.items():
+        for name, record in self.plan.records.items():
             if not name.startswith(prefix):
                 continue
-            record = LayerRecord(scheme, self.plan.shapes[name])
             tensor = self.plan.format.decode(checkpoint, name, record)
             bias, scale = (_read_if_there(checkpoint, f"{name}.{part}") for part in ("bias", "input_scale"))
-            set_module(block, name.removeprefix(prefix), QuantizedLinear.build(tensor, bias, scheme, scale))
+            set_module(block, name.removeprefix(prefix), QuantizedLinear.build(tensor, bias, record.scheme, scale))
         for name, holder, leaf in _float_places(block):
             stored = _read_if_there(checkpoint, prefix + name)
             if stored is not None and leaf in holder._parameters:

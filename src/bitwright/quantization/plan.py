@@ -13,9 +13,9 @@ from torch import nn
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Choice, Recipe
 from bitwright.core.scheme import LayerScheme, QuantScheme
-from bitwright.formats import compressed_tensors, native
-from bitwright.formats.records import Format
-from bitwright.formats.table import get_format
+from bitwright.formats import compressed_tensors
+from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.table import FORMATS, get_format
 from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
 from bitwright.quantization.algorithms import Method, make_method
 from bitwright.quantization.sources import Source
@@ -66,6 +66,11 @@ class Plan:
     notices: tuple[str, ...]
     source_bytes: int
     output_bytes: int
+
+    @property
+    def records(self) -> dict[str, LayerRecord]:
+        """What the format is told of each layer."""
+        return _records(self.schemes, self.shapes, self.methods)
 
     @property
     def is_calibrated(self) -> bool:
@@ -128,7 +133,8 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     if not schemes:
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
     methods = _methods(choices, schemes)
-    chosen = _choose_format(schemes, shapes, layers, methods, format)
+    skipped = tuple(name for name in every_linear if name not in schemes)
+    chosen = _choose_format(_records(schemes, shapes, methods), skipped, layers, methods, format)
     if chosen.name == compressed_tensors.FORMAT.name:
         schemes, more = _fit_readers(schemes, layers)
         notices += more
@@ -143,7 +149,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         schemes=schemes,
         methods=methods,
         shapes=shapes,
-        skipped=tuple(name for name in every_linear if name not in schemes),
+        skipped=skipped,
         untied=untied,
         notices=notices,
         source_bytes=source.byte_count(),
@@ -222,16 +228,30 @@ def _divides(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
     return scheme.group is None or shape[scheme.axis] % scheme.group == 0
 
 
+def _records(
+    schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], methods: Mapping[str, Method]
+) -> dict[str, LayerRecord]:
+    """What a format is told of each layer."""
+    records = {}
+    for name, scheme in schemes.items():
+        method = methods[name]
+        moves = bool(getattr(method.options[method.algorithm.round.name], "reorders", False))
+        # Double quantization fixes all grids beforehand, so that columns may stay where they are.
+        is_reordered = moves and scheme.weight.group is not None and scheme.weight.scale_scheme is None
+        records[name] = LayerRecord(scheme, shapes[name], is_reordered)
+    return records
+
+
 def _choose_format(
-    schemes: Mapping[str, LayerScheme],
-    shapes: Mapping[str, tuple[int, int]],
+    records: Mapping[str, LayerRecord],
+    skipped: Sequence[str],
     layers: Mapping[str, nn.Module],
     methods: Mapping[str, Method],
     wanted: str | None,
 ) -> Format:
     """The format asked for, or the most widely read one that can store every layer."""
-    for candidate in (get_format(wanted),) if wanted is not None else (compressed_tensors.FORMAT, native.FORMAT):
-        reason = _unfolded(candidate, methods) or _refusal(candidate, schemes, shapes, layers)
+    for candidate in (get_format(wanted),) if wanted is not None else reversed(FORMATS):
+        reason = _unfolded(candidate, methods) or _refusal(candidate, records, skipped, layers)
         if reason is None:
             return candidate
     raise BitwrightError(
@@ -267,18 +287,15 @@ def _fit_readers(
 
 
 def _refusal(
-    candidate: Format,
-    schemes: Mapping[str, LayerScheme],
-    shapes: Mapping[str, tuple[int, int]],
-    layers: Mapping[str, nn.Module],
+    candidate: Format, records: Mapping[str, LayerRecord], skipped: Sequence[str], layers: Mapping[str, nn.Module]
 ) -> str | None:
-    for name, scheme in schemes.items():
+    for name, record in records.items():
         if candidate.name != "native" and not isinstance(layers[name], nn.Linear):
             return f"{name} is a {type(layers[name]).__name__}, which its readers do not replace"
-        reason = candidate.refuse(scheme, shapes[name])
+        reason = candidate.refuse(record.scheme, record.shape)
         if reason is not None:
             return f"{name}: {reason}"
-    return None
+    return candidate.refuse_together(records, skipped)
 
 
 def _units(

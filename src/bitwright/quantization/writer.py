@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.core.scheme import LayerScheme
 from bitwright.formats.checkpoint import CONFIG, INDEX
 from bitwright.formats.checksums import CHECKSUMS, serialize_checksums
 from bitwright.formats.directory import find_file
-from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import TensorSource
 from bitwright.formats.storage import write_file
 from bitwright.models.blocks import output_head
@@ -79,15 +77,10 @@ def _find_companions(source: Source) -> list[Path]:
 
 def _config(source: Source, plan: Plan) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key != "auto_map"}
-    records = {name: _record(plan.schemes[name], plan.shapes[name]) for name in plan.schemes}
-    config["quantization_config"] = plan.format.config(records, _ignored(source, plan))
+    config["quantization_config"] = plan.format.config(plan.records, _ignored(source, plan))
     if plan.untied:
         config["tie_word_embeddings"] = False
     return config
-
-
-def _record(scheme: LayerScheme, shape: tuple[int, int]) -> LayerRecord:
-    return LayerRecord(scheme, shape)
 
 
 def _ignored(source: Source, plan: Plan) -> list[str]:
