@@ -270,11 +270,19 @@ def storage_only(source: SourceFile) -> Iterator[str]:
     for call, name in _calls(source):
         if call.args and _dotted(call.args[0]) == "os.devnull":
             continue
+        if name == "torch.save" and _is_memory(call.args[1:2]):
+            continue
         last = call.func.attr if isinstance(call.func, ast.Attribute) else name
         if name in WRITING_CALLS or (isinstance(call.func, ast.Attribute) and last in WRITING_METHODS):
             yield f"{call.lineno}: {name or last}()"
         elif last in {"open", "fdopen"} and any(_is_writing_mode(mode) for mode in _modes(call, name)):
             yield f"{call.lineno}: {name or last}() for writing"
+
+
+def _is_memory(arguments: Sequence[ast.expr]) -> bool:
+    """Whether what is written to is named in the very place as memory: ``torch.save(x, buffer := io.BytesIO())``."""
+    values = [node.value for node in arguments if isinstance(node, ast.NamedExpr)]
+    return any(isinstance(value, ast.Call) and _dotted(value.func) == "io.BytesIO" for value in values)
 
 
 def _modes(call: ast.Call, name: str) -> list[ast.expr]:

@@ -48,6 +48,7 @@ BROKEN: list[tuple[str, str, str]] = [
     ("storage_only", "src/bitwright/cli/a.py", "Path('x').open(mode='ab')\n"),
     ("storage_only", "src/bitwright/cli/a.py", "import os\nos.open('x', os.O_WRONLY | os.O_CREAT)\n"),
     ("storage_only", "src/bitwright/cli/a.py", "import shutil\nshutil.rmtree('x')\n"),
+    ("storage_only", "src/bitwright/cli/a.py", "import torch\ntorch.save({}, 'x')\n"),
     ("module_names", "src/bitwright/core/grid_utils.py", ""),
     ("module_names", "tests/helpers/a.py", ""),
     ("machine_paths", "src/bitwright/core/a.py", "x = '/wo" + "rk/main'\n"),
@@ -61,6 +62,7 @@ SOUND: list[tuple[str, str]] = [
     ("src/bitwright/cli/a.py", "__all__ = ['f']\ndef f():\n    import json\n    print('x', model.eval())\n"),
     ("src/bitwright/formats/a.py", "__all__: list[str] = []\nopen('x', 'rb')\nimport os\nos.open('x', os.O_RDONLY)\n"),
     ("src/bitwright/core/a.py", "import torch\n__all__: list[str] = []\ntorch.load('x', weights_only=True)\n"),
+    ("src/bitwright/core/a.py", "import io\nimport torch\n__all__ = ['x']\ntorch.save({}, x := io.BytesIO())\n"),
 ]
 
 

@@ -1,0 +1,154 @@
+"""From a prepared model to a quantized one: the layers inside its blocks in the stream, the others one by one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
+from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
+from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
+from bitwright.compat.neural_compressor.torch.quantization.preparation import Batch
+from bitwright.compat.neural_compressor.torch.quantization.rules import LayerRecipe, choose, weight_scheme
+from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear import WeightOnlyLinear
+from bitwright.core.errors import BitwrightError
+from bitwright.core.recipe import Choice
+from bitwright.models.blocks import find_blocks, is_linear, linears, output_head, set_module
+from bitwright.models.quantized import QuantizedLinear
+from bitwright.quantization.algorithms import make_method, parse_options
+from bitwright.quantization.session import Prepared
+from bitwright.quantization.session import convert as convert_blocks
+from bitwright.quantization.statistics import collect_statistics
+from bitwright.quantization.stream import quantized_linear, round_layers
+
+__all__ = ["Assignment", "assign", "quantize_layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which configuration each layer has.
+
+    Attributes:
+        configs: by layer name; other layers stay as they are.
+        inside: the layers that the block stream works on, in ``blocks``; all others are quantized by themselves.
+        blocks: the model that the stream sees, where a model without blocks is a single one.
+        prefix: of the layers' names in it.
+    """
+
+    configs: Mapping[str, WeightOnlyConfig]
+    inside: frozenset[str]
+    blocks: nn.Module
+    prefix: str
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        return {name: _choice(config) for name, config in self.configs.items()}
+
+
+class _WholeModel(nn.Module):
+    """A model without blocks, as the only block of one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([model])
+        self._signature = inspect.signature(model.forward)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        bound = self._signature.bind(*arguments, **keywords)  # a block gets its first argument by position
+        return self.blocks[0](*bound.args, **bound.kwargs)
+
+
+def assign(model: nn.Module, config: ComposedConfig) -> Assignment:
+    """Decide what becomes of each layer, and refuse what cannot be done, before anything is touched.
+
+    Raises:
+        BitwrightError: BW201, BW202 or BW208 for rules and fields that do not fit the model, BW313 if no layer is left
+            to quantize, or the blocks are of a kind that cannot be quantized yet.
+    """
+    configs = choose(model, config)
+    if not configs:
+        raise BitwrightError(
+            "BW313",
+            "no layer is left to quantize",
+            why="every linear layer of the model is excluded by a rule, or there is none",
+            suggestion="drop some of the rules; the output head is quantized with quant_lm_head=True",
+        )
+    for each in configs.values():
+        choice = _choice(each)
+        parse_options(choice.algorithm, choice.options)
+    if not _has_blocks(model):
+        return Assignment(configs, frozenset(configs), _WholeModel(model), "blocks.0.")
+    blocks = find_blocks(model)
+    reached = {
+        name for block, part in zip(blocks.names(), blocks.modules, strict=True) for name in linears(part, block)
+    }
+    head = output_head(model)
+    reached |= {head[0]} if head is not None else set()
+    return Assignment(configs, frozenset(reached & set(configs)), model, "")
+
+
+def quantize_layers(model: nn.Module, assignment: Assignment, batches: Sequence[Batch]) -> None:
+    """Put a :class:`WeightOnlyLinear` in the place of each assigned layer of ``model``.
+
+    Raises:
+        BitwrightError: BW401 if an algorithm needs calibration and there are no batches; BW309, BW601 or BW602 for
+            numbers that are not finite.
+    """
+    choices = assignment.choices
+    if assignment.inside:
+        seeds = [config.seed for config in assignment.configs.values() if isinstance(config, AutoRoundConfig)]
+        algorithm = next(choices[name].algorithm for name in choices if name in assignment.inside)
+        recipe = LayerRecipe(
+            scheme=choices[next(iter(choices))].scheme,
+            algorithm=algorithm,
+            seed=seeds[0] if seeds else 0,
+            choices={assignment.prefix + name: choices[name] for name in choices if name in assignment.inside},
+        )
+        prepared = Prepared(assignment.blocks, recipe, "pad")
+        prepared.batches = list(batches)
+        convert_blocks(prepared)
+    _quantize_others(model, {name: choices[name] for name in choices if name not in assignment.inside}, batches)
+    for name in assignment.configs:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        set_module(model, name, WeightOnlyLinear.adopt(layer, choices[name].algorithm))
+
+
+@torch.no_grad()
+def _quantize_others(model: nn.Module, choices: Mapping[str, Choice], batches: Sequence[Batch]) -> None:
+    """Round layers outside the blocks, each by itself. (Where an algorithm needs a block, that is to nearest.)"""
+    if not choices:
+        return
+    layers = {name: model.get_submodule(name) for name in choices}
+    schemes = {name: choice.scheme for name, choice in choices.items()}
+    methods = {name: make_method(choice.algorithm, choice.options) for name, choice in choices.items()}
+    calibrated = {name: layers[name] for name in layers if methods[name].algorithm.with_gram}
+    statistics = {}
+    if calibrated:
+        if not batches:
+            raise BitwrightError(
+                "BW401",
+                f"{choices[next(iter(calibrated))].algorithm} needs calibration data, and the model was never run",
+                suggestion="run the prepared model on some batches before converting it",
+            )
+        forwards: list[Callable[[], object]] = [partial(model, *batch[0], **batch[1]) for batch in batches]
+        statistics = dict(collect_statistics(calibrated, forwards, with_gram=True).statistics)
+    rounded = round_layers(layers, schemes, methods, statistics, is_calibrated=bool(batches))
+    for name, made in rounded.items():
+        set_module(model, name, quantized_linear(layers[name], made.tensor, schemes[name]))
+
+
+def _choice(config: WeightOnlyConfig) -> Choice:
+    return Choice(weight_scheme(config), config.algorithm, config.algorithm_options())
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    """Whether some list of modules has linear layers in each."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module))
+    return any(all(any(map(is_linear, block.modules())) for block in blocks) for blocks in lists)

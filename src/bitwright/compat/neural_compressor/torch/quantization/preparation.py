@@ -1,0 +1,76 @@
+"""What a model carries between being prepared and being converted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
+from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
+
+__all__ = ["Batch", "Preparation", "preparation_of"]
+
+ATTRIBUTE = "_bitwright_preparation"
+Batch = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of the model
+
+
+@dataclass(eq=False)
+class Preparation:
+    """The configuration of a prepared model, and every batch that it was run on; the model itself stays what it is."""
+
+    config: ComposedConfig
+    batches: list[Batch] = field(default_factory=list)
+    is_recording: bool = True
+    handle: Any = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Note the arguments of every call of ``model`` from now on."""
+        model.__dict__[ATTRIBUTE] = self
+        self.handle = model.register_forward_pre_hook(self.record, with_kwargs=True)
+
+    def detach(self, model: nn.Module) -> None:
+        self.handle.remove()
+        del model.__dict__[ATTRIBUTE]
+
+    def record(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.is_recording:
+            self.batches.append((arguments, dict(keywords)))
+
+    def samples(self) -> list[Batch]:
+        """The batches, as many and as long as the configuration of AutoRound, if there is one, takes."""
+        for member in self.config.members:
+            if isinstance(member.config, AutoRoundConfig):
+                return _limited(self.batches, member.config.n_samples, member.config.seqlen)
+        return self.batches
+
+
+def preparation_of(model: nn.Module) -> Preparation | None:
+    found = model.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Preparation) else None
+
+
+def _limited(batches: Sequence[Batch], samples: int, length: int) -> list[Batch]:
+    """The first ``samples`` rows of all batches together, each of at most ``length`` tokens."""
+    kept: list[Batch] = []
+    for arguments, keywords in batches:
+        tokens = next((value for value in (*arguments, *keywords.values()) if _is_tokens(value)), None)
+        if tokens is None:
+            kept.append((arguments, keywords))  # no batch of tokens: the model decides what it is
+            continue
+        if samples <= 0:
+            break
+        shape = tokens.shape
+
+        def cut(value: Any, shape: Any = shape, rows: int = samples) -> Any:
+            return value[:rows, :length] if isinstance(value, Tensor) and value.shape == shape else value
+
+        kept.append((tuple(map(cut, arguments)), {name: cut(value) for name, value in keywords.items()}))
+        samples -= shape[0]
+    return kept
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()

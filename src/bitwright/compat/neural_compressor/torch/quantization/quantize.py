@@ -1,0 +1,88 @@
+"""The document's main functions: prepare a model, run it on data, convert it; or all of it at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig, read_config
+from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
+from bitwright.compat.neural_compressor.torch.quantization.conversion import assign, quantize_layers
+from bitwright.compat.neural_compressor.torch.quantization.preparation import Preparation, preparation_of
+from bitwright.compat.neural_compressor.torch.quantization.saving import attach_save
+from bitwright.core.errors import ArgumentError
+
+__all__ = ["Configuration", "convert", "prepare", "quantize"]
+
+Configuration = WeightOnlyConfig | ComposedConfig | Mapping[str, Any]
+
+
+def prepare(
+    model: nn.Module, quant_config: Configuration, inplace: bool = True, example_inputs: Any = None
+) -> nn.Module:
+    """Make ``model`` (or a copy of it, unless ``inplace``) note every batch that it is run on, for :func:`convert`.
+
+    It stays the model that it is and computes what it computed. ``example_inputs`` (a tensor, a tuple or a dictionary)
+    are not needed here, because nothing is traced.
+
+    Raises:
+        ValueError, TypeError: for a configuration that is wrong in itself.
+        BitwrightError: for one that does not fit the model. Nothing is changed then.
+    """
+    config = read_config(quant_config)
+    if preparation_of(model) is not None:
+        raise ArgumentError("BW201", "the model is prepared already", suggestion="convert it, or prepare it afresh")
+    assign(model, config)
+    target = model if inplace else copy.deepcopy(model)
+    Preparation(config).attach(target)
+    return target
+
+
+def convert(model: nn.Module, quant_config: Configuration | None = None, inplace: bool = True) -> nn.Module:
+    """Quantize a prepared model with the batches that it saw; it gets a ``save`` method.
+
+    A model that was not prepared is converted at once if ``quant_config`` is given and needs no calibration.
+
+    Raises:
+        BitwrightError: BW401 if calibration is needed and the model was never run; BW309 or BW601 for weights or
+            activations that are not finite. The model is still prepared then, and can be run and converted again.
+    """
+    target = model if inplace else copy.deepcopy(model)
+    if preparation_of(target) is None:
+        if quant_config is None:
+            what = "the model was not prepared"
+            raise ArgumentError(
+                "BW201", what, suggestion="prepare(model, quant_config), or give convert a quant_config"
+            )
+        prepare(target, quant_config)
+    preparation = preparation_of(target)
+    assert preparation is not None
+    preparation.is_recording = False
+    try:
+        quantize_layers(target, assign(target, preparation.config), preparation.samples())
+    except BaseException:
+        preparation.is_recording = True
+        raise
+    preparation.detach(target)
+    target.__dict__["qconfig"] = preparation.config.to_dict()
+    attach_save(target)
+    return target
+
+
+def quantize(
+    model: nn.Module,
+    quant_config: Configuration,
+    run_fn: Callable[..., object] | None = None,
+    run_args: Any = None,
+    inplace: bool = True,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """:func:`prepare`, ``run_fn(model, *run_args)`` if there is one, and :func:`convert`."""
+    prepared = prepare(model, quant_config, inplace=inplace, example_inputs=example_inputs)
+    if run_fn is not None:
+        arguments = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
+        run_fn(prepared, *arguments)
+    return convert(prepared)
