@@ -279,7 +279,7 @@ def storage_only(source: SourceFile) -> Iterator[str]:
             yield f"{call.lineno}: {name or last}() for writing"
 
 
-def _is_memory(arguments: Sequence[ast.expr]) -> bool:
+def _is_memory(arguments: list[ast.expr]) -> bool:
     """Whether what is written to is named in the very place as memory: ``torch.save(x, buffer := io.BytesIO())``."""
     values = [node.value for node in arguments if isinstance(node, ast.NamedExpr)]
     return any(isinstance(value, ast.Call) and _dotted(value.func) == "io.BytesIO" for value in values)

@@ -62,7 +62,10 @@ SOUND: list[tuple[str, str]] = [
     ("src/bitwright/cli/a.py", "__all__ = ['f']\ndef f():\n    import json\n    print('x', model.eval())\n"),
     ("src/bitwright/formats/a.py", "__all__: list[str] = []\nopen('x', 'rb')\nimport os\nos.open('x', os.O_RDONLY)\n"),
     ("src/bitwright/core/a.py", "import torch\n__all__: list[str] = []\ntorch.load('x', weights_only=True)\n"),
-    ("src/bitwright/core/a.py", "import io\nimport torch\n__all__ = ['x']\ntorch.save({}, x := io.BytesIO())\n"),
+    (
+        "src/bitwright/core/a.py",
+        "import io\nimport torch\n__all__: list[str] = []\ntorch.save({}, x := io.BytesIO())\n",
+    ),
 ]
 
 
