@@ -64,7 +64,7 @@ SOUND: list[tuple[str, str]] = [
     ("src/bitwright/core/a.py", "import torch\n__all__: list[str] = []\ntorch.load('x', weights_only=True)\n"),
     (
         "src/bitwright/core/a.py",
-        "import io\nimport torch\n__all__: list[str] = []\ntorch.save({}, x := io.BytesIO())\n",
+        "import io, torch\n__all__: list[str] = []\ntorch.save({}, x := io.BytesIO())\n",
     ),
 ]
 
