@@ -20,7 +20,7 @@ from bitwright.quantization.algorithms import parse_options
 from bitwright.quantization.capture import Captured, capture, head_output, observe_head
 from bitwright.quantization.logits import LogitsTask
 from bitwright.quantization.plan import FINISH, GroupFallback, Plan, make_plan
-from bitwright.quantization.sources import MemorySource, refuse_nonfinite
+from bitwright.quantization.sources import MemorySource, Source, refuse_nonfinite
 from bitwright.quantization.statistics import SiteStatistics
 from bitwright.quantization.stream import BlockWork, Flow, block_seed, quantize_block, quantized_linear, round_layers
 
@@ -30,7 +30,8 @@ __all__ = ["Prepared", "convert", "prepare", "quantize_module"]
 class Prepared(nn.Module):
     """A model that notes every batch it is run on, as calibration data for :func:`convert`.
 
-    It computes what the model computes. Batches are kept until the conversion, in memory.
+    It computes what the model computes. Batches are kept until the conversion, in memory. ``source`` says where weights
+    are that are on the meta device as yet: each block's are then loaded for it, and float ones are let go again.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, group_fallback: GroupFallback) -> None:
@@ -38,6 +39,7 @@ class Prepared(nn.Module):
         self.model = model
         self.recipe, self.group_fallback = recipe, group_fallback
         self.batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.source: Source | None = None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.batches.append((arguments, keywords))
@@ -83,7 +85,7 @@ def convert(prepared: Prepared) -> nn.Module:
             or activations that are not finite. The model is unchanged then.
     """
     model, recipe = prepared.model, prepared.recipe
-    source = MemorySource(model)
+    source = prepared.source or MemorySource(model)
     refuse_nonfinite(source)
     plan = make_plan(source, recipe, format="native", group_fallback=prepared.group_fallback)
     if plan.is_calibrated and not prepared.batches:
@@ -97,6 +99,7 @@ def convert(prepared: Prepared) -> nn.Module:
     modes = {module: module.training for module in model.modules()}
     model.train(False)  # dropout would make other statistics at every pass
     try:
+        source.load(name for unit in plan.units if unit.blocks[:1] in ((), (0,)) for name in unit.tensors)
         captured = capture(model, plan.blocks, forwards) if forwards else None
         _convert_units(prepared, plan, captured, forwards, originals)
     except BaseException:
@@ -150,6 +153,8 @@ def _convert_units(
     head: dict[str, QuantizedLinear] = {}
     for unit in plan.units:
         layers = {name: model.get_submodule(name) for name in unit.layers}
+        if prepared.source is not None and unit.is_block:
+            prepared.source.load(unit.tensors)
         if unit.is_block:
             flow = None
             if captured is not None:
@@ -167,6 +172,9 @@ def _convert_units(
             )
             result = quantize_block(work)
             inputs, references = result.outputs, result.references
+            if prepared.source is not None:
+                for layer in layers.values():
+                    layer.to("meta")  # kept for a failure, when the model is as empty as before
         elif layers:
             head = _round_head(model, plan, layers, captured, forwards, inputs)
     if plan.finish is not None and captured is not None and references is not None:

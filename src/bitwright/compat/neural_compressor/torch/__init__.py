@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from bitwright.compat.neural_compressor.torch.empty_model import load_empty_model
+
+__all__ = ["load_empty_model"]

@@ -24,6 +24,7 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.session import Prepared
 from bitwright.quantization.session import convert as convert_blocks
+from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import collect_statistics
 from bitwright.quantization.stream import quantized_linear, round_layers
 
@@ -93,8 +94,12 @@ def assign(model: nn.Module, config: ComposedConfig) -> Assignment:
     return Assignment(configs, frozenset(reached & set(configs)), model, "")
 
 
-def quantize_layers(model: nn.Module, assignment: Assignment, batches: Sequence[Batch]) -> None:
+def quantize_layers(
+    model: nn.Module, assignment: Assignment, batches: Sequence[Batch], source: Source | None = None
+) -> None:
     """Put a :class:`WeightOnlyLinear` in the place of each assigned layer of ``model``.
+
+    ``source`` is where the weights are of a model that is empty as yet; all of it is in memory afterwards.
 
     Raises:
         BitwrightError: BW401 if an algorithm needs calibration and there are no batches; BW309, BW601 or BW602 for
@@ -111,7 +116,7 @@ def quantize_layers(model: nn.Module, assignment: Assignment, batches: Sequence[
             choices={assignment.prefix + name: choices[name] for name in choices if name in assignment.inside},
         )
         prepared = Prepared(assignment.blocks, recipe, "pad")
-        prepared.batches = list(batches)
+        prepared.batches, prepared.source = list(batches), source
         convert_blocks(prepared)
     _quantize_others(model, {name: choices[name] for name in choices if name not in assignment.inside}, batches)
     for name in assignment.configs:

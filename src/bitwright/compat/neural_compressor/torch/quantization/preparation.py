@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitwright.compat.neural_compressor.torch.empty_model import BlockLoader, detach_source
 from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
 
@@ -25,6 +27,7 @@ class Preparation:
     batches: list[Batch] = field(default_factory=list)
     is_recording: bool = True
     handle: Any = None
+    loader: BlockLoader | None = None  # of a model whose weights are on disk
 
     def attach(self, model: nn.Module) -> None:
         """Note the arguments of every call of ``model`` from now on."""
@@ -33,7 +36,22 @@ class Preparation:
 
     def detach(self, model: nn.Module) -> None:
         self.handle.remove()
+        detach_source(model)
         del model.__dict__[ATTRIBUTE]
+
+    @contextmanager
+    def converting(self) -> Iterator[None]:
+        """While this lasts, calls are not noted, and blocks are loaded by whoever works on them."""
+        self.is_recording = False
+        if self.loader is not None:
+            self.loader.remove()
+        try:
+            yield
+        except BaseException:
+            self.is_recording = True
+            if self.loader is not None:
+                self.loader = BlockLoader(self.loader.source)
+            raise
 
     def record(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self.is_recording:

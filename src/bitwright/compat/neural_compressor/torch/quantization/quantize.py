@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from bitwright.compat.neural_compressor.torch.empty_model import BlockLoader, attach_source, source_of
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig, read_config
 from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
 from bitwright.compat.neural_compressor.torch.quantization.conversion import assign, quantize_layers
 from bitwright.compat.neural_compressor.torch.quantization.preparation import Preparation, preparation_of
 from bitwright.compat.neural_compressor.torch.quantization.saving import attach_save
-from bitwright.core.errors import ArgumentError
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.models.location import resolve_model
 
 __all__ = ["Configuration", "convert", "prepare", "quantize"]
 
@@ -37,7 +39,7 @@ def prepare(
         raise ArgumentError("BW201", "the model is prepared already", suggestion="convert it, or prepare it afresh")
     assign(model, config)
     target = model if inplace else copy.deepcopy(model)
-    Preparation(config).attach(target)
+    Preparation(config, loader=_open_weights(target, config)).attach(target)
     return target
 
 
@@ -60,12 +62,9 @@ def convert(model: nn.Module, quant_config: Configuration | None = None, inplace
         prepare(target, quant_config)
     preparation = preparation_of(target)
     assert preparation is not None
-    preparation.is_recording = False
-    try:
-        quantize_layers(target, assign(target, preparation.config), preparation.samples())
-    except BaseException:
-        preparation.is_recording = True
-        raise
+    source = preparation.loader.source if preparation.loader is not None else None
+    with preparation.converting():
+        quantize_layers(target, assign(target, preparation.config), preparation.samples(), source)
     preparation.detach(target)
     target.__dict__["qconfig"] = preparation.config.to_dict()
     attach_save(target)
@@ -86,3 +85,25 @@ def quantize(
         arguments = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
         run_fn(prepared, *arguments)
     return convert(prepared)
+
+
+def _open_weights(model: nn.Module, config: ComposedConfig) -> BlockLoader | None:
+    """Bring the weights of an empty model into memory: at once, or, layer by layer, when they are needed.
+
+    Raises:
+        BitwrightError: BW303 for an empty model of which nobody says where its weights are.
+    """
+    members = [member.config for member in config.members]
+    source = source_of(model)
+    if source is None and any(parameter.is_meta for parameter in model.parameters()):
+        paths = [path for path in (getattr(each, "model_path", "") for each in members) if path]
+        if not paths:
+            what = "the model is empty: its weights are on the meta device"
+            raise BitwrightError("BW303", what, suggestion="give model_path, or make the model by load_empty_model")
+        source = source_of(attach_source(resolve_model(paths[0]), model))
+    if source is None:
+        return None
+    if any(getattr(each, "use_layer_wise", False) for each in members):
+        return BlockLoader(source)
+    source.load(source.shapes())
+    return None
