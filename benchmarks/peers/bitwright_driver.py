@@ -1,0 +1,57 @@
+"""bitwright through the same door as its peers: a checkpoint by ``bitwright.quantize``, with default options."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import bitwright
+from benchmarks.peers.driving import Cell
+from bitwright.quantization.algorithms import ALGORITHMS
+
+__all__ = ["METHODS", "quantize", "scheme_name", "versions"]
+
+METHODS = tuple(ALGORITHMS)
+# What changes when the code that decides on weights changes.
+SOURCES = ("core", "models", "quantization")
+
+
+def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor] | None:
+    """Write a checkpoint from the same windows, which the text gives when it is cut in the same way."""
+    del model  # the directory is streamed
+    samples, seqlen = cell.tokens.shape
+    bitwright.quantize(
+        cell.model,
+        cell.output / "checkpoint",
+        scheme=scheme_name(cell),
+        algorithm=cell.method,
+        format="native",
+        calibration=cell.text if ALGORITHMS[cell.method].calibrated else None,
+        samples=samples,
+        seqlen=seqlen,
+        seed=0,
+        threads=cell.threads,
+        overwrite=True,
+        restart=True,
+    )
+    return None
+
+
+def scheme_name(cell: Cell) -> str:
+    """The short name of the cell's scheme."""
+    base = f"w{cell.bits}" if cell.code == "int" else cell.code
+    group = f"g{cell.group}" if cell.group else ""
+    zero = "" if cell.symmetric or cell.code != "int" else "-asym"
+    return f"{base}{group}{zero}{'-fz' if zero and cell.method == 'hqq' else ''}"
+
+
+def versions() -> str:
+    """The version, and a hash of the sources."""
+    digest = hashlib.sha256()
+    root = Path(bitwright.__file__).parent
+    for folder in SOURCES:
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"bitwright {bitwright.__version__} {digest.hexdigest()[:12]}"

@@ -1,0 +1,115 @@
+"""The peers on one Llama-3-8B-shaped block: seconds and peak memory, scaled to 128 windows.
+
+    python -m benchmarks.peers.block --work-dir DIR --peers-dir DIR --json benchmarks/results/block_peers.json
+
+The block (hidden 4096, intermediate 14336, 32 heads, 8 key-value heads, bf16, random weights) is a model of one block
+with a small vocabulary. Each peer quantizes it twice, with ``--windows`` windows and with half of them, of 512 tokens;
+the difference is what depends on the tokens, and the line through both is read at 128 windows. Data-free methods run
+once. The times of a shared machine are also given in processor seconds over threads, which other work disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.quality_runs.cells import PEERS
+
+__all__ = ["make_model", "measure"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+VOCABULARY, WINDOW, FULL = 1024, 512, 128
+# Peer, method: whether the calibration tokens count.
+METHODS = {
+    ("gptqmodel", "gptq"): True,
+    ("llmcompressor", "gptq-actorder"): True,
+    ("neural_compressor", "gptq"): True,
+    ("hqq", "hqq"): False,
+    ("llmcompressor", "rtn"): False,
+    ("llmcompressor", "awq"): True,
+    ("auto_round", "autoround-3"): True,
+}
+
+
+def make_model(directory: Path) -> None:
+    """A bf16 model of one block, normal random weights, with windows of random tokens beside it."""
+    if (directory / "config.json").is_file():
+        return
+    config = LlamaConfig(**SHAPE, num_hidden_layers=1, vocab_size=VOCABULARY, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory)
+    save_file({"windows": torch.randint(VOCABULARY, (FULL, WINDOW))}, directory / "tokens.safetensors")
+
+
+def run(peer: str, method: str, windows: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What one process needed."""
+    model, output = options.work_dir / "block-model", options.work_dir / "block" / f"{peer}.{method}.{windows}"
+    record = output / "made.json"
+    if not record.is_file():
+        shutil.rmtree(output, ignore_errors=True)
+        cell = {"method": method, "code": "int", "bits": 4, "group": 128, "symmetric": False, "output": str(output)}
+        jobs = {"model": str(model), "text": "", "tokens": str(model / "tokens.safetensors"), "dtype": "bfloat16"}
+        jobs |= {"threads": options.threads, "windows": windows, "keep_weights": False, "cells": [cell]}
+        path = options.work_dir / "block-jobs.json"
+        path.write_text(json.dumps(jobs))
+        python = options.peers_dir / PEERS[peer] / "bin" / "python"
+        extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads), "GOMP_SPINCOUNT": "0"}
+        command = [str(python), "-m", "benchmarks.peers.driving", peer, str(path)]
+        subprocess.run(command, cwd=ROOT, env=os.environ | extra, check=False)
+    found: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"failed": "no result"}
+    return found
+
+
+def measure(peer: str, method: str, needs_tokens: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one method: seconds at so many windows, and at ``FULL`` along the line through both."""
+    counts = (options.windows // 2, options.windows) if needs_tokens else (options.windows,)
+    found = [run(peer, method, count, options) for count in counts]
+    row: dict[str, Any] = {"peer": peer, "method": method, "windows": options.windows, "threads": options.threads}
+    failed = next((record["failed"] for record in found if "failed" in record), None)
+    if failed is not None:
+        return row | {"failed": failed}
+    row |= {"versions": found[-1]["versions"], "peak_bytes": found[-1]["peak_bytes"]}
+    for field, unit in (("seconds", 1), ("processor_seconds", options.threads)):
+        values = [record[field] / unit for record in found]
+        slope = (values[-1] - values[0]) / (counts[-1] - counts[0]) if needs_tokens else 0.0
+        name = "seconds" if unit == 1 or field == "seconds" else "processor_seconds_per_thread"
+        row |= {name: values[-1], f"{name}_scaled": values[-1] + slope * (FULL - options.windows)}
+    return row
+
+
+def main() -> None:
+    """Measure what was asked for and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--peers-dir", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="PEER.METHOD")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    make_model(options.work_dir / "block-model")
+    rows = []
+    for (peer, method), needs_tokens in METHODS.items():
+        if options.only and f"{peer}.{method}" not in options.only:
+            continue
+        rows.append(measure(peer, method, needs_tokens, options))
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
