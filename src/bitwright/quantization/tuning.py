@@ -173,8 +173,9 @@ class Adam:
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on: ``step``, ``first.NAME``, ``second.NAME``."""
-        moments = {f"first.{name}": value for name, value in self.first.items()}
-        return {"step": torch.tensor(self.count), **moments, **{f"second.{n}": v for n, v in self.second.items()}}
+        first = {f"first.{name}": value.clone() for name, value in self.first.items()}
+        second = {f"second.{name}": value.clone() for name, value in self.second.items()}
+        return {"step": torch.tensor(self.count), **first, **second}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from ``state``."""
