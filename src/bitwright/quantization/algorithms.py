@@ -14,8 +14,10 @@ from bitwright.quantization.autoround import AUTOROUND
 from bitwright.quantization.awq import AWQ
 from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.hqq import HQQ
+from bitwright.quantization.learned import LEARNED
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
+from bitwright.quantization.teq import TEQ
 
 __all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_options"]
 
@@ -23,8 +25,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
     "hqq": Algorithm(round=HQQ),
     "gptq": Algorithm(round=GPTQ, calibrated=True, with_gram=True),
+    "gptq+learned": Algorithm(round=GPTQ, tune=(LEARNED,), calibrated=True, with_gram=True, with_float_flow=True),
     "autoround": Algorithm(round=RTN, tune=(AUTOROUND,), calibrated=True, with_float_flow=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
+    "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
 }
 
 
