@@ -180,22 +180,29 @@ class MemorySource:
 
     def load(self, names: Iterable[str]) -> None:
         for name in names:
-            for holder, leaf in self._places(name):
-                places = holder._parameters if leaf in holder._parameters else holder._buffers
-                own = places[leaf]
-                assert own is not None
-                self._own.setdefault(name, own)
-                copy = self._own[name].detach().clone()
-                places[leaf] = nn.Parameter(copy, requires_grad=False) if leaf in holder._parameters else copy
+            places = self._places(name)
+            holder, leaf = places[0]
+            if name not in self._own:
+                present = holder._parameters.get(leaf, holder._buffers.get(leaf))
+                assert present is not None
+                self._own[name] = present
+            own = self._own[name]
+            copy = own.detach().clone()
+            self._assign(places, nn.Parameter(copy, requires_grad=False) if isinstance(own, nn.Parameter) else copy)
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
-            own = self._own.pop(name, None)
-            for holder, leaf in self._places(name) if own is not None else ():
-                if isinstance(own, nn.Parameter):
-                    holder._parameters[leaf] = own
-                else:
-                    holder._buffers[leaf] = own
+            if name in self._own:
+                self._assign(self._places(name), self._own.pop(name))
+
+    @staticmethod
+    def _assign(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
+        """One object in all places, so that what is tied stays tied."""
+        for holder, leaf in places:
+            if isinstance(tensor, nn.Parameter):
+                holder._parameters[leaf] = tensor
+            else:
+                holder._buffers[leaf] = tensor
 
     def _places(self, name: str) -> list[tuple[nn.Module, str]]:
         """Where the parameter or buffer ``name`` is, and where it is tied to."""
