@@ -11,7 +11,7 @@ from typing import Any
 
 from bitwright.core.errors import BitwrightError
 from bitwright.quantization.autoround import AUTOROUND
-from bitwright.quantization.awq import AWQ
+from bitwright.quantization.awq import AWQ, AWQ_SCALE
 from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.hqq import HQQ
 from bitwright.quantization.learned import LEARNED
@@ -29,6 +29,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "autoround": Algorithm(round=RTN, tune=(AUTOROUND,), calibrated=True, with_float_flow=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
     "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
+    "awq+gptq": Algorithm(equalize=(AWQ_SCALE,), round=GPTQ, calibrated=True, with_gram=True),
+    "teq+gptq": Algorithm(equalize=(TEQ,), round=GPTQ, calibrated=True, with_gram=True),
 }
 
 
