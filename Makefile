@@ -42,10 +42,12 @@ format: setup
 docs: setup
 	$(BIN)/python -m docs.generate
 
-# Streams generated checkpoints of 1.5 billion parameters (12 GB of disk, for a while), then measures third-party models.
+# Streams generated checkpoints of 1.5 billion parameters (12 GB of disk, for a while), then measures third-party models and
+# every algorithm; beside the peers where `make bench PEERS=DIR` says that benchmarks.peers.setup put them.
 bench: setup
 	$(BIN)/python -m benchmarks.stream --work-dir out/stream --json benchmarks/results/stream.json
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.quality --work-dir out/quality $(if $(PEERS),--peers-dir $(PEERS))
 
 # Writes down the newest version of everything. torch stays at the release that the figures in the docs were measured with.
 TORCH := torch==2.13.0
