@@ -1,0 +1,82 @@
+"""End to end: models quantized and written by us, loaded and run by GPTQModel, as transformers does for both formats.
+
+GPTQModel installs beside torch 2.13 (``pip install --no-deps gptqmodel`` and what it asks for); without it, this skips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.core.scheme_names import parse
+from bitwright.formats.table import get_format
+from bitwright.models.blocks import is_linear
+from tests.formats.layers import random_layer
+from tests.models.checkpoints import ARCHITECTURES, VOCABULARY, byte_tokenizer, dequantized, save_quantized
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the package's own
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % VOCABULARY
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Iterator[Any]:
+    """The package, imported where the logs that it writes into the current directory are of no harm."""
+    with contextlib.chdir(tmp_path):
+        yield pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(input_ids=TOKENS).logits
+    return output.float()
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("gptq", "w4g32"), ("gptq", "w4g32-asym"), ("gptq", "w3g32"), ("gptq", "w3-asym"), ("gptq", "w2g32-asym"),
+        ("gptq", "w8"), ("gptq", "w8g32-asym"), ("gptq_v2", "w4g32"), ("gptq_v1", "w4g32"), ("awq", "w4g32-asym"),
+        ("awq", "w4g32"),
+    ],
+)  # fmt: skip
+def test_it_gives_our_logits(package: Any, tmp_path: Path, format: str, name: str) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama-untied"]().to(torch.float16).eval()
+    names = [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
+    folder = tmp_path / "model"
+    tensors = save_quantized(model, folder, dict.fromkeys(names, parse(name)), format=format)
+    byte_tokenizer(VOCABULARY - 257).save_pretrained(folder)
+    loaded = package.GPTQModel.load(str(folder), device="cpu", dtype=torch.float16)
+    kinds = {type(module).__name__ for layer, module in loaded.model.named_modules() if layer in names}
+    assert kinds and not kinds & {"Linear"}, kinds
+    expected = logits(dequantized(model, tensors))
+    torch.testing.assert_close(logits(loaded.model), expected, rtol=0, atol=0.004 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", [f"w{bits}g32{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")])
+@pytest.mark.parametrize("is_reordered", [False, True])
+def test_it_reads_our_numbers(package: Any, name: str, is_reordered: bool) -> None:
+    """A layer, decoded by the package, is what the tensor stands for, exactly in float16; so is a reordered one."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    layer, scheme = random_layer(name, (32, 64))
+    if is_reordered:
+        layer = replace(layer, group_index=torch.arange(64, dtype=torch.int32) * 7 % 64 // 32)
+    module = TorchLinear(
+        bits=scheme.weight.bits, group_size=32, sym=scheme.weight.symmetric, desc_act=is_reordered, in_features=64,
+        out_features=32, bias=False, pack_dtype=torch.int32, register_buffers=True,
+    )  # fmt: skip
+    encoded = get_format("gptq_v2").encode(NAME, layer, scheme)
+    module.load_state_dict({key.removeprefix(NAME + "."): value for key, value in encoded.items()})
+    module.post_init()
+    decoded = module.dequantize_weight()
+    assert torch.equal(decoded.t().to(torch.float16), layer.dequantize(torch.float16))
