@@ -11,6 +11,8 @@ import pytest
 
 import bitwright
 from bitwright.cli import main
+from bitwright.cli.app import ALGORITHM_NAMES
+from bitwright.quantization.algorithms import ALGORITHMS
 
 COMMANDS = ["quantize", "eval", "generate", "inspect", "doctor", "demo", "explain"]
 HELP_SECONDS = 0.2
@@ -50,6 +52,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
         if seconds[-1] < HELP_SECONDS:
             return
     pytest.fail(f"--help took {min(seconds):.3f} s at best")
+
+
+def test_the_help_of_quantize_names_every_algorithm() -> None:
+    assert tuple(ALGORITHMS) == ALGORITHM_NAMES
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -16,6 +16,7 @@ from bitwright.cli.terminal import printable
 from bitwright.core.settings import read_settings, wait_passively
 
 __all__ = [
+    "ALGORITHM_NAMES",
     "app",
     "common",
     "demo",
@@ -37,6 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic; as many as torch takes unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+# The names in the table of algorithms, which is not imported here: help has to answer at once.
+ALGORITHM_NAMES = ("rtn", "hqq", "gptq", "gptq+learned", "autoround", "awq", "teq", "awq+gptq", "teq+gptq")
 
 
 def run(arguments: list[str]) -> int:
@@ -98,13 +101,14 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")],
     scheme: Annotated[str, typer.Option(help="What numbers are stored: w4g128, w8, w3g32-asym, nf4g64-dq, w8a8 ...")],
-    algorithm: Annotated[str, typer.Option(help="How they are chosen: rtn (round to nearest).")] = "rtn",
+    algorithm: Annotated[str, typer.Option(help=f"How they are chosen: {', '.join(ALGORITHM_NAMES)}.")] = "rtn",
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; may be repeated."),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="compressed-tensors or native; the first that can store the scheme unless given.")
+        str | None,
+        typer.Option(help="compressed-tensors, gptq, awq or native; the first that can store the scheme unless given."),
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text file or data set (calibration, heldout) for algorithms that need one.")
@@ -115,7 +119,9 @@ def quantize(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SCHEME", help="Another scheme (or float) for some layers; may be repeated."),
+        typer.Option(
+            metavar="NAME=SCHEME", help="Another SCHEME, SCHEME@ALGORITHM or float for some layers; repeatable."
+        ),
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
