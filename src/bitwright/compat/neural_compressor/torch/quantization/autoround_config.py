@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from bitwright.compat.neural_compressor.torch.quantization.config import FLOAT, WeightOnlyConfig
@@ -152,4 +152,4 @@ class AutoRoundConfig(WeightOnlyConfig):
 
 def _plain_fields(config: AutoRoundConfig) -> dict[str, Any]:
     """The fields of a configuration without its rules for layers."""
-    return {name: getattr(config, name) for name in type(config).__dataclass_fields__ if name != "layer_config"}
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "layer_config"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,7 +21,7 @@ GLOBAL, LOCAL = "global", "local"
 FLOAT = "fp32"  # the dtype that leaves a layer as it is
 # The document's dtypes, and the codes that they store; fp4 is the four-bit float of bitsandbytes.
 DTYPES = {"int": "int", "nf4": "nf4", "fp4": "fp4_bnb", "fp4_e2m1_bnb": "fp4_bnb", "fp4_e2m1": "fp4_e2m1"}
-Operator = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+Operator = str | type[nn.Module] | list[str | type[nn.Module]] | tuple[str | type[nn.Module], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class WeightOnlyConfig(CheckedFields):
         """
         if not isinstance(config, WeightOnlyConfig):
             raise TypeError(f"set_local takes a configuration such as RTNConfig, not {type(config).__name__}")
-        for each in [operator] if isinstance(operator, str | type) else operator:
+        for each in operator if isinstance(operator, list | tuple) else [operator]:
             if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
                 raise TypeError(f"set_local takes layer names, patterns or classes of layers, not {each!r}")
             key = (each, False) if isinstance(each, str) else (each.__name__, True)

@@ -163,10 +163,10 @@ class HQQConfig(WeightOnlyConfig):
     scale_quant_group_size: int = setting(128, whole(1, None, -1))
 
     def check(self) -> None:
-        super().check()
-        _refuse_double_quant(self)
         if self.dtype not in ("int", FLOAT):
             self.refuse("dtype", "but HQQ moves zero points, which a table does not have", "'int', 'fp32'")
+        super().check()
+        _refuse_double_quant(self)
         if self.quant_scale and not self.quant_zero and not self.use_sym:
             self.refuse("quant_zero", "but with quant_scale a float zero point cannot be stored", "True")
 
