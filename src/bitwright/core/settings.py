@@ -14,11 +14,14 @@ class Settings:
     """``BITWRIGHT_CACHE``: where reference logits are kept (default ``~/.cache/bitwright``).
 
     ``NO_COLOR``: any value turns colours off. ``BITWRIGHT_DEBUG``: any value shows tracebacks, as ``--debug`` does.
+    ``BITWRIGHT_ISA``: the instruction set of the native kernels (``scalar``, ``avx2``, ``avx512``, ``avx512_vnni``,
+    ``avx512_bf16``); the best that the processor has, unless set.
     """
 
     cache: Path
     no_color: bool
     debug: bool
+    isa: str | None = None
 
 
 def read_settings() -> Settings:
@@ -29,6 +32,7 @@ def read_settings() -> Settings:
         cache=Path(cache) if cache else base,
         no_color=bool(os.environ.get("NO_COLOR")),
         debug=bool(os.environ.get("BITWRIGHT_DEBUG")),
+        isa=os.environ.get("BITWRIGHT_ISA") or None,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bitwright.core.errors import BitwrightError
-from bitwright.kernels import reference
+from bitwright.kernels import native, reference
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
 __all__ = ["KERNELS", "Kernel", "KernelSpec", "PackedWeight", "explain", "select"]
 
-KERNELS: tuple[Kernel, ...] = (reference.KERNEL,)
+KERNELS: tuple[Kernel, ...] = (native.KERNEL, reference.KERNEL)
 
 
 def select(spec: KernelSpec) -> Kernel:
@@ -29,6 +29,6 @@ def explain(spec: KernelSpec) -> list[tuple[str, str | None]]:
 
     Example:
         >>> explain(KernelSpec(scheme=parse("w4g128"), shape=(64, 256), device=torch.device("cpu")))
-        [('reference', None)]
+        [('native', None), ('reference', None)]
     """
     return [(kernel.name, kernel.refuse(spec)) for kernel in KERNELS]

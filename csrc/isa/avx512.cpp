@@ -1,0 +1,10 @@
+#include "../ops/prelude.h"
+#include <immintrin.h>
+
+namespace {
+#include "../simd/avx512.h"
+#include "../ops/unpack.h"
+#include "../ops/kernels.h"
+}  // namespace
+
+BW_TABLE(bw_avx512_table, "avx512");

@@ -1,0 +1,10 @@
+#define BW_PLAIN
+#include "../ops/prelude.h"
+
+namespace {
+#include "../simd/scalar.h"
+#include "../ops/unpack.h"
+#include "../ops/kernels.h"
+}  // namespace
+
+BW_TABLE(bw_scalar_table, "scalar");

@@ -1,0 +1,57 @@
+/* Everything that an instruction set's file compiles, inside its own anonymous namespace; see csrc/isa. */
+
+#include "routes.h"
+#include "output.h"
+#include "tokens.h"
+#include "linear.h"
+#include "ceilings.h"
+
+template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
+    constexpr bool IS_COMMON = BITS == 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
+    alignas(64) float totals[BW_TOKENS * BW_PANEL];
+    alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
+    const bw_weight& w = *job->weight;
+    const Levels levels = make_levels(w);
+    int64_t groups = (w.slots + w.group - 1) / w.group, tokens = job->tokens.count;
+    for (int64_t panel = first; panel < last; panel++) {
+        PanelPlace at{*job, panel, groups, w.codes + panel * (w.slots / BW_BLOCK) * 4 * 64 * BITS};
+        memset(totals, 0, sizeof(float) * (size_t)(tokens * BW_PANEL));
+        for (int64_t group = 0; group < groups; group++) {
+            if constexpr (IS_COMMON) {
+                if (tokens == 1) sum_directly<R, BITS, 1>(at, group, levels, totals);
+                if (tokens == 2) sum_directly<R, BITS, 2>(at, group, levels, totals);
+                if (tokens <= 2) continue;
+            }
+            sum_in_chunks<R, BITS>(at, group, levels, carried, totals);
+        }
+        for (int64_t token = 0; token < tokens; token++) write_totals(*job, panel, token, totals + token * BW_PANEL);
+    }
+}
+
+template <class R> void run_route(const bw_linear_job* job, int64_t first, int64_t last) {
+    switch (job->weight->bits) {
+        case 2: return run_panels<R, 2>(job, first, last);
+        case 3: return run_panels<R, 3>(job, first, last);
+        case 4: return run_panels<R, 4>(job, first, last);
+        case 5: return run_panels<R, 5>(job, first, last);
+        case 6: return run_panels<R, 6>(job, first, last);
+        case 7: return run_panels<R, 7>(job, first, last);
+        default: return run_panels<R, 8>(job, first, last);
+    }
+}
+
+void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
+    if (job->tokens.route == BW_ROUTE_INTEGER) return run_route<Integer>(job, first, last);
+#if defined(BW_PAIRS)
+    if (job->tokens.route == BW_ROUTE_BFLOAT16) return run_route<Bfloat16>(job, first, last);
+#endif
+    run_route<Float32>(job, first, last);
+}
+
+#if defined(BW_PAIRS)
+#define BW_HAS_BFLOAT16 1
+#else
+#define BW_HAS_BFLOAT16 0
+#endif
+#define BW_TABLE(symbol, name) \
+    extern "C" const bw_isa_table symbol = {name, BW_HAS_BFLOAT16, prepare_token, run_linear, read_memory, multiply}

@@ -1,0 +1,21 @@
+/* What every file in csrc/isa includes first, outside any namespace: declarations and macros, no code. */
+#pragma once
+
+#include <string.h>
+
+#include <type_traits>
+#include <utility>
+
+#include "../isa_table.h"
+
+/* Sums live in registers only if everything between them is inlined and unrolled. Plain C++ gains nothing from it but
+ * minutes of compilation. */
+#if defined(BW_PLAIN)
+#define INLINE inline
+#define INLINE_LAMBDA
+#define UNROLL
+#else
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#endif

@@ -1,0 +1,149 @@
+/* The three ways to sum products, each as one small type. Included inside an anonymous namespace.
+ *
+ * A step is one vector of weights (a 32-bit word for each row) times one word of a token: four slots, two or one. A
+ * group's steps are summed in one chain from first to last, whoever sums them, so that a row's result is the same in
+ * every batch; then the group is folded into the row's total. */
+
+struct Levels {
+    float values[BW_LEVELS];
+#if defined(BW_PAIRS)
+    uint16_t pairs[32];
+#endif
+    float center;
+    int32_t zero; /* what every zero point is where none are stored */
+};
+
+/* What a group needs of its 64 rows. */
+struct Parameters {
+    float scale[BW_PANEL];
+    float offset[BW_PANEL]; /* float routes: zero - center; integer route: remainder */
+    int32_t zero[BW_PANEL];
+    bool has_zero, has_remainder;
+};
+
+INLINE F load_number(const void* p, int64_t index, int32_t dtype) {
+    if (dtype == BW_FLOAT32) return load_f((const float*)p + index);
+    const uint16_t* halves = (const uint16_t*)p + index;
+    return dtype == BW_FLOAT16 ? load_float16(halves) : bits_to_f(shift_left<16>(load_halves(halves)));
+}
+
+inline Parameters load_parameters(const bw_weight& w, int64_t panel, int64_t group, int64_t groups, bool is_integer) {
+    Parameters p;
+    p.has_zero = w.zero != nullptr;
+    p.has_remainder = w.remainder != nullptr;
+    for (int lane = 0; lane < BW_PANEL; lane += BW_LANES) {
+        int64_t at = (panel * groups + group) * BW_PANEL + lane;
+        store_f(p.scale + lane, load_number(w.scale, at, w.scale_dtype));
+        if (!p.has_zero) continue;
+        I zero = load_bytes(w.zero + at);
+        store_i(p.zero + lane, zero);
+        F remainder = p.has_remainder ? load_f(w.remainder + at) : set_f(0.0f);
+        F offset = add_f(sub_f(to_f(zero), set_f((float)w.center)), remainder);
+        store_f(p.offset + lane, is_integer ? remainder : offset);
+    }
+    return p;
+}
+
+struct Integer {
+    using Sum = I;
+    static constexpr int STEPS = 1; /* a quad */
+    static constexpr int64_t CHUNK = 512;
+
+    template <int BITS> struct Weights {
+        I word[1];
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels&, std::integral_constant<int, Q>)
+            : word{b.template quad<Q, true>()} {}
+    };
+    static INLINE I start() { return set_i(0); }
+    static INLINE I load(const uint32_t* p) { return load_i(p); }
+    static INLINE void store(uint32_t* p, I v) { store_i(p, v); }
+    template <bool IS_WIDE> static INLINE I dot(I sum, I w, uint32_t x) {
+        return dot_bytes<IS_WIDE>(sum, w, (int32_t)x);
+    }
+    /* Every step rounds by itself, as the reference does: the results are equal bit for bit. */
+    static INLINE void fold(float* total, I sum, int lane, const Parameters& p, const Levels& levels, const void* sums) {
+        int32_t codes = *(const int32_t*)sums;
+        I zero = p.has_zero ? load_i(p.zero + lane) : set_i(levels.zero);
+        F value = to_f(sub_i(sum, mul_i(zero, set_i(codes))));
+        if (p.has_remainder) value = sub_f(value, mul_f(set_f((float)codes), load_f(p.offset + lane)));
+        store_f(total + lane, add_f(load_f(total + lane), mul_f(value, load_f(p.scale + lane))));
+    }
+};
+
+struct Float32 {
+    using Sum = F;
+    static constexpr int STEPS = 4;
+    static constexpr int64_t CHUNK = 64;
+
+    template <int BITS> struct Weights {
+        I word[4];
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, std::integral_constant<int, Q>) {
+            I quad = b.template quad<Q, (BITS > 4)>();
+            word[0] = value(quad, levels);
+            word[1] = value(shift_right<8>(quad), levels);
+            word[2] = value(shift_right<16>(quad), levels);
+            word[3] = value(shift_right<24>(quad), levels);
+        }
+        static INLINE I value(I code, const Levels& levels) {
+            if constexpr (BITS <= 4) return bits_to_i(look_up(load_table(levels.values), code));
+            return bits_to_i(sub_f(to_f(and_i(code, set_i(255))), set_f(levels.center)));
+        }
+    };
+    static INLINE F start() { return set_f(0.0f); }
+    static INLINE F load(const uint32_t* p) { return load_f((const float*)p); }
+    static INLINE void store(uint32_t* p, F v) { store_f((float*)p, v); }
+    template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) {
+        return multiply_add(bits_to_f(w), bits_to_f(set_i((int32_t)x)), sum);
+    }
+    static INLINE void fold(float* total, F sum, int lane, const Parameters& p, const Levels&, const void* sums) {
+        if (p.has_zero) sum = sub_f(sum, mul_f(load_f(p.offset + lane), set_f(*(const float*)sums)));
+        store_f(total + lane, multiply_add(sum, load_f(p.scale + lane), load_f(total + lane)));
+    }
+};
+
+#if defined(BW_PAIRS)
+/* Pairs of whole numbers of at most 8 bits, which bfloat16 holds exactly: slots 0 and 2 of a quad, then 1 and 3. */
+struct Bfloat16 : Float32 {
+    static constexpr int STEPS = 2;
+    static constexpr int64_t CHUNK = 128;
+
+    template <int BITS> struct Weights {
+        I word[2];
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, std::integral_constant<int, Q>) {
+            I quad = b.template quad<Q, (BITS > 5)>();
+            if constexpr (BITS <= 5) {
+                PairTable table = load_pair_table(levels.pairs);
+                word[0] = look_up_pairs(table, quad);
+                word[1] = look_up_pairs(table, shift_pairs<8>(quad));
+            } else {
+                word[0] = pair(quad, levels);
+                word[1] = pair(shift_right<8>(quad), levels);
+            }
+        }
+        static INLINE I pair(I codes, const Levels& levels) {
+            I low = bits_to_i(sub_f(to_f(and_i(codes, set_i(255))), set_f(levels.center)));
+            I high = bits_to_i(sub_f(to_f(and_i(shift_right<16>(codes), set_i(255))), set_f(levels.center)));
+            return or_i(shift_right<16>(low), high); /* the low halves of both are zero */
+        }
+    };
+    template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) { return dot_pairs(sum, w, (int32_t)x); }
+};
+#endif
+
+inline Levels make_levels(const bw_weight& w) {
+    Levels levels;
+    levels.center = (float)w.center;
+    levels.zero = w.center;
+    int count = w.bits <= 4 ? 1 << w.bits : BW_LEVELS;
+    for (int i = 0; i < BW_LEVELS; i++)
+        levels.values[i] = w.levels ? w.levels[i] : (float)(i % count) - levels.center;
+#if defined(BW_PAIRS)
+    for (int i = 0; i < 32; i++) {
+        float value = (float)(w.bits <= 5 ? i % (1 << w.bits) : i) - levels.center;
+        uint32_t word;
+        memcpy(&word, &value, 4);
+        levels.pairs[i] = (uint16_t)(word >> 16);
+    }
+#endif
+    return levels;
+}

@@ -1,0 +1,115 @@
+/* Activations to the words that the products read. Included inside an anonymous namespace. */
+
+INLINE float number_at(const void* x, int64_t index, int32_t dtype) {
+    alignas(64) char bytes[64] = {};
+    int size = dtype == BW_FLOAT32 ? 4 : 2;
+    memcpy(bytes, (const char*)x + index * size, (size_t)size);
+    float first[BW_LANES];
+    store_f(first, load_number(bytes, 0, dtype));
+    return first[0];
+}
+
+inline float lane_sum(F v) {
+    float lanes[BW_LANES], sum = 0;
+    store_f(lanes, v);
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
+/* The numbers of a token as float32, padded with zeros to whole vectors. */
+inline void read_row(const void* x, int64_t first, int64_t columns, int64_t slots, int32_t dtype, float* row) {
+    int64_t whole = columns / BW_LANES * BW_LANES;
+    for (int64_t c = 0; c < whole; c += BW_LANES) store_f(row + c, load_number(x, first + c, dtype));
+    for (int64_t c = whole; c < columns; c++) row[c] = number_at(x, first + c, dtype);
+    for (int64_t c = columns; c < slots; c++) row[c] = 0;
+}
+
+/* The int8 scale of a token (max|x| / 127, of a constant token its magnitude), or NaN if it holds NaN or infinity.
+ * The same arithmetic as bitwright.core.grid. */
+inline float token_scale(const float* row, int64_t columns) {
+    constexpr float tiny = 1.17549435e-38f;
+    F least = set_f(row[0]), greatest = least, damage = set_f(0.0f);
+    int64_t whole = columns / BW_LANES * BW_LANES;
+    for (int64_t c = 0; c < whole; c += BW_LANES) {
+        F v = load_f(row + c);
+        least = min_f(v, least);
+        greatest = max_f(v, greatest);
+        damage = add_f(damage, sub_f(v, v)); /* 0, or NaN */
+    }
+    float low[BW_LANES], high[BW_LANES], bad = lane_sum(damage);
+    store_f(low, least);
+    store_f(high, greatest);
+    for (int i = 1; i < BW_LANES; i++) {
+        low[0] = low[i] < low[0] ? low[i] : low[0];
+        high[0] = high[i] > high[0] ? high[i] : high[0];
+    }
+    for (int64_t c = whole; c < columns; c++) {
+        low[0] = row[c] < low[0] ? row[c] : low[0];
+        high[0] = row[c] > high[0] ? row[c] : high[0];
+        bad += row[c] - row[c];
+    }
+    if (bad != 0) return bad;
+    float largest = -low[0] > high[0] ? -low[0] : high[0], scale = largest / 127.0f;
+    if (largest == 0) return 0;
+    if (low[0] == high[0] && largest >= tiny) return largest;
+    return scale < tiny ? tiny : scale;
+}
+
+/* One group of a token to int8 words; their sum. */
+inline int32_t write_bytes(const float* row, int64_t slots, float scale, uint32_t* words) {
+    F divisor = set_f(scale == 0 ? 1.0f : scale);
+    I sum = set_i(0);
+    for (int64_t s = 0; s < slots; s += BW_LANES) {
+        I code = round_to_i(div_f(load_f(row + s), divisor));
+        code = max_i(min_i(code, set_i(127)), set_i(-128));
+        sum = add_i(sum, code);
+        store_bytes(words + s / 4, code);
+    }
+    int32_t lanes[BW_LANES], total = 0;
+    store_i(lanes, sum);
+    for (int32_t lane : lanes) total += lane;
+    return total;
+}
+
+/* One group of a token to float32 words, or to pairs of bfloat16 (slots 0 and 2 of each four, then 1 and 3). */
+inline float write_floats(const float* row, int64_t slots, bool are_pairs, uint32_t* words) {
+    F sum = set_f(0.0f);
+    for (int64_t s = 0; s < slots; s += BW_LANES) {
+        F v = load_f(row + s);
+        sum = add_f(sum, v);
+        if (!are_pairs) {
+            store_f((float*)words + s, v);
+            continue;
+        }
+        uint32_t lane[BW_LANES];
+        store_f((float*)lane, v);
+        for (int i = 0; i < BW_LANES; i += 4) {
+            words[(s + i) / 2] = lane[i] >> 16 | (lane[i + 2] & 0xffff0000);
+            words[(s + i) / 2 + 1] = lane[i + 1] >> 16 | (lane[i + 3] & 0xffff0000);
+        }
+    }
+    return lane_sum(sum);
+}
+
+int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t token, bw_tokens* tokens, float* row) {
+    read_row(x, token * w->columns, w->columns, w->slots, dtype, row);
+    bool is_integer = tokens->route == BW_ROUTE_INTEGER;
+    float scale = is_integer ? token_scale(row, w->columns) : 1.0f;
+    if (scale != scale) return BW_NOT_FINITE;
+    if (is_integer) tokens->scale[token] = scale;
+    const float* slots = row;
+    if (w->order) {
+        float* moved = row + w->slots;
+        for (int64_t s = 0; s < w->slots; s++) moved[s] = (uint32_t)w->order[s] < w->columns ? row[w->order[s]] : 0.0f;
+        slots = moved;
+    }
+    int per_word = is_integer ? 4 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 1;
+    for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
+        int64_t count = w->group < w->slots - first ? w->group : w->slots - first;
+        uint32_t* words = tokens->words + (first * tokens->count + token * count) / per_word;
+        int64_t at = group * tokens->count + token;
+        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, words);
+        else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
+    }
+    return BW_OK;
+}

@@ -1,0 +1,70 @@
+/* Sixteen lanes of 32 bits in one AVX-512 register. BW_VNNI and BW_PAIRS say which further instructions there are.
+ * Included inside an anonymous namespace. */
+
+using I = __m512i;
+using F = __m512;
+struct Table { F values; };
+
+INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
+INLINE I set_i(int32_t v) { return _mm512_set1_epi32(v); }
+INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+INLINE I min_i(I a, I b) { return _mm512_min_epi32(a, b); }
+INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+template <int N> INLINE I shift_right(I v) { return _mm512_srli_epi32(v, N); }
+template <int N> INLINE I shift_left(I v) { return _mm512_slli_epi32(v, N); }
+
+INLINE F load_f(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store_f(float* p, F v) { _mm512_storeu_ps(p, v); }
+INLINE F set_f(float v) { return _mm512_set1_ps(v); }
+INLINE F add_f(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE F sub_f(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE F div_f(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE F min_f(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F max_f(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F bits_to_f(I v) { return _mm512_castsi512_ps(v); }
+INLINE I bits_to_i(F v) { return _mm512_castps_si512(v); }
+INLINE F to_f(I v) { return _mm512_cvtepi32_ps(v); }
+INLINE I round_to_i(F v) { return _mm512_cvtps_epi32(v); }
+
+INLINE I load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_bytes(void* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+INLINE I load_halves(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_halves(void* p, I v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
+INLINE F load_float16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_float16(void* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
+
+INLINE Table load_table(const float* levels) { return {_mm512_loadu_ps(levels)}; }
+INLINE F look_up(Table t, I index) { return _mm512_permutexvar_ps(index, t.values); }
+
+/* Sums of four products, u unsigned and x signed bytes, x the same in every lane. IS_WIDE: u may exceed 127. */
+template <bool IS_WIDE> INLINE I dot_bytes(I sum, I u, int32_t x) {
+    I xs = _mm512_set1_epi32(x);
+#if defined(BW_VNNI)
+    return _mm512_dpbusd_epi32(sum, u, xs);
+#else
+    if constexpr (!IS_WIDE)
+        return add_i(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(u, xs), _mm512_set1_epi16(1)));
+    I even = _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)),
+                               _mm512_srai_epi16(_mm512_slli_epi16(xs, 8), 8));
+    I odd = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(xs, 8));
+    return add_i(sum, add_i(even, odd));
+#endif
+}
+
+#if defined(BW_PAIRS)
+struct PairTable { I values; };
+INLINE PairTable load_pair_table(const uint16_t* levels) { return {_mm512_loadu_si512(levels)}; }
+/* In every 16-bit half: the level of its low five bits. */
+INLINE I look_up_pairs(PairTable t, I index) { return _mm512_permutexvar_epi16(index, t.values); }
+template <int N> INLINE I shift_pairs(I v) { return _mm512_srli_epi16(v, N); }
+INLINE F dot_pairs(F sum, I w, int32_t x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+}
+#endif

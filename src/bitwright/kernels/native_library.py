@@ -1,0 +1,57 @@
+"""The compiled kernels, if this installation has them, and the instruction set that they use."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from bitwright.core.errors import ArgumentError
+from bitwright.core.settings import read_settings
+
+try:
+    from bitwright.kernels import _native
+except ImportError as error:
+    _MISSING: str | None = f"the native kernels are not built here ({type(error).__name__})"
+else:
+    _MISSING = None
+
+__all__ = ["instruction_set", "instruction_sets", "missing", "use_instruction_set"]
+
+
+def missing() -> str | None:
+    """Why there are no native kernels; ``None`` if there are."""
+    return _MISSING
+
+
+def instruction_sets() -> list[str]:
+    """What this build and this processor have, best last; ``[]`` without native kernels."""
+    return [] if _MISSING else _native.supported_isas()
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best, unless ``BITWRIGHT_ISA`` or ``use_instruction_set`` names another.
+
+    Raises:
+        ArgumentError: BW201 if ``BITWRIGHT_ISA`` names none that is supported here.
+    """
+    if _MISSING:
+        return "none"
+    _choose()
+    return _native.selected_isa()
+
+
+@cache
+def _choose() -> None:
+    wanted = read_settings().isa
+    if wanted:
+        use_instruction_set(wanted)
+
+
+def use_instruction_set(name: str) -> None:
+    """Compute with ``name`` from now on; not while another thread computes.
+
+    Raises:
+        ArgumentError: BW201 if it is not supported here.
+    """
+    if _MISSING or not _native.select_isa(name):
+        accepted = "accepted here: " + (", ".join(instruction_sets()) or "none")
+        raise ArgumentError("BW201", f"BITWRIGHT_ISA is {name!r}", why=_MISSING or "", suggestion=accepted)
