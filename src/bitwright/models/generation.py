@@ -17,7 +17,7 @@ from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load
 from bitwright.models.loading import check_vocabulary, load_with_tokenizer
 from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "generate", "generate_tokens"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "generate", "generate_tokens", "stream_text"]
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -104,9 +104,8 @@ def generate(
         tokenizer = tokenizer or _own_tokenizer(model)
         check_vocabulary(model, tokenizer)
     tokens = encode_chat(tokenizer, prompt) if chat else encode_prompt(tokenizer, prompt)
-    limit = _room(model, len(tokens), max_tokens)
     pieces: list[str] = []
-    for piece in _texts(model, tokenizer, tokens, limit, sampling):
+    for piece in stream_text(model, tokenizer, tokens, max_tokens=max_tokens, sampling=sampling):
         pieces.append(piece)
         if on_text is not None:
             on_text(piece)
@@ -152,9 +151,15 @@ def _own_tokenizer(model: PreTrainedModel) -> Tokenizer:
     return load_tokenizer(Path(model.name_or_path))
 
 
-def _texts(
-    model: PreTrainedModel, tokenizer: Tokenizer, tokens: list[int], limit: int, sampling: Sampling
+def stream_text(
+    model: PreTrainedModel, tokenizer: Tokenizer, tokens: list[int], *, max_tokens: int | None, sampling: Sampling
 ) -> Iterator[str]:
+    """The text that continues ``tokens``, in pieces that end between characters; see :func:`generate`.
+
+    Raises:
+        BitwrightError: BW403 with the first piece if the text does not fit the context, BW601 if the model gives NaN.
+    """
+    limit = _room(model, len(tokens), max_tokens)
     detokenizer = Detokenizer(tokenizer, tokens)
     ends = _end_tokens(model) | {tokenizer.eos_token_id}
     for token in generate_tokens(model, tokens, limit=limit, sampling=sampling):

@@ -9,7 +9,7 @@ from typing import Any
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.models.hf import Tokenizer
 
-__all__ = ["Detokenizer", "encode_chat", "encode_prompt"]
+__all__ = ["Detokenizer", "encode_chat", "encode_messages", "encode_prompt"]
 
 INCOMPLETE = "�"  # what a decoder shows for bytes that are not, or not yet, a character
 
@@ -47,16 +47,29 @@ def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
         ArgumentError: BW201 if the text is empty or not valid Unicode, or the tokenizer has no chat template.
         BitwrightError: BW312 if the template fails.
     """
-    _check_text(text)
+    return encode_messages(tokenizer, [("user", text)])
+
+
+def encode_messages(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """As :func:`encode_chat`, for a conversation: ``(role, text)`` of each message, oldest first.
+
+    Raises:
+        ArgumentError: BW201 if a text is empty or not valid Unicode, or the tokenizer has no chat template.
+        BitwrightError: BW312 if the template fails.
+    """
+    for role, text in messages:
+        if text or role == "user":  # an answer may have been empty
+            _check_text(text)
     if not tokenizer.chat_template:
         raise ArgumentError("BW201", "the model has no chat template", suggestion="prompt it without chat")
     options: dict[str, Any] = {"sanitize_control_tokens": True}
     if not inspect.signature(tokenizer.apply_chat_template).parameters.keys() >= options.keys():
         options = {}  # an older transformers, which would hand the option to the template
-        _refuse_control_tokens(tokenizer, text)
-    message = {"role": "user", "content": text}
+        for _, text in messages:
+            _refuse_control_tokens(tokenizer, text)
+    conversation = [{"role": role, "content": text} for role, text in messages]
     try:
-        tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False, **options)
+        tokens = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False, **options)
     except Exception as error:  # a template is a program, and fails in as many ways
         what = f"the chat template fails: {type(error).__name__}: {error}"
         raise BitwrightError("BW312", what, suggestion="prompt the model without chat") from None
