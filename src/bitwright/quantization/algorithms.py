@@ -12,9 +12,11 @@ from typing import Any
 from bitwright.core.errors import BitwrightError
 from bitwright.quantization.autoround import AUTOROUND
 from bitwright.quantization.awq import AWQ, AWQ_SCALE
+from bitwright.quantization.choice import CHOICE
 from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.hqq import HQQ
 from bitwright.quantization.learned import LEARNED
+from bitwright.quantization.logits import LOGITS
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 from bitwright.quantization.teq import TEQ
@@ -27,6 +29,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gptq": Algorithm(round=GPTQ, calibrated=True, with_gram=True),
     "gptq+learned": Algorithm(round=GPTQ, tune=(LEARNED,), calibrated=True, with_gram=True, with_float_flow=True),
     "autoround": Algorithm(round=RTN, tune=(AUTOROUND,), calibrated=True, with_float_flow=True),
+    "autoround+logits": Algorithm(round=RTN, tune=(AUTOROUND,), finish=LOGITS, calibrated=True, with_float_flow=True),
+    "gptq+logits": Algorithm(round=GPTQ, finish=LOGITS, calibrated=True, with_gram=True),
+    "choice": Algorithm(round=CHOICE, calibrated=True, with_gram=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
     "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
     "awq+gptq": Algorithm(equalize=(AWQ_SCALE,), round=GPTQ, calibrated=True, with_gram=True),

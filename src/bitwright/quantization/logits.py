@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,12 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.models.blocks import Blocks, set_module
 from bitwright.models.quantized import QuantizedLinear
-from bitwright.quantization.capture import BlockCall, capture, run_block
+from bitwright.quantization.capture import BlockCall, capture, head_output, run_block
 from bitwright.quantization.fake_quant import CodeWeight
+from bitwright.quantization.stages import Finisher, Stage
 from bitwright.quantization.tuning import Adam, TunedBlock, draw_batches, gradients_enabled, learning_rate
 
-__all__ = ["LogitsOptions", "LogitsTask", "LogitsUpdates", "tune_logits"]
+__all__ = ["LOGITS", "LogitsOptions", "LogitsTask", "LogitsUpdates", "tune_logits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +126,9 @@ def tune_logits(
             return run.go(state, on_check)
         finally:
             run.close()
+
+
+LOGITS: Stage[Finisher] = Stage("logits", LogitsOptions, tune_logits)
 
 
 class _Run:
@@ -277,14 +280,8 @@ class _Run:
 
     def _loss(self, hidden: Tensor, batch: Sequence[int]) -> Tensor:
         """The mean KL divergence (nats a token) of what the model makes of the last block's output."""
-        modules = _children(self.task)
-        try:
-            for name, module in zip(self.names, modules, strict=True):
-                set_module(self.task.model, name, _Given(module, hidden, as_tuple=self.as_tuple))
-            logits = self._read(batch)
-        finally:
-            for name, module in zip(self.names, modules, strict=True):
-                set_module(self.task.model, name, module)
+        blocks = Blocks(name=self.task.blocks, modules=_children(self.task))
+        logits = head_output(self.task.model, blocks, hidden, partial(self._read, batch), as_tuple=self.as_tuple)
         found = torch.log_softmax(logits.to(torch.float32), -1)
         wanted = torch.stack([self.task.reference(index) for index in batch]).to(torch.float32)
         sums = functional.kl_div(found, torch.log_softmax(wanted, -1), log_target=True, reduction="sum")
@@ -314,20 +311,6 @@ class _Run:
                 tensors |= {f"{prefix}.{name}": weight.tensor() for name, weight in block.weights.items()}
                 vectors |= {f"{prefix}.{name}": vector for name, vector in block.changed_vectors().items()}
         return LogitsUpdates(tensors=tensors, vectors=vectors, before=start, after=least)
-
-
-class _Given(nn.Module):
-    """Stands in for a block when what follows the blocks is run on hidden states that are there already."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor, *, as_tuple: bool) -> None:
-        super().__init__()
-        self.__dict__["block"], self.hidden, self.as_tuple = block, hidden, as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models read attributes of their blocks, such as layer types
-
-    def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
-        return (self.hidden,) if self.as_tuple else self.hidden
 
 
 def _children(task: LogitsTask) -> tuple[nn.Module, ...]:
