@@ -142,7 +142,9 @@ def test_a_rule_may_name_another_algorithm() -> None:
     assert (made.fc3.algorithm, made.fc4.algorithm) == ("gptq", "rtn")
 
 
-@pytest.mark.parametrize(("pattern", "words"), [("blocks.0.upp", "nearest: blocks.0.up"), ("up(", r"not a regular expression")])
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("blocks.0.upp", "nearest: blocks.0.up"), ("up(", r"not a regular expression")]
+)
 def test_rules_that_match_nothing_are_refused(pattern: str, words: str) -> None:
     model, config = Plain(), RTNConfig().set_local(pattern, rule(8))
     with pytest.raises(ValueError, match=words):

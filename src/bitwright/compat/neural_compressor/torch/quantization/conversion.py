@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
 from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
-from bitwright.compat.neural_compressor.torch.quantization.preparation import Batch
+from bitwright.compat.neural_compressor.torch.quantization.configs import RTNConfig, TEQConfig
 from bitwright.compat.neural_compressor.torch.quantization.rules import LayerRecipe, choose, weight_scheme
 from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear import WeightOnlyLinear
 from bitwright.core.errors import BitwrightError
@@ -28,7 +28,9 @@ from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import collect_statistics
 from bitwright.quantization.stream import quantized_linear, round_layers
 
-__all__ = ["Assignment", "assign", "quantize_layers"]
+__all__ = ["Assignment", "Batch", "assign", "quantize_layers"]
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,34 +97,59 @@ def assign(model: nn.Module, config: ComposedConfig) -> Assignment:
 
 
 def quantize_layers(
-    model: nn.Module, assignment: Assignment, batches: Sequence[Batch], source: Source | None = None
+    model: nn.Module,
+    assignment: Assignment,
+    batches: Sequence[Batch],
+    *,
+    source: Source | None = None,
+    multipliers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Put a :class:`WeightOnlyLinear` in the place of each assigned layer of ``model``.
 
-    ``source`` is where the weights are of a model that is empty as yet; all of it is in memory afterwards.
+    ``source`` is where the weights are of a model that is empty as yet; all of it is in memory afterwards. With
+    ``multipliers`` (from :meth:`ScaleTraining.fold`) the layers of TEQ are scaled already, and only rounded.
 
     Raises:
         BitwrightError: BW401 if an algorithm needs calibration and there are no batches; BW309, BW601 or BW602 for
             numbers that are not finite.
     """
     choices = assignment.choices
-    if assignment.inside:
-        seeds = [config.seed for config in assignment.configs.values() if isinstance(config, AutoRoundConfig)]
-        algorithm = next(choices[name].algorithm for name in choices if name in assignment.inside)
-        recipe = LayerRecipe(
-            scheme=choices[next(iter(choices))].scheme,
-            algorithm=algorithm,
-            seed=seeds[0] if seeds else 0,
-            choices={assignment.prefix + name: choices[name] for name in choices if name in assignment.inside},
-        )
-        prepared = Prepared(assignment.blocks, recipe, "pad")
-        prepared.batches, prepared.source = list(batches), source
-        convert_blocks(prepared)
+    if multipliers is not None:
+        scaled = {name: choice for name, choice in choices.items() if choice.algorithm == TEQConfig.algorithm}
+        rounding = {name: _rounding(choice) for name, choice in scaled.items()}
+        _quantize_inside(assignment, rounding, (), source)
+        _quantize_others(model, {name: rounding[name] for name in rounding if name not in assignment.inside}, ())
+        for name, multiplier in multipliers.items():
+            model.get_submodule(name.removeprefix(assignment.prefix)).register_buffer("input_scale", multiplier)
+        choices = {name: choice for name, choice in choices.items() if name not in scaled}
+    _quantize_inside(assignment, choices, batches, source)
     _quantize_others(model, {name: choices[name] for name in choices if name not in assignment.inside}, batches)
-    for name in assignment.configs:
+    for name, config in assignment.configs.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantizedLinear)
-        set_module(model, name, WeightOnlyLinear.adopt(layer, choices[name].algorithm))
+        set_module(model, name, WeightOnlyLinear.adopt(layer, config.algorithm))
+
+
+def _quantize_inside(
+    assignment: Assignment, choices: Mapping[str, Choice], batches: Sequence[Batch], source: Source | None
+) -> None:
+    """Quantize those of ``choices`` that the block stream reaches."""
+    inside = {assignment.prefix + name: choices[name] for name in choices if name in assignment.inside}
+    if not inside:
+        return
+    first = next(iter(inside.values()))
+    seeds = [config.seed for config in assignment.configs.values() if isinstance(config, AutoRoundConfig)]
+    seed = seeds[0] if seeds else 0
+    recipe = LayerRecipe(scheme=first.scheme, algorithm=first.algorithm, seed=seed, choices=inside)
+    prepared = Prepared(assignment.blocks, recipe, "pad")
+    prepared.batches, prepared.source = list(batches), source
+    convert_blocks(prepared)
+
+
+def _rounding(choice: Choice) -> Choice:
+    """What is left of TEQ where its scales are in the weights already."""
+    options = {name.removeprefix("rtn."): value for name, value in choice.options.items() if name.startswith("rtn.")}
+    return Choice(choice.scheme, RTNConfig.algorithm, options)
 
 
 @torch.no_grad()

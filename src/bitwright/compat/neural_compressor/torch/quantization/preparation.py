@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from bitwright.compat.neural_compressor.torch.empty_model import BlockLoader, detach_source
 from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
+from bitwright.compat.neural_compressor.torch.quantization.conversion import Batch
+from bitwright.compat.neural_compressor.torch.quantization.teq_training import ScaleTraining
 
-__all__ = ["Batch", "Preparation", "preparation_of"]
+__all__ = ["Preparation", "preparation_of"]
 
 ATTRIBUTE = "_bitwright_preparation"
-Batch = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of the model
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Preparation:
     is_recording: bool = True
     handle: Any = None
     loader: BlockLoader | None = None  # of a model whose weights are on disk
+    training: ScaleTraining | None = None  # of TEQ's scales
 
     def attach(self, model: nn.Module) -> None:
         """Note the arguments of every call of ``model`` from now on."""
@@ -54,7 +56,7 @@ class Preparation:
             raise
 
     def record(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self.is_recording:
+        if self.is_recording and not (self.training is not None and self.training.has_begun):
             self.batches.append((arguments, dict(keywords)))
 
     def samples(self) -> list[Batch]:

@@ -14,6 +14,7 @@ from bitwright.compat.neural_compressor.torch.quantization.config import WeightO
 from bitwright.compat.neural_compressor.torch.quantization.conversion import assign, quantize_layers
 from bitwright.compat.neural_compressor.torch.quantization.preparation import Preparation, preparation_of
 from bitwright.compat.neural_compressor.torch.quantization.saving import attach_save
+from bitwright.compat.neural_compressor.torch.quantization.teq_training import insert_trainable_scales
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.models.location import resolve_model
 
@@ -27,8 +28,10 @@ def prepare(
 ) -> nn.Module:
     """Make ``model`` (or a copy of it, unless ``inplace``) note every batch that it is run on, for :func:`convert`.
 
-    It stays the model that it is and computes what it computed. ``example_inputs`` (a tensor, a tuple or a dictionary)
-    are not needed here, because nothing is traced.
+    It stays the model that it is and computes what it computed. The exception is TEQ with ``example_inputs`` (a tensor,
+    a tuple of arguments or a dictionary of keywords): then the scales are parameters of the model, the only ones that
+    are trained, and it computes with rounded weights. If no training reaches them, :func:`convert` trains them itself.
+    Other algorithms do not need ``example_inputs``, because nothing is traced.
 
     Raises:
         ValueError, TypeError: for a configuration that is wrong in itself.
@@ -39,7 +42,10 @@ def prepare(
         raise ArgumentError("BW201", "the model is prepared already", suggestion="convert it, or prepare it afresh")
     assign(model, config)
     target = model if inplace else copy.deepcopy(model)
-    Preparation(config, loader=_open_weights(target, config)).attach(target)
+    preparation = Preparation(config, loader=_open_weights(target, config))
+    if example_inputs is not None and preparation.loader is None:
+        preparation.training = insert_trainable_scales(assign(target, config), example_inputs)
+    preparation.attach(target)
     return target
 
 
@@ -63,8 +69,14 @@ def convert(model: nn.Module, quant_config: Configuration | None = None, inplace
     preparation = preparation_of(target)
     assert preparation is not None
     source = preparation.loader.source if preparation.loader is not None else None
+    training, multipliers = preparation.training, None
     with preparation.converting():
-        quantize_layers(target, assign(target, preparation.config), preparation.samples(), source)
+        if training is not None:
+            training.remove()
+            multipliers = training.fold() if training.has_begun else None
+            preparation.training = None
+        assignment = assign(target, preparation.config)
+        quantize_layers(target, assignment, preparation.samples(), source=source, multipliers=multipliers)
     preparation.detach(target)
     target.__dict__["qconfig"] = preparation.config.to_dict()
     attach_save(target)
