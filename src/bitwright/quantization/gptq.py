@@ -7,6 +7,7 @@ is smaller, so the result is never worse than that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ from bitwright.quantization.statistics import SiteStatistics
 __all__ = ["GPTQ", "GptqOptions", "round_by_error_feedback"]
 
 SEARCHES = ("none", "plain", "importance", "auto")
+OUTPUTS = 2048  # outputs whose error is measured at a time, to bound memory
+TURNED = 16  # outputs turned into columns at a time, so that they stay in cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +85,23 @@ class GptqOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    tensor: QuantizedTensor
-    error: float
-    name: str
+class _Problem:
+    """What is to be rounded, and for which inputs. ``weight``: ``[out, in]``; ``importance``: the diagonal of H."""
+
+    weight: Tensor
+    scheme: QuantScheme
+    importance: Tensor
+    order: Order
+    options: GptqOptions
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """``[outputs, in]`` as ``[in, outputs]`` float32, in the order of rounding: a copy, made in tiles."""
+        turned = torch.empty(weight.shape[1], weight.shape[0])
+        for start in range(0, weight.shape[0], TURNED):
+            tile = weight[start : start + TURNED].to(torch.float32)
+            tile = tile if self.order.columns is None else tile[:, self.order.columns]
+            turned[:, start : start + TURNED] = tile.t()
+        return turned
 
 
 def round_by_error_feedback(
@@ -112,9 +128,8 @@ def round_by_error_feedback(
         fp8.check_scheme(scheme)
     if not torch.isfinite(weight).all():
         raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
-    values = weight.detach().to(torch.float32)
-    scale = fp8.power_scale(values) if options.fp8_aware else None
-    values = values if scale is None else fp8.through_fp8(values, scale)
+    weight = weight.detach()
+    scale = fp8.power_scale(weight) if options.fp8_aware else None
     importance = importance_of(statistics)
     order = arrange(
         importance,
@@ -123,68 +138,56 @@ def round_by_error_feedback(
         group_aware=options.group_aware,
         static_groups=options.static_groups or scheme.scale_scheme is not None,
     )
-    factor = factor_hessian(statistics, order, options.damp)
-    searches = SEARCHES[:-1] if options.search == "auto" else (options.search,)
+    weight = weight if scale is None else fp8.through_fp8(weight.to(torch.float32), scale)
+    problem = _Problem(weight, scheme, importance, order, options)
     fittings = {}
-    for search in searches:
+    for search in SEARCHES[:-1] if options.search == "auto" else (options.search,):
         ranges = FitOptions(symmetric_range=options.range, search=search != "none")
         fittings[search] = Fitting(ranges, search == "importance", scale)
+    factor = factor_hessian(statistics, order, options.damp)
     if factor is None:
-        return _without_factor(values, scheme, importance, next(iter(fittings.values())), options)
-    return _best(values, scheme, importance, order, factor, fittings, options)
+        return _without_factor(problem, next(iter(fittings.values())))
+    return _best(problem, factor, fittings)
 
 
-def _best(
-    weight: Tensor,
-    scheme: QuantScheme,
-    importance: Tensor,
-    order: Order,
-    factor: Factor,
-    fittings: dict[str, Fitting],
-    options: GptqOptions,
-) -> Rounded:
-    """The candidate of least output error, rounding to nearest among them."""
-    notes: dict[str, Any] = {} if factor.damp == options.damp else {"damp": factor.damp}
-    best: _Candidate | None = None
+def _best(problem: _Problem, factor: Factor, fittings: dict[str, Fitting]) -> Rounded:
+    """What has the least output error, rounding to nearest included."""
+    notes: dict[str, Any] = {} if factor.damp == problem.options.damp else {"damp": factor.damp}
+    best: QuantizedTensor | None = None
+    least, name = math.inf, ""
     for search, fitting in fittings.items():
-        fixed = FixedGrids.fit(weight, scheme, fitting, importance, order)
-        plain = nearest(weight, fixed)
-        change = _rows(weight - plain.dequantize(), order)
-        candidates = [_Candidate(plain, output_error(change, factor), "rtn")]
-        del change
-        solved = _solve(weight, scheme, importance, order, factor, fitting, fixed, options)
-        candidates = candidates if solved is None else [_Candidate(*solved, search), *candidates]
-        best = min([*([best] if best is not None else []), *candidates], key=lambda candidate: candidate.error)
+        fixed = FixedGrids.fit(problem.weight, problem.scheme, fitting, problem.importance, problem.order)
+        solved, error = _solve(problem, factor, fitting, fixed)
+        if solved is not None and error < least:
+            best, least, name = solved, error, search
+        plain = nearest(problem.weight, fixed)
+        error = _error_below(problem, plain, factor, least)
+        if best is None or error < least:
+            best, least, name = plain, error, "rtn"
     assert best is not None
-    if best.name == "rtn":
+    if name == "rtn":
         notes |= {"rounded_by": "rtn", "reason": "its error on the calibration tokens is smaller"}
-    elif options.search == "auto":
-        notes["search"] = best.name
-    return Rounded(best.tensor, notes)
+    elif problem.options.search == "auto":
+        notes["search"] = name
+    return Rounded(best, notes)
 
 
 def _solve(
-    weight: Tensor,
-    scheme: QuantScheme,
-    importance: Tensor,
-    order: Order,
-    factor: Factor,
-    fitting: Fitting,
-    fixed: FixedGrids,
-    options: GptqOptions,
-) -> tuple[QuantizedTensor, float] | None:
+    problem: _Problem, factor: Factor, fitting: Fitting, fixed: FixedGrids
+) -> tuple[QuantizedTensor | None, float]:
     """The weight rounded column by column and its output error; ``None`` if updates grow beyond all numbers."""
-    is_static = options.static_groups or scheme.scale_scheme is not None
-    count = weight.shape[1] if scheme.axis == 0 else len(order.runs)
+    scheme, order, importance = problem.scheme, problem.order, problem.importance
+    is_static = problem.options.static_groups or scheme.scale_scheme is not None
+    count = problem.weight.shape[1] if scheme.axis == 0 else len(order.runs)
     grids = fixed if is_static else FittedGrids(scheme, fitting, count)
     ordered = importance if order.columns is None else importance[order.columns]
     try:
-        solved = solve(_rows(weight, order), factor, order, grids, ordered, options.block_size)
+        solved = solve(problem.turn(problem.weight), factor, order, grids, ordered, problem.options.block_size)
     except BitwrightError as error:
         if error.code != "BW602":
             raise
-        return None
-    codes = torch.empty(weight.shape, dtype=scheme.code_dtype)
+        return None, math.inf
+    codes = torch.empty(problem.weight.shape, dtype=scheme.code_dtype)
     if order.columns is None:
         codes.copy_(solved.codes.t())
     else:
@@ -195,24 +198,30 @@ def _solve(
     return tensor, solved.error
 
 
-def _without_factor(
-    weight: Tensor, scheme: QuantScheme, importance: Tensor, fitting: Fitting, options: GptqOptions
-) -> Rounded:
+def _error_below(problem: _Problem, tensor: QuantizedTensor, factor: Factor, limit: float) -> float:
+    """The output error of ``tensor``, or infinity as soon as that of some outputs alone is beyond ``limit``."""
+    total = 0.0
+    is_separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
+    whole = None if is_separable else tensor.dequantize()
+    for start in range(0, problem.weight.shape[0], OUTPUTS):
+        outputs = slice(start, start + OUTPUTS)
+        rounded = tensor.rows(outputs).dequantize() if whole is None else whole[outputs]
+        total += output_error(problem.turn(problem.weight[outputs] - rounded), factor)
+        if total > limit:
+            return math.inf
+    return total
+
+
+def _without_factor(problem: _Problem, fitting: Fitting) -> Rounded:
     """Round to nearest where the Hessian cannot be factored, or fail if that is what was asked for."""
     reason = "the Hessian is not positive definite, whatever is added to its diagonal"
-    if options.strict:
+    if problem.options.strict:
         raise BitwrightError(
             "BW604", reason, why="the layer's inputs were zero in every calibration token, or far too large",
             suggestion="give other calibration text, or leave out --strict to round this layer to nearest",
         )  # fmt: skip
-    natural = arrange(importance, scheme, act_order=False, group_aware=False, static_groups=True)
-    plain = nearest(weight, FixedGrids.fit(weight, scheme, fitting, importance, natural))
-    return Rounded(plain, {"rounded_by": "rtn", "reason": reason})
-
-
-def _rows(weight: Tensor, order: Order) -> Tensor:
-    """``weight`` (``[out, in]``) as ``[in, out]`` in the order of rounding: a copy."""
-    return weight.t().contiguous() if order.columns is None else weight.t()[order.columns].contiguous()
+    fixed = FixedGrids.fit(problem.weight, problem.scheme, fitting, problem.importance, problem.order)
+    return Rounded(nearest(problem.weight, fixed), {"rounded_by": "rtn", "reason": reason})
 
 
 def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:

@@ -141,20 +141,25 @@ class FittedGrids:
 
 
 def nearest(weight: Tensor, grids: FixedGrids) -> QuantizedTensor:
-    """``weight`` (``[out, in]`` float32) rounded to nearest on grids in the natural order of columns."""
-    codes = torch.empty(weight.shape, dtype=grids.scheme.code_dtype)
-    stored, zero = grids.parameters()
-    tensor = QuantizedTensor(scheme=grids.scheme, codes=codes, scale=stored, zero=zero)
-    scale = grids.scale if grids.scheme.axis == 0 else grids.scale.t().contiguous()
-    points = None if grids.zero is None else (grids.zero if grids.scheme.axis == 0 else grids.zero.t().contiguous())
-    rows = weight if grids.scheme.axis == 1 else weight.t().contiguous()
-    found = grid.encode(rows, parameters=Parameters(scale, points), scheme=grids.scheme)
-    codes.copy_(found if grids.scheme.axis == 1 else found.t())
+    """``weight`` (``[out, in]``, any float dtype) rounded to nearest."""
+    scheme, (stored, zero) = grids.scheme, grids.parameters()
+    by_rows = scheme.axis == 0  # as the grids lie; along axis 1 they are turned
+    scale = grids.scale if by_rows else grids.scale.t().contiguous()
+    points = grids.zero if by_rows else zero
+    rows = weight.t().contiguous() if by_rows else weight
+    codes = grid.encode(rows, parameters=Parameters(scale, points), scheme=scheme)
     if grids.fitting.fp8_scale is not None:
-        limits = grids.at(0, weight.shape[1])
-        assert limits.low is not None and limits.high is not None
-        codes.copy_(torch.clamp(codes, limits.low.t(), limits.high.t()))
-    return tensor
+        low, high = code_limits(
+            scale.to(torch.float32),
+            None if points is None else points.to(torch.float32),
+            scheme,
+            grids.fitting.fp8_scale,
+        )
+        size = scheme.group or rows.shape[1]
+        low, high = (limit.repeat_interleave(size, dim=1)[:, : rows.shape[1]] for limit in (low, high))
+        codes = torch.clamp(codes, low, high).to(scheme.code_dtype)
+    codes = codes.t().contiguous() if by_rows else codes
+    return QuantizedTensor(scheme=scheme, codes=codes, scale=stored, zero=zero)
 
 
 def _along_outputs(parameters: Tensor, scheme: QuantScheme, outputs: int) -> Tensor:

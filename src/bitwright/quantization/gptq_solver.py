@@ -100,8 +100,8 @@ def output_error(change: Tensor, factor: Factor) -> float:
 
 def _squares(rows: Tensor, factor: Factor, start: int, end: int) -> float:
     """The sum of squares of the rows at some places, those of dead inputs left out."""
-    kept = rows if factor.live is None else rows[factor.live[start:end]]
-    return float(kept.square().sum(1).sum(dtype=torch.float64))
+    sums = torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square_()
+    return float((sums if factor.live is None else sums[factor.live[start:end]]).sum())
 
 
 def _updated(weight: Tensor, upper: Tensor, start: int, end: int, inverse: Tensor | None = None) -> Tensor:

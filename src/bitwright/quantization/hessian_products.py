@@ -24,7 +24,7 @@ __all__ = ["GramSum", "multiplies_bfloat16", "product"]
 
 # Tokens gathered before they are multiplied: the deeper a product, the less is stored, and the less chunks differ.
 CHUNK_TOKENS = {torch.bfloat16: 4096, torch.float32: 1024}
-STRIP = 1024  # rows of the gram computed at a time: a strip starts at its diagonal, so that half is left out
+TILE = 512  # rows and columns of the gram computed at a time; the tiles below the diagonal are left out
 SMALL = 1 << 21  # multiplications below which a plain product is as fast
 
 
@@ -63,8 +63,8 @@ class GramSum:
 
     width: int
     dtype: torch.dtype | None = None
-    total: Tensor = field(init=False)  # [width, width]; right on and above the diagonal blocks until `symmetric`
-    _pending: Tensor | None = field(init=False, default=None)  # [chunk, width]
+    total: Tensor = field(init=False)  # [width, width]; right in the tiles on and above the diagonal until `symmetric`
+    _pending: Tensor | None = field(init=False, default=None)  # [width, chunk]: turned, which multiplies faster
     _waiting: int = field(init=False, default=0)  # how many tokens of it are filled
     _chunks: float = field(init=False, default=0.0)  # how many chunks have been added, parts counted as parts
     _is_mirrored: bool = field(init=False, default=False)
@@ -76,13 +76,13 @@ class GramSum:
         """Count ``tokens`` (``[count, width]``, any float dtype)."""
         if self._pending is None:
             dtype = self.dtype or (torch.bfloat16 if _fits_bfloat16(tokens) else torch.float32)
-            self._pending = torch.empty(CHUNK_TOKENS[dtype], self.width, dtype=dtype)
+            self._pending = torch.empty(self.width, CHUNK_TOKENS[dtype], dtype=dtype)
         while tokens.shape[0]:
-            room = self._pending.shape[0] - self._waiting
+            room = self._pending.shape[1] - self._waiting
             part, tokens = tokens[:room], tokens[room:]
-            self._pending[self._waiting : self._waiting + part.shape[0]] = part
+            self._pending[:, self._waiting : self._waiting + part.shape[0]] = part.t()
             self._waiting += part.shape[0]
-            if self._waiting == self._pending.shape[0]:
+            if self._waiting == self._pending.shape[1]:
                 self._multiply()
 
     def symmetric(self) -> Tensor:
@@ -91,36 +91,42 @@ class GramSum:
             self._multiply()
         self._pending = None
         if not self._is_mirrored:
-            for start in range(0, self.width, STRIP):
-                strip = self.total[start : start + STRIP]
-                self.total[start + STRIP :, start : start + STRIP] = strip[:, start + STRIP :].t()
-                corner = strip[:, start : start + STRIP]
+            for start in range(0, self.width, TILE):
+                end = start + TILE
+                self.total[end:, start:end] = self.total[start:end, end:].t()
+                corner = self.total[start:end, start:end]
                 corner.copy_(corner.triu() + corner.triu(1).t())
             self._is_mirrored = True
         return self.total
 
     def _multiply(self) -> None:
-        """Add the products of the waiting tokens, strip by strip."""
+        """Add the products of the waiting tokens, in tiles on and above the diagonal that stay in cache."""
         assert self._pending is not None
-        tokens = self._pending[: self._waiting]
-        add = self._add_bfloat16 if tokens.dtype == torch.bfloat16 else self._add_float
-        part = self._waiting / self._pending.shape[0]
-        add(tokens, part)
+        tokens = self._pending[:, : self._waiting]
+        part = self._waiting / self._pending.shape[1]
+        if tokens.dtype != torch.bfloat16:
+            tokens = tokens.contiguous()
+        for start in range(0, self.width, TILE):
+            for other in range(start, self.width, TILE):
+                left, right = tokens[start : start + TILE], tokens[other : other + TILE]
+                tile = self.total[start : start + TILE, other : other + TILE]
+                if tokens.dtype == torch.bfloat16:
+                    _add_bfloat16(tile, left, right, part / self._chunks if self._chunks else None)
+                else:
+                    tile += product(left, right)
         self._chunks += part
         self._waiting, self._is_mirrored = 0, False
 
-    def _add_float(self, tokens: Tensor, part: float) -> None:
-        columns = tokens.t().contiguous()
-        for start in range(0, self.width, STRIP):
-            self.total[start : start + STRIP, start:] += product(columns[start : start + STRIP], columns[start:])
 
-    def _add_bfloat16(self, tokens: Tensor, part: float) -> None:
-        for start in range(0, self.width, STRIP):
-            left, right = tokens[:, start : start + STRIP].t(), tokens[:, start:]
-            strip = self.total[start : start + STRIP, start:]
-            predicted = (strip * (part / self._chunks)).to(torch.bfloat16) if self._chunks else left @ right
-            strip += predicted
-            strip += torch.addmm(predicted, left, right, beta=-1)
+def _add_bfloat16(total: Tensor, left: Tensor, right: Tensor, share: float | None) -> None:
+    """Add ``left @ right.T`` to ``total``, of which it is expected to be the ``share``."""
+    if share is None:
+        predicted = left @ right.t()
+    else:
+        predicted = torch.empty(total.shape, dtype=torch.bfloat16)
+        torch.mul(total, share, out=predicted)
+    total += predicted
+    total += predicted.addmm_(left, right.t(), beta=-1)
 
 
 def _fits_bfloat16(tokens: Tensor) -> bool:
