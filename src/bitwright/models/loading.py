@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.scheme import QuantScheme
 from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.records import Format, LayerRecord
@@ -87,10 +89,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         )
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_checkpoint(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, activation: QuantScheme | None = None
+) -> PreTrainedModel:
     """The model of an open checkpoint; see :func:`load`.
 
-    At no time is more in memory than the model so far, and one tensor.
+    At no time is more in memory than the model so far, and one tensor. With ``activation``, the inputs of all quantized
+    layers are quantized so while the model runs, whatever the checkpoint says.
+
+    Raises:
+        BitwrightError: as :func:`load`; BW202 if ``activation`` cannot go with the weights.
     """
     quantization = checkpoint.quantization
     layout = None if quantization is None else find_format(quantization)
@@ -100,7 +108,13 @@ def load_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None)
     model = empty_model(config)
     layers: dict[str, tuple[str, LayerRecord]] = {}
     if layout is not None:
-        layers = _place_layers(model, checkpoint, layout.layers(checkpoint))
+        records = layout.layers(checkpoint)
+        if activation is not None:
+            records = {
+                name: replace(record, scheme=replace(record.scheme, activation=activation))
+                for name, record in records.items()
+            }
+        layers = _place_layers(model, checkpoint, records)
     taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
     taken |= _zero_biases(model, checkpoint, layers)
     matched = match_names(model, [name for name in checkpoint.tensors if name not in taken])
