@@ -75,6 +75,7 @@ def lie_in_header(folder: Folder) -> None:
 def finish_half(folder: Folder) -> None:
     (folder.made / "model.safetensors.index.json").unlink()
     (folder.made / ".bitwright").mkdir()
+    (folder.made / ".bitwright/journal.jsonl").write_text("{}\n")
 
 
 def pickle_instead(folder: Folder) -> None:

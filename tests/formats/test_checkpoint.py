@@ -107,6 +107,8 @@ def test_an_unfinished_output_is_told_how_to_go_on(tmp_path: Path) -> None:
     assert "resumes" in _refusal(tmp_path, "BW308")
     (tmp_path / "config.json").write_text("{}")
     write_file(tmp_path / SHARDS[0], serialize({"a": A}))
+    _refusal(tmp_path, "BW303")  # a directory of that name alone says nothing
+    (tmp_path / ".bitwright/journal.jsonl").touch()
     _refusal(tmp_path, "BW308")
     _check(open_checkpoint(_sharded(tmp_path)))
 

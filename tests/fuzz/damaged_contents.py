@@ -251,6 +251,7 @@ def only_pickles_are_left(model: Path, random: Random) -> None:
 
 def work_is_unfinished(model: Path, random: Random) -> None:
     (model / ".bitwright").mkdir(exist_ok=True)
+    (model / ".bitwright/journal.jsonl").touch()
     (model / INDEX).unlink(missing_ok=True)
     (model / "model.safetensors").unlink(missing_ok=True)
 

@@ -286,6 +286,7 @@ def test_an_unfinished_output_is_refused(tmp_path: Path) -> None:
     save_float(ARCHITECTURES["llama"](), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
     (tmp_path / ".bitwright").mkdir()
+    (tmp_path / ".bitwright/journal.jsonl").touch()
     assert "again" in refusal(tmp_path, "BW308").suggestion
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
-from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
+from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY, WORK_JOURNAL
 from bitwright.quantization.api import quantize
-from bitwright.quantization.journal import JOURNAL_FILE
 from tests.quantization.tiny import digests
 
 UNFINISHED = 100
@@ -61,7 +60,7 @@ def run_again(arguments: dict[str, Any], expected: dict[str, str]) -> bool:
     A kill that came when all was done, while the process was leaving, is told that the output is finished (2).
     """
     output = Path(arguments["output"])
-    finished = (output / INDEX).exists() and not (output / WORK_DIRECTORY / JOURNAL_FILE).exists()
+    finished = (output / INDEX).exists() and not (output / WORK_DIRECTORY / WORK_JOURNAL).exists()
     return finish(start(arguments)) == (2 if finished else 0) and digests(output) == expected
 
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from bitwright.core.errors import BitwrightError
-from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY, open_checkpoint
+from bitwright.formats.checkpoint import WORK_DIRECTORY, WORK_JOURNAL, open_checkpoint
 from bitwright.quantization.api import quantize
 from bitwright.quantization.events import Event, Stopped
-from bitwright.quantization.journal import JOURNAL_FILE
 from tests.quantization.tiny import TEXT, Plain, digests, rewrite_tensors, save_model
 
 
@@ -107,7 +106,7 @@ def test_with_nothing_finished_other_settings_are_no_obstacle(model: Path, tmp_p
     """A run that failed before its first unit left nothing that could be mixed up."""
     output = tmp_path / "out"
     interrupt(model, output, 1, scheme="w4g32")
-    journal = output / WORK_DIRECTORY / JOURNAL_FILE
+    journal = output / WORK_DIRECTORY / WORK_JOURNAL
     journal.write_bytes(journal.read_bytes().split(b"\n")[0] + b"\n")
     (output / ".model-00002-of-00009.safetensors.tmp").write_bytes(b"left by a kill")
     quantize(model, output, scheme="w8", overrides=["lm_head=w8"])
@@ -207,7 +206,7 @@ def test_a_damaged_journal_loses_work_and_nothing_else(tmp_path: Path, what: str
     quantize(model, tmp_path / "whole", scheme="w4g16")
     output = tmp_path / "out"
     interrupt(model, output, 3, scheme="w4g16")
-    journal = output / WORK_DIRECTORY / JOURNAL_FILE
+    journal = output / WORK_DIRECTORY / WORK_JOURNAL
     journal.write_bytes(JOURNALS[what](journal.read_bytes()))
     quantize(model, output, scheme="w4g16")
     assert digests(output) == digests(tmp_path / "whole")
@@ -243,8 +242,10 @@ def test_restart_discards_and_overwrite_resumes_what_it_began(model: Path, tmp_p
     quantize(model, tmp_path / "whole", scheme="w8")
     quantize(model, output, scheme="w4g32")
     events: list[Event] = []
+    before = digests(output)
     interrupt(model, output, 2, scheme="w8", overwrite=True)
-    assert not (output / INDEX).exists()
+    found = digests(output)
+    assert {name: found[name] for name in before} == before  # the old checkpoint is as it was
     quantize(model, output, scheme="w8", overwrite=True, on_event=events.append)
     assert [event.data["done"] for event in events if event.kind == "resume"] == [2]
     assert digests(output) == digests(tmp_path / "whole")

@@ -23,6 +23,7 @@ __all__ = [
     "SHARD",
     "SINGLE",
     "WORK_DIRECTORY",
+    "WORK_JOURNAL",
     "Checkpoint",
     "StoredTensor",
     "list_names",
@@ -33,6 +34,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WORK_DIRECTORY = ".bitwright"
+WORK_JOURNAL = "journal.jsonl"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONFIG_LIMIT = 8 << 20
@@ -153,7 +155,9 @@ def _list_directory(directory: Path) -> set[str]:
 
 
 def _read_config(directory: Path, names: set[str]) -> dict[str, Any]:
-    if WORK_DIRECTORY in names and not {SINGLE, INDEX} & names:
+    # A directory of that name, beside other things and without a journal, is somebody else's.
+    is_unfinished = names == {WORK_DIRECTORY} or (directory / WORK_DIRECTORY / WORK_JOURNAL).exists()
+    if is_unfinished and not {SINGLE, INDEX} & names:
         raise BitwrightError(
             "BW308",
             f"{directory} is the output of a run that has not ended",

@@ -12,7 +12,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.storage import file_sha256
 
-__all__ = ["CHECKSUMS", "serialize_checksums", "verify_files"]
+__all__ = ["CHECKSUMS", "listed_files", "serialize_checksums", "verify_files"]
 
 CHECKSUMS = "bitwright_files.json"
 VERSION = 1
@@ -24,6 +24,15 @@ def serialize_checksums(hashes: Mapping[str, str]) -> bytes:
     """The contents of ``bitwright_files.json``, from the sha256 (hexadecimal) of each file by its name."""
     record = {"version": VERSION, "sha256": dict(sorted(hashes.items()))}
     return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def listed_files(directory: Path) -> frozenset[str]:
+    """The names of the files that bitwright wrote to ``directory``; none where its list is missing or unreadable."""
+    try:
+        record = json.loads((directory / CHECKSUMS).read_bytes())
+        return frozenset(_checked(directory / CHECKSUMS, record))
+    except (OSError, ValueError, AttributeError, RecursionError, BitwrightError):
+        return frozenset()
 
 
 def verify_files(directory: Path) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ __all__ = [
     "file_sha256",
     "lock_directory",
     "make_directory",
+    "move_file",
     "remove_empty_directory",
     "remove_file",
     "remove_tree",
@@ -128,6 +129,20 @@ def make_directory(path: Path) -> None:
             _sync_directory(directory.parent)
     except OSError as error:
         raise _write_error(missing[0] if missing else path, error, 0) from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a file another name, on the same disk, in place of whatever file has that name; after a crash it has one.
+
+    Raises:
+        BitwrightError: BW501 if any call fails.
+    """
+    try:
+        os.replace(source, target)
+        _sync_directory(target.parent)
+        _sync_directory(source.parent)
+    except OSError as error:
+        raise _write_error(target, error, 0) from error
 
 
 def remove_file(path: Path) -> None:

@@ -30,7 +30,14 @@ from bitwright.quantization.calibration import (
     read_calibration_text,
     tokenize,
 )
-from bitwright.quantization.destination import check_output, clear_output, clear_work
+from bitwright.quantization.destination import (
+    check_output,
+    clear_output,
+    clear_work,
+    put_in_place,
+    resumes_replacement,
+    shard_directory,
+)
 from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
 from bitwright.quantization.finishing import final_records
@@ -103,7 +110,8 @@ def quantize(
         threads: for arithmetic; part of what a resumed run must repeat.
         group_fallback: what to do where groups do not divide a layer: ``error``, ``pad``, ``per-channel``, ``skip``.
         on_nonfinite: what to do with a calibration sample that makes NaN or infinity inside the model.
-        overwrite: replace a finished checkpoint. restart: discard an unfinished one.
+        overwrite: replace a finished checkpoint, once the new one is complete; there must be room for both.
+        restart: discard an unfinished checkpoint.
         command: what an unfinished directory tells people to run; by default this call, in Python.
         on_event, should_stop: progress listener, and a question asked after each block.
 
@@ -179,17 +187,21 @@ def _run(
         with lock_directory(work):
             # Another run may have ended here since the first look.
             check_output(request.output, source.directory, overwrite=request.overwrite)
-            check_resources(request.output, plan, needed)
-            if not _resumes(request):
-                clear_output(request.output)
+            shards = shard_directory(request.output, overwrite=request.overwrite)
+            check_resources(shards, plan, needed)
             settings = fingerprint(source, plan, recipe, tokens)
-            journal = Journal(request.output, settings, request.command, plan.unit_names)
-            journal.open()
+            journal = Journal(request.output, settings, request.command, plan.unit_names, shards=shards)
+            is_new = not _resumes(request)
+            journal.open(anew=is_new)
+            if is_new:
+                clear_output(request.output, shards)
             _do_units(source, plan, recipe, tokens, journal, needed, request)
             records = final_records(plan, journal.done)
             report = make_report(name, source, plan, recipe, tokens, records, notices)
             facts = {"seconds": round(time.perf_counter() - started, 3), "peak_resident_bytes": peak_resident_bytes()}
             report = replace(report, run={**facts, **host_facts(), "date": time.strftime("%Y-%m-%d")})
+            if shards != request.output:
+                put_in_place(request.output)
             finish_checkpoint(request.output, source, plan, records, report)
             clear_work(work)
     finally:
@@ -200,8 +212,8 @@ def _run(
 
 def _resumes(request: _Request) -> bool:
     """Whether there is an unfinished run with something to resume, and it is not to be discarded."""
-    finished = (request.output / INDEX).exists()
-    return has_units(request.output) and not request.restart and not (request.overwrite and finished)
+    has_ended = (request.output / INDEX).exists() and not resumes_replacement(request.output)
+    return has_units(request.output) and not request.restart and not (request.overwrite and has_ended)
 
 
 def _do_units(
@@ -218,7 +230,7 @@ def _do_units(
         plan=plan,
         recipe=recipe,
         calibration=tokens,
-        output=request.output,
+        output=journal.shards,
         journal=journal,
         sink=request.sink,
         should_stop=request.should_stop,

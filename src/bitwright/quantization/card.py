@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from bitwright.quantization.report import Report
 
-__all__ = ["CARD_FILE", "render_card"]
+__all__ = ["CARD_FILE", "CARD_MARK", "render_card"]
 
 CARD_FILE = "README.md"
+CARD_MARK = "Quantized by bitwright "  # tells our card from one that somebody wrote
 
 
 def render_card(report: Report) -> str:
@@ -29,7 +30,7 @@ def _lines(report: Report) -> Iterator[str]:
     )
     yield f"# {name}, {report.recipe['scheme']}"
     yield ""
-    yield f"Quantized by bitwright {report.versions['bitwright']} with `{report.recipe['algorithm']}`."
+    yield f"{CARD_MARK}{report.versions['bitwright']} with `{report.recipe['algorithm']}`."
     yield ""
     yield "| | |"
     yield "|---|---|"

@@ -1,4 +1,4 @@
-"""The record of what a run has finished, written so that a kill at any moment loses at most one unit of work.
+"""The record of what a run has finished, written so that a kill loses no more than what waits to be written.
 
 The work directory lies inside the output directory and holds ``journal.jsonl``: a header line with the fingerprint of
 the run, then a line for each finished unit. A unit's files are on disk under their final names before its line is.
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
-from bitwright.formats.checkpoint import WORK_DIRECTORY
+from bitwright.formats.checkpoint import WORK_DIRECTORY, WORK_JOURNAL
 from bitwright.formats.storage import append_line, file_sha256, make_directory, remove_file, write_file
 
-__all__ = ["JOURNAL_FILE", "Journal", "UnitRecord", "has_units"]
+__all__ = ["Journal", "UnitRecord", "has_units", "recorded_files"]
 
-JOURNAL_FILE = "journal.jsonl"
 SHOWN = 5  # differences named in a refusal
 
 
@@ -51,23 +50,39 @@ class UnitRecord:
 class Journal:
     """The journal of one output directory. ``done`` are the units that are finished and whose files are intact."""
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, Any], command: str, units: Sequence[str]) -> None:
-        """``fingerprint``: of the run (JSON-ready); ``command`` resumes it; ``units``: their names, in order."""
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        command: str,
+        units: Sequence[str],
+        *,
+        shards: Path | None = None,
+    ) -> None:
+        """A journal that is not open yet.
+
+        Args:
+            fingerprint: of the run (JSON-ready).
+            command: resumes it.
+            units: their names, in order.
+            shards: where their files are; in ``output`` unless given.
+        """
         self.output, self.work = output, output / WORK_DIRECTORY
+        self.shards = shards or output
         self._units = tuple(units)
-        self._path = self.work / JOURNAL_FILE
+        self._path = self.work / WORK_JOURNAL
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self._command = command
         self.done: list[UnitRecord] = []
 
-    def open(self) -> None:
-        """Start a journal, or read the one that is there and check every file that it names.
+    def open(self, *, anew: bool = False) -> None:
+        """Start a journal, or read the one that is there, unless ``anew``, and check every file that it names.
 
         Raises:
             BitwrightError: BW207 if the journal belongs to a run with other settings, naming what differs.
         """
         make_directory(self.work)
-        lines = _complete_lines(self._path)
+        lines = [] if anew else _complete_lines(self._path)
         if not lines:
             self._write([])
             return
@@ -103,7 +118,7 @@ class Journal:
         intact: list[UnitRecord] = []
         for line, unit in zip(lines, self._units, strict=False):
             record = _record(line)
-            if record is None or record.unit != unit or not _is_file_with(self.output / record.file, record.sha256):
+            if record is None or record.unit != unit or not _is_file_with(self.shards / record.file, record.sha256):
                 break
             intact.append(record)
         # Only the last unit's inputs are kept. If a shard before it is damaged, a calibrated run starts over.
@@ -117,7 +132,13 @@ class Journal:
 
 def has_units(output: Path) -> bool:
     """Whether an unfinished run in ``output`` has anything to resume."""
-    return len(_complete_lines(output / WORK_DIRECTORY / JOURNAL_FILE)) > 1
+    return len(_complete_lines(output / WORK_DIRECTORY / WORK_JOURNAL)) > 1
+
+
+def recorded_files(output: Path) -> frozenset[str]:
+    """The files of all units that the journal in ``output`` has."""
+    records = map(_record, _complete_lines(output / WORK_DIRECTORY / WORK_JOURNAL)[1:])
+    return frozenset(record.file for record in records if record is not None)
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

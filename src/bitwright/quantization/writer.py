@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import CONFIG, INDEX
 from bitwright.formats.checksums import CHECKSUMS, serialize_checksums
 from bitwright.formats.directory import find_file
@@ -53,16 +54,21 @@ def check_companions(source: Source) -> None:
 
 
 def finish_checkpoint(output: Path, source: Source, plan: Plan, units: Iterable[UnitRecord], report: Report) -> None:
-    """Write everything beside the shards. The index comes last: while it is missing, loaders find no model."""
+    """Write everything beside the shards.
+
+    The list of files comes first, so that what a kill leaves is known to be ours. The index comes last: while it is
+    missing, loaders find no model.
+    """
     units = list(units)
     weight_map = {tensor: unit.file for unit in units for tensor in unit.tensors}
     total = sum(size for unit in units for size in unit.tensors.values())
     index = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    hashes = {unit.file: unit.sha256 for unit in units} | {INDEX: hashlib.sha256(b"".join(index)).hexdigest()}
-    for companion in _find_companions(source):
-        hashes[companion.name] = write_file(output / companion.name, _blocks_of(companion))
-    hashes[CONFIG] = write_file(output / CONFIG, _json(_config(source, plan)))
-    write_file(output / CHECKSUMS, [serialize_checksums(hashes)])
+    beside = {path.name: [_read(path)] for path in _find_companions(source)}
+    beside[CONFIG] = _json(_config(source, plan))
+    hashes = {name: hashlib.sha256(b"".join(chunks)).hexdigest() for name, chunks in {**beside, INDEX: index}.items()}
+    write_file(output / CHECKSUMS, [serialize_checksums({unit.file: unit.sha256 for unit in units} | hashes)])
+    for name, chunks in beside.items():
+        write_file(output / name, chunks)
     write_file(output / REPORT_FILE, _json(report.to_dict()))
     write_file(output / CARD_FILE, [render_card(report).encode()])
     write_file(output / INDEX, index)
@@ -73,6 +79,13 @@ def _find_companions(source: Source) -> list[Path]:
         return []
     found = [find_file(source.directory, name) for name in COMPANIONS]
     return [path for path in found if path is not None and path.is_file()]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BitwrightError("BW303", f"{path.name} cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def _config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -94,9 +107,3 @@ def _ignored(source: Source, plan: Plan) -> list[str]:
 
 def _json(value: Any) -> list[bytes]:
     return [(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()]
-
-
-def _blocks_of(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
