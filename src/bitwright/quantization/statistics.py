@@ -103,6 +103,53 @@ class Observed:
     sites: tuple[tuple[str, ...], ...]
 
 
+@dataclass(slots=True)
+class _Reader:
+    """Notes what layers read while forward passes run: ``sample`` is the one that runs now.
+
+    ``leaders`` says by which layer the site of each is known; ``seen`` the same of those that have run, in that order.
+    """
+
+    with_gram: bool
+    numbers: Sequence[int] | None
+    leaders: dict[str, str]
+    sample: int = 0
+    statistics: dict[str, SiteStatistics] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)  # in this forward pass
+    read: list[tuple[Tensor, str]] = field(default_factory=list)  # in this forward pass, and whose site it is
+
+    def look(self, name: str, activations: Tensor) -> None:
+        """Layer ``name`` reads ``activations``."""
+        if name not in self.leaders:
+            self.leaders[name] = next((other for tensor, other in self.read if tensor is activations), name)
+            self.read.append((activations, self.leaders[name]))
+        self.seen[name] = self.leaders[name]
+        self.reached.add(name)
+        if self.leaders[name] != name:
+            return
+        if name not in self.statistics:
+            self.statistics[name] = SiteStatistics(activations.shape[-1], self.with_gram)
+        self.statistics[name].add(activations)
+        if not torch.isfinite(self.statistics[name].largest).all():
+            number = self.sample if self.numbers is None else self.numbers[self.sample]
+            raise NonFiniteActivations(self.sample, number, f"at the input of {name}")
+
+    def next(self) -> None:
+        """A forward pass is over."""
+        self.sample += 1
+        self.read.clear()
+        self.reached.clear()
+
+    def observed(self) -> Observed:
+        members: dict[str, list[str]] = {}
+        for name, leader in self.seen.items():
+            members.setdefault(leader, []).append(name)
+        found = {name: self.statistics[leader] for name, leader in self.seen.items() if leader in self.statistics}
+        reached = {name: entry for name, entry in found.items() if entry.tokens}
+        return Observed(reached, tuple(map(tuple, members.values())))
+
+
 def collect_statistics(
     linears: Mapping[str, nn.Module],
     forwards: Sequence[Callable[[], object]],
@@ -122,48 +169,24 @@ def collect_statistics(
     Raises:
         NonFiniteActivations: naming the sample and the layer whose input is not finite.
     """
-    statistics: dict[str, SiteStatistics] = {}
-    read: list[tuple[Tensor, str]] = []
     known = [[name for name in site if name in linears] for site in sites or ()]
-    leaders = {name: site[0] for site in known for name in site}
-    seen: dict[str, str] = {}  # the leaders of the layers that have run, in the order in which they did
-    reached: set[str] = set()
-    sample = 0
+    reader = _Reader(with_gram, numbers, {name: site[0] for site in known for name in site})
 
     def look(name: str, activations: Tensor) -> None:
-        if name not in leaders:
-            leaders[name] = next((other for tensor, other in read if tensor is activations), name)
-            read.append((activations, leaders[name]))
-        seen[name] = leaders[name]
-        reached.add(name)
-        if leaders[name] == name:
-            count(name, activations)
-        if complete is not None and sample >= complete and len(reached) == len(linears):
+        reader.look(name, activations)
+        if complete is not None and reader.sample >= complete and len(reader.reached) == len(linears):
             raise _AllRead
-
-    def count(name: str, activations: Tensor) -> None:
-        if name not in statistics:
-            statistics[name] = SiteStatistics(activations.shape[-1], with_gram)
-        statistics[name].add(activations)
-        if not torch.isfinite(statistics[name].largest).all():
-            number = sample if numbers is None else numbers[sample]
-            raise NonFiniteActivations(sample, number, f"at the input of {name}")
 
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
         for name, module in linears.items()
     ]
     try:
-        for sample, forward in enumerate(forwards):  # noqa: B007 - `look` names the sample
+        for forward in forwards:
             with suppress(_AllRead):
                 forward()
-            read.clear()
-            reached.clear()
+            reader.next()
     finally:
         for hook in hooks:
             hook.remove()
-    members: dict[str, list[str]] = {}
-    for name, leader in seen.items():
-        members.setdefault(leader, []).append(name)
-    found = {name: statistics[leader] for name, leader in seen.items() if leader in statistics}
-    return Observed({name: entry for name, entry in found.items() if entry.tokens}, tuple(map(tuple, members.values())))
+    return reader.observed()
