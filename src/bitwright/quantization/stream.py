@@ -214,7 +214,7 @@ def _round_in_sequence(
     sites = [[name for name in site if name in names] for site in observed.sites]
     for site in [*filter(None, sites), [name for name in names if name not in seen]]:
         layers = {name: work.layers[name] for name in site}
-        found = collect_statistics(layers, forwards, with_gram=gram, numbers=numbers, sites=observed.sites)
+        found = collect_statistics(layers, forwards, with_gram=gram, numbers=numbers, sites=observed.sites, complete=0)
         statistics |= found.statistics
         rounded |= round_layers(layers, work.schemes, work.methods, found.statistics, is_calibrated=True)
         for name in site:
@@ -257,7 +257,10 @@ def _observe(work: BlockWork, sites: Sequence[Sequence[str]] | None = None) -> t
 
     forwards = [partial(forward, sample) for sample in range(len(work.flow.inputs))]
     with_gram = any(method.algorithm.with_gram for method, _ in work.by_method())
-    observed = collect_statistics(work.layers, forwards, with_gram=with_gram, numbers=work.flow.numbers, sites=sites)
+    numbers = work.flow.numbers
+    observed = collect_statistics(
+        work.layers, forwards, with_gram=with_gram, numbers=numbers, sites=sites, complete=COMPARED_SAMPLES
+    )
     return observed, tuple(outputs)
 
 
