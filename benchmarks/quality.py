@@ -30,7 +30,7 @@ from torch import nn
 
 import bitwright
 from benchmarks.peers import bitwright_driver
-from benchmarks.quality_runs.cells import OURS, PEERS, SCHEMES, Cell, cells_of, peer_methods
+from benchmarks.quality_runs.cells import OURS, PEERS, SCHEMES, VARIANTS, Cell, cells_of, peer_methods
 from benchmarks.quality_runs.judge import float_model, judge, load_weights
 from benchmarks.quality_runs.material import MODELS, Material, prepare_material
 from benchmarks.quality_runs.tables import render
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
-    parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS), metavar="ALGORITHM")
+    parser.add_argument("--algorithms", nargs="*", default=[*ALGORITHMS, *VARIANTS], metavar="ALGORITHM")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER")
     parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="only these methods of the peers")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,4 +1,4 @@
-"""bitwright through the same door as its peers: a checkpoint by ``bitwright.quantize``, with default options."""
+"""bitwright through the same door as its peers: ``bitwright.quantize``, by default options or those of a variant."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 import bitwright
 from benchmarks.peers.driving import Cell
+from benchmarks.quality_runs.cells import VARIANTS
 from bitwright.quantization.algorithms import ALGORITHMS
 
 __all__ = ["METHODS", "quantize", "scheme_name", "versions"]
 
-METHODS = tuple(ALGORITHMS)
+METHODS = (*ALGORITHMS, *VARIANTS)
 # What changes when the code that decides on weights changes.
 SOURCES = ("core", "models", "quantization")
 
@@ -22,13 +23,15 @@ def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor] | None:
     """Write a checkpoint from the same windows, which the text gives when it is cut in the same way."""
     del model  # the directory is streamed
     samples, seqlen = cell.tokens.shape
+    algorithm, options = VARIANTS.get(cell.method, (cell.method, {}))
     bitwright.quantize(
         cell.model,
         cell.output / "checkpoint",
         scheme=scheme_name(cell),
-        algorithm=cell.method,
+        algorithm=algorithm,
+        options=options,
         format="native",
-        calibration=cell.text if ALGORITHMS[cell.method].calibrated else None,
+        calibration=cell.text if ALGORITHMS[algorithm].calibrated else None,
         samples=samples,
         seqlen=seqlen,
         seed=0,

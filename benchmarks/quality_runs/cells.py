@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality_runs.material import Material
 
-__all__ = ["FAMILIES", "OURS", "PEERS", "SCHEMES", "Cell", "Scheme", "cells_of", "peer_methods"]
+__all__ = ["FAMILIES", "OURS", "PEERS", "SCHEMES", "VARIANTS", "Cell", "Scheme", "cells_of", "peer_methods"]
 
 LEAST_GROUP = 16
 OURS = "bitwright"
@@ -66,6 +67,12 @@ FAMILIES: Mapping[tuple[str, str], str] = {
     ("llmcompressor", "awq+gptq"): "awq+gptq",
     ("auto_round", "autoround"): "autoround",
 }
+# Ours with options other than the defaults, as peers have them: the algorithm and the options.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gptq-actorder": ("gptq", {"act_order": True}),
+    "gptq-static": ("gptq", {"act_order": True, "static_groups": True}),
+    "gptq-search": ("gptq", {"act_order": True, "search": "auto"}),
+}
 # Peer: the name of its environment.
 PEERS: Mapping[str, str] = {
     "hqq": "hqq",
@@ -97,7 +104,9 @@ class Cell:
     @property
     def family(self) -> str:
         """The algorithm; ours are called by it."""
-        return FAMILIES.get((self.peer, self.method), self.method)
+        if self.peer == OURS:
+            return VARIANTS[self.method][0] if self.method in VARIANTS else self.method
+        return FAMILIES[self.peer, self.method]
 
     def job(self) -> dict[str, object]:
         """As ``benchmarks.peers.driving`` reads it."""
