@@ -120,8 +120,13 @@ def _read_group_index(checkpoint: Checkpoint, name: str, record: LayerRecord, gr
         return None
     index = read_checked(checkpoint, tensor, (torch.int32,), (columns,), field=FIELD)
     check_group_index(tensor, index, groups)
-    is_ordered = size is None or torch.equal(index, torch.arange(columns, dtype=torch.int32) // size)
-    return None if is_ordered else index
+    if size is None or torch.equal(index, torch.arange(columns, dtype=torch.int32) // size):
+        return None
+    largest = int(torch.bincount(index, minlength=groups).max())
+    if largest > size:  # kernels make room for groups of one size
+        what = f"{tensor} puts {largest} columns into one group, but group_size is {size}"
+        raise BitwrightError("BW311", what, suggestion="the checkpoint is damaged: fetch it again")
+    return index
 
 
 def _shape_error(checkpoint: Checkpoint, what: str) -> BitwrightError:
