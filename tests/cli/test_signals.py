@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 
 from bitwright.cli import signals
 from bitwright.cli.failures import Interrupted
+from bitwright.cli.progress import PlainLines
 from bitwright.cli.signals import stop_on_signals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
@@ -29,6 +31,41 @@ def test_the_first_signal_is_a_request(number: int) -> None:
         assert stop()
     assert (stop.number, announced) == (number, [number])
     assert handlers() == before
+
+
+def test_a_signal_in_the_middle_of_a_line_is_announced_after_it() -> None:
+    """Buffered streams refuse to be entered by a handler that interrupted them."""
+    reading, writing = os.pipe()
+    with open(writing, "w", buffering=1 << 20) as stream, open(reading) as lines:
+        real, sent = stream.buffer, []
+
+        class Interrupting(io.TextIOWrapper):
+            def write(self, text: str) -> int:
+                if not sent:
+                    sent.append(os.kill(os.getpid(), signal.SIGINT))  # the handler runs here, inside of print
+                return super().write(text)
+
+        printed = Interrupting(real, line_buffering=True)
+        progress = PlainLines(printed)
+        with stop_on_signals(lambda number: progress.say("stopping"), lambda: "") as stop:
+            progress.say("a line")
+            assert stop()
+        assert [lines.readline(), lines.readline()] == ["a line\n", "stopping\n"]
+        printed.detach()
+
+
+def test_an_announcement_that_fails_or_hangs_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "LAST_WORDS", 0.05)
+    stuck = threading.Event()
+
+    def broken(number: int) -> None:
+        raise BrokenPipeError
+
+    for announce in (broken, lambda number: stuck.wait(30)):
+        with stop_on_signals(announce, lambda: "") as stop:  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop()
+    stuck.set()
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 15), (15, 2)])

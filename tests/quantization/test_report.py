@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import bitwright
 from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.checksums import verify_files
 from bitwright.formats.table import find_format
@@ -84,6 +85,7 @@ def test_the_file_says_what_the_call_returns(model: Path, tmp_path: Path) -> Non
     record = read_report(tmp_path / "out")
     assert record == json.loads(json.dumps(report.to_dict()))
     assert record["recipe"] == {"algorithm": "rtn", "options": {}, "overrides": [], "scheme": "w4g32", "seed": 0}
+    assert record["versions"]["bitwright"] == bitwright.__version__
     assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {
         "bitwright",
         "transformers",

@@ -52,7 +52,7 @@ class PlainLines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        # Events come from the thread that writes, too, and what is said may come from a signal in the middle of one.
+        # Events come from the thread that writes, too, and what is said from one that waits for signals.
         self.lock = threading.RLock()
 
     def __call__(self, event: ProgressEvent) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.memory import trim_memory
 from bitwright.core.settings import read_settings
+from bitwright.core.threads import thread_count
 from bitwright.evaluation.measurement import LogitSource, Measurement, ModelLogits, measure
 from bitwright.evaluation.probes import EncodedProbe, encode_probes, first_of_each_kind, probe_counts, right_answers
 from bitwright.evaluation.records import Comparison, Row, TextFacts
@@ -127,7 +128,7 @@ def evaluate(
     asked, skipped = _choose_probes(probes, is_embedded, everyone, reader)
     batch = batch or _choose_batch(everyone, windows)
     session = _Session(windows, batch, dtype, asked, skipped, on_event or ignore_event, total=len(everyone))
-    with _thread_count(threads):
+    with thread_count(threads):
         rows = _rows(session, subjects, beside)
     return _comparison(session, rows, beside)
 
@@ -325,14 +326,3 @@ def _evaluation_mode(module: nn.Module | None) -> Iterator[None]:
     finally:
         if module is not None:
             module.train(was_training)
-
-
-@contextmanager
-def _thread_count(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

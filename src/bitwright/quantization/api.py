@@ -17,6 +17,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
+from bitwright.core.threads import thread_count
 from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.formats.storage import lock_directory, make_directory, remove_empty_directory
 from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
@@ -153,7 +154,7 @@ def quantize(
         sink=on_event,
         should_stop=should_stop,
     )
-    with _thread_count(threads):
+    with thread_count(threads):
         source, name = _open_source(model, request)
         plan = make_plan(source, recipe, format=format, group_fallback=group_fallback)
         if plan.is_calibrated and calibration is None:
@@ -310,14 +311,3 @@ def _memory_errors(needed: Estimate) -> Iterator[None]:
             raise
         message = f"memory ran out; about {needed.peak_bytes / 1e9:.1f} GB were expected to be enough"
         raise BitwrightError("BW503", message, suggestion=f"{MEMORY_LEVERS}; the same command resumes") from None
-
-
-@contextmanager
-def _thread_count(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -6,11 +6,11 @@ import platform
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from bitwright import __version__
 from bitwright.models.hf import VERSION as TRANSFORMERS_VERSION
 
 __all__ = ["REPORT_FILE", "Report", "host_facts", "peak_resident_bytes", "versions"]
@@ -57,11 +57,7 @@ class Report:
 
 def versions() -> dict[str, str]:
     """The versions that a result can depend on."""
-    try:
-        own = version("bitwright")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        own = "unknown"
-    return {"bitwright": own, "torch": torch.__version__, "transformers": TRANSFORMERS_VERSION}
+    return {"bitwright": __version__, "torch": torch.__version__, "transformers": TRANSFORMERS_VERSION}
 
 
 def host_facts() -> dict[str, Any]:
