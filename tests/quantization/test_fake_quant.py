@@ -198,3 +198,17 @@ def test_which_grids_offsets_can_follow() -> None:
     assert not any(can_follow(scheme_of(name)) for name in refused)
     with pytest.raises(ValueError, match="nf4g32"):
         OffsetWeight(draw(), scheme_of("nf4g32"))
+
+
+@pytest.mark.parametrize("name", ["w4g24-asym", "w3g24-axis0"])
+def test_a_transposed_weight_is_as_good_as_any(name: str) -> None:
+    """That of GPT-2's Conv1D, whose numbers do not lie in the order of rows."""
+    weight, upstream = draw(seed=10), draw(seed=11)
+    turned = weight.t().contiguous().t()
+    ours, theirs = OffsetWeight(turned, scheme_of(name)), OffsetWeight(weight, scheme_of(name))
+    assert torch.equal(ours.decode(), theirs.decode())
+    found = ours.gradients(upstream.t().contiguous().t())
+    assert torch.equal(found.offset, theirs.gradients(upstream).offset)
+    tensor = QuantizedTensor.quantize(weight * 0.9, scheme_of(name))
+    ours_too, theirs_too = (CodeWeight(tensor, each, moving=True) for each in (turned, weight))
+    assert torch.equal(ours_too.position, theirs_too.position)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.logits import LogitsOptions, LogitsTask, LogitsUpdates, _Run, tune_logits
 from tests.quantization.tiny import VOCABULARY, build_model
 
-OPTIONS = LogitsOptions(steps=12, batch=4, lr=0.01, check_every=4, held_back=0.25)
+OPTIONS = LogitsOptions(steps=12, batch=4, lr=0.01, check_every=4, held_back=0.25, codes_up_to=0)
+EVERY = 1_000_000
 
 
 def make_task(family: str = "qwen2", scheme: str = "w2g16-asym", windows: int = 12) -> tuple[nn.Module, LogitsTask]:
@@ -106,7 +107,9 @@ def test_gradients_through_the_chain_are_those_of_backpropagation(family: str) -
 @pytest.mark.parametrize("scheme", ["w2g16-asym", "w3g16"])
 def test_predictions_come_nearer_to_the_float_models(scheme: str, codes: bool) -> None:
     _, task = make_task(scheme=scheme)
-    options = LogitsOptions(steps=24, batch=4, lr=0.01, code_lr=0.03, codes=codes, check_every=4, held_back=0.25)
+    options = LogitsOptions(
+        steps=24, batch=4, lr=0.01, code_lr=0.03, codes_up_to=EVERY * codes, check_every=4, held_back=0.25
+    )
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     updates = tune_logits(task, options)
     assert updates is not None
@@ -146,7 +149,7 @@ def same(left: LogitsUpdates | None, right: LogitsUpdates | None) -> bool:
 @pytest.mark.parametrize("codes", [False, True])
 def test_an_interrupted_run_ends_with_the_same_numbers(codes: bool) -> None:
     _, task = make_task()
-    options = LogitsOptions(steps=12, batch=4, lr=0.01, codes=codes, check_every=4, held_back=0.25)
+    options = LogitsOptions(steps=12, batch=4, lr=0.01, codes_up_to=EVERY * codes, check_every=4, held_back=0.25)
     states: list[dict[str, Tensor]] = []
     straight = tune_logits(task, options, on_check=lambda state, _: states.append(dict(state)))
     assert [int(state["step"]) for state in states] == [4, 8, 12]
@@ -158,7 +161,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(codes: bool) -> None:
 @pytest.mark.parametrize("codes", [False, True])
 def test_blocks_that_are_loaded_one_at_a_time_give_the_same(codes: bool) -> None:
     _, task = make_task()
-    options = LogitsOptions(steps=6, batch=4, lr=0.01, codes=codes, check_every=3, held_back=0.25)
+    options = LogitsOptions(steps=6, batch=4, lr=0.01, codes_up_to=EVERY * codes, check_every=3, held_back=0.25)
     blocks = list(task.model.get_submodule(task.blocks))  # type: ignore[call-overload]
     skeleton = copy.deepcopy(task.model)
     for number in range(len(blocks)):
@@ -180,7 +183,9 @@ def test_nothing_is_returned_where_nothing_was_gained() -> None:
     assert tune_logits(task, LogitsOptions(steps=0)) is None
 
 
-@pytest.mark.parametrize("field", ["steps", "batch", "lr", "code_lr", "warmup", "held_back", "check_every"])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch", "lr", "codes_up_to", "code_lr", "warmup", "held_back", "check_every"]
+)
 def test_options_out_of_range_are_refused(field: str) -> None:
     values: dict[str, Any] = {field: -1}
     with pytest.raises(BitwrightError, match=f"{field} is -1"):

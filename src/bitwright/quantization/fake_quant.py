@@ -46,21 +46,33 @@ class Groups:
     def count(self) -> int:
         return -(-self.columns // self.size)
 
+    def split(self, values: Tensor) -> Tensor:
+        """``[rows, columns]`` as ``[rows, groups, size]`` where all groups are full runs, else as it is; a view if the
+        numbers lie in order."""
+        return values.reshape(values.shape[0], -1, self.size) if self._is_even() else values
+
     def spread(self, values: Tensor) -> Tensor:
-        """``[rows, groups]`` to ``[rows, columns]``: each column gets its group's number."""
+        """``[rows, groups]`` in a shape that goes with what :meth:`split` returns."""
+        if self._is_even():
+            return values.unsqueeze(-1)
         if self.index is not None:
             return values[:, self.index]
         wide = values.unsqueeze(-1).expand(-1, -1, self.size).reshape(values.shape[0], -1)
         return wide[:, : self.columns]
 
     def total(self, values: Tensor) -> Tensor:
-        """``[rows, columns]`` to ``[rows, groups]``: the sum over the columns of each group."""
+        """The sums over each group (``[rows, groups]``) of what :meth:`split` returned."""
+        if self._is_even():
+            return values.sum(-1)
         rows = values.shape[0]
         if self.index is not None:
             return values.new_zeros(rows, self.count).index_add_(1, self.index, values)
         full = self.columns // self.size * self.size
         sums = values[:, :full].reshape(rows, -1, self.size).sum(-1)
         return sums if full == self.columns else torch.cat([sums, values[:, full:].sum(1, keepdim=True)], dim=1)
+
+    def _is_even(self) -> bool:
+        return self.index is None and self.columns % self.size == 0
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the greatest number of each group (float32 ``[rows, groups]``), for runs of columns."""
@@ -132,9 +144,8 @@ class OffsetWeight:
         rounded = torch.empty(self.rows.shape, dtype=dtype)
         for rows in _tiles(self.rows):
             _, codes, _ = self._codes(rows, scale, zero)
-            wide = self.groups.spread(scale[rows])
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
-            rounded[rows] = centred.mul_(wide).to(dtype)
+            self.groups.split(rounded[rows]).copy_(centred.mul_(self.groups.spread(scale[rows])))
         return rounded if self.scheme.axis == 1 else rounded.t()
 
     def gradients(self, grad: Tensor) -> OffsetGradients:
@@ -144,14 +155,14 @@ class OffsetWeight:
         offset = torch.empty(self.rows.shape)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
         for rows in _tiles(self.rows):
-            scaled, codes, inside = self._codes(rows, scale, zero)
-            part = grad[rows].to(torch.float32)
+            scaled, codes, clamped = self._codes(rows, scale, zero)
+            part = self.groups.split(grad[rows].to(torch.float32))
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
-            scale_sums[rows] = self.groups.total(centred.sub_(scaled.mul_(inside)).mul_(part))
-            part = part * self.groups.spread(scale[rows])
-            torch.mul(part, inside, out=offset[rows])
+            scale_sums[rows] = self.groups.total(centred.sub_(scaled.masked_fill_(clamped, 0.0)).mul_(part))
+            part = torch.mul(part, self.groups.spread(scale[rows]), out=self.groups.split(offset[rows]))
             if zero is not None:  # a clamped code stays where it is when the zero point moves
-                zero_sums[rows] = self.groups.total(offset[rows] - part)
+                zero_sums[rows] = -self.groups.total(part * clamped)
+            part.masked_fill_(clamped, 0.0)
         low, high = self._range_gradients(scale_sums, zero_sums)
         return OffsetGradients(offset, low, high)
 
@@ -166,7 +177,7 @@ class OffsetWeight:
         scale, zero = _as_float(parameters)
         codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype)
         for rows in _tiles(self.rows):
-            codes[rows] = self._codes(rows, scale, zero)[1].to(self.scheme.code_dtype)
+            self.groups.split(codes[rows]).copy_(self._codes(rows, scale, zero)[1])
         stored, points = parameters.scale, parameters.zero
         if self.scheme.axis == 0:
             codes, stored = codes.t().contiguous(), stored.t().contiguous()
@@ -174,14 +185,14 @@ class OffsetWeight:
         return QuantizedTensor(scheme=self.scheme, codes=codes, scale=stored, zero=points)
 
     def _codes(self, rows: slice, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The numbers in units of their scales, their codes (float32), and whether (1 or 0) a code was not clamped."""
+        """The numbers in units of their scales, their codes (float32), and whether a code was clamped: as split."""
         divisor = self.groups.spread(torch.where(scale[rows] == 0, 1.0, scale[rows]))
-        scaled = self.rows[rows].to(torch.float32) / divisor
-        free = (scaled + self.offset[rows]).round_()
+        scaled = self.groups.split(self.rows[rows]).to(torch.float32) / divisor
+        free = (scaled + self.groups.split(self.offset[rows])).round_()
         if zero is not None:
             free += self.groups.spread(zero[rows])
         codes = free.clamp(self.scheme.code_min, self.scheme.code_max)
-        return scaled, codes, (codes == free).to(torch.float32)
+        return scaled, codes, codes != free
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Stored scales and zero points (not yet in their dtype) for multipliers; differentiable but for roundings."""
@@ -244,7 +255,7 @@ class CodeWeight:
         rounded = torch.empty(self.codes.shape, dtype=dtype)
         for rows in _tiles(self.codes):
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
-            rounded[rows] = worth.mul_(self.groups.spread(scale[rows])).to(dtype)
+            self.groups.split(rounded[rows]).copy_(worth.mul_(self.groups.spread(scale[rows])))
         return rounded if self.base.scheme.axis == 1 else rounded.t()
 
     def gradients(self, grad: Tensor) -> CodeGradients:
@@ -255,7 +266,7 @@ class CodeWeight:
         by_zero = None if self.zero is None else torch.empty_like(self.start)
         by_position = None if self.position is None else torch.empty(self.codes.shape)
         for rows in _tiles(self.codes):
-            part = grad[rows].to(torch.float32)
+            part = self.groups.split(grad[rows].to(torch.float32))
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
             by_scale[rows] = self.groups.total(worth.mul_(part)) * self.start[rows]
             if by_zero is None and by_position is None:
@@ -265,7 +276,7 @@ class CodeWeight:
                 by_zero[rows] = -self.groups.total(part)
             if by_position is not None:
                 assert self.position is not None
-                by_position[rows] = part * self._inside(self.position[rows])
+                by_position[rows] = part.reshape(part.shape[0], -1) * self._inside(self.position[rows])
         return CodeGradients(by_position, by_scale, by_zero)
 
     def tensor(self) -> QuantizedTensor:
@@ -292,9 +303,10 @@ class CodeWeight:
         scale, zero = self._stored()
         for rows in _tiles(self.codes):
             divisor = self.groups.spread(torch.where(scale[rows] == 0, 1.0, scale[rows]))
-            lies = target[rows].to(torch.float32) / divisor
+            lies = self.groups.split(target[rows].to(torch.float32)) / divisor
             lies = lies if zero is None else lies + self.groups.spread(zero[rows])
-            positions[rows] += (lies - positions[rows]).clamp_(-REACH, REACH)
+            part = self.groups.split(positions[rows])
+            part += (lies - part).clamp_(-REACH, REACH)
         return positions
 
     def _stored(self) -> tuple[Tensor, Tensor | None]:
@@ -312,13 +324,15 @@ class CodeWeight:
         return self.position[rows].round().clamp_(self.base.scheme.code_min, self.base.scheme.code_max)
 
     def _worth(self, codes: Tensor, zero: Tensor | None) -> Tensor:
-        """What codes are worth in units of their scales: float32, a fresh tensor."""
+        """What codes are worth in units of their scales: float32, a fresh tensor, split."""
         scheme = self.base.scheme
         if scheme.is_codebook or (scheme.symmetric and scheme.bits == 1):
             unit = Parameters(torch.ones(codes.shape[0], 1), None)
             plain = replace(scheme, group=None, scale_scheme=None, axis=1)
-            return grid.decode(codes.to(scheme.code_dtype), parameters=unit, scheme=plain)
-        worth = codes.to(torch.float32, copy=True)
+            worth = grid.decode(codes.to(scheme.code_dtype), parameters=unit, scheme=plain)
+        else:
+            worth = codes.to(torch.float32, copy=True)
+        worth = self.groups.split(worth)
         return worth if zero is None else worth.sub_(self.groups.spread(zero))
 
     def _inside(self, position: Tensor) -> Tensor:

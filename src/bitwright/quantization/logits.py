@@ -37,18 +37,19 @@ class LogitsOptions:
         steps: of Adam; 0 changes nothing.
         batch: windows a step.
         lr: the largest step of a scale's multiplier, and of biases and norms in units of their root mean square.
-        codes: learn the codes too, by rounding positions that move.
+        codes_up_to: learn the codes too, by rounding positions that move, where the blocks have at most so many
+            weights; 0: never. It takes some twenty bytes of memory a weight.
         code_lr: the largest step of a position, in codes.
         warmup: the part of the steps in which the step size grows.
         held_back: the part of the windows that is never trained on: the best iterate is that of least divergence there.
         check_every: steps between two looks at the windows held back.
     """
 
-    steps: int = 60
+    steps: int = 100
     batch: int = 8
-    lr: float = 2e-3
-    codes: bool = False
-    code_lr: float = 1e-2
+    lr: float = 5e-3
+    codes_up_to: int = 50_000_000
+    code_lr: float = 0.01
     warmup: float = 0.1
     held_back: float = 0.125
     check_every: int = 10
@@ -57,6 +58,7 @@ class LogitsOptions:
         _check("steps", self.steps, self.steps >= 0, "a whole number of at least 0")
         _check("batch", self.batch, self.batch >= 1, "a whole number of at least 1")
         _check("lr", self.lr, 0 < self.lr < 1, "a number between 0 and 1")
+        _check("codes_up_to", self.codes_up_to, self.codes_up_to >= 0, "a whole number of at least 0")
         _check("code_lr", self.code_lr, 0 < self.code_lr < 1, "a number between 0 and 1")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "a number from 0 to below 1")
         _check("held_back", self.held_back, 0 < self.held_back < 1, "a number between 0 and 1")
@@ -235,20 +237,18 @@ class _Run:
         yield block
 
     def _weight(self, name: str, layer: QuantizedLinear) -> CodeWeight:
-        moving, look_up = self.options.codes, self.task.float_weight
-        weight = None if look_up is None or not moving else look_up(name)
-        return CodeWeight(layer.unpack(), weight, moving=moving)
+        look_up = self.task.float_weight
+        weight = None if look_up is None or not self.moving else look_up(name)
+        return CodeWeight(layer.unpack(), weight, moving=self.moving)
 
     def _enter_each(self) -> tuple[Tensor, ...]:
-        """What enters the first block for each window; and whether blocks return tuples."""
-        kinds: list[bool] = []
+        """What enters the first block for each window. The size of that block settles whether codes move."""
+        forwards = [partial(self._read, [window]) for window in range(len(self.task.windows))]
         with self._first_loaded() as blocks:
-            hook = blocks.modules[0].register_forward_hook(lambda *seen: kinds.append(isinstance(seen[2], tuple)))
-            captured = capture(
-                self.task.model, blocks, [partial(self._read, [n]) for n in range(len(self.task.windows))]
-            )
-            hook.remove()
-        self.as_tuple = kinds[0]
+            captured = capture(self.task.model, blocks, forwards)
+            layers = [child for child in blocks.modules[0].modules() if isinstance(child, QuantizedLinear)]
+        weights = len(self.names) * sum(layer.in_features * layer.out_features for layer in layers)
+        self.moving, self.as_tuple = 0 < weights <= self.options.codes_up_to, captured.as_tuple
         self.calls[1] = tuple(calls[0] for calls in captured.calls)
         return captured.inputs
 
