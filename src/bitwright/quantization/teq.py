@@ -42,7 +42,7 @@ class TeqOptions:
         search: whether that rounder tries shrunk ranges.
     """
 
-    steps: int = 200
+    steps: int = 100
     lr: float = 1e-3
     warmup: float = 0.05
     batch: int = 8
