@@ -6,6 +6,7 @@ GPTQModel installs beside torch 2.13 (``pip install --no-deps gptqmodel`` and wh
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.formats.table import get_format
 from bitwright.models.blocks import is_linear
@@ -40,6 +43,22 @@ def logits(model: Any) -> Tensor:
     return output.float()
 
 
+def float_model() -> tuple[Any, list[str]]:
+    """A model in float16, and the names of the linear layers of its blocks."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama-untied"]().to(torch.float16).eval()
+    return model, [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
+
+
+def assert_same_logits(package: Any, folder: Path, model: Any, tensors: dict[str, QuantizedTensor]) -> None:
+    byte_tokenizer(VOCABULARY - 257).save_pretrained(folder)
+    loaded = package.GPTQModel.load(str(folder), device="cpu", dtype=torch.float16)
+    kinds = {name: type(module) for name, module in loaded.model.named_modules()}
+    assert {name for name, kind in kinds.items() if kind is nn.Linear and name != "lm_head"}.isdisjoint(tensors)
+    expected = logits(dequantized(model, tensors))
+    torch.testing.assert_close(logits(loaded.model), expected, rtol=0, atol=0.004 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("format", "name"),
     [
@@ -49,17 +68,29 @@ def logits(model: Any) -> Tensor:
     ],
 )  # fmt: skip
 def test_it_gives_our_logits(package: Any, tmp_path: Path, format: str, name: str) -> None:
-    torch.manual_seed(0)
-    model = ARCHITECTURES["llama-untied"]().to(torch.float16).eval()
-    names = [name for name, module in model.named_modules() if is_linear(module) and name != "lm_head"]
+    model, names = float_model()
+    tensors = save_quantized(model, tmp_path / "model", dict.fromkeys(names, parse(name)), format=format)
+    assert_same_logits(package, tmp_path / "model", model, tensors)
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_it_reads_our_rules(package: Any, tmp_path: Path, format: str) -> None:
+    """Layers of several widths, layers left float, groups that are no runs of columns."""
+    model, names = float_model()
+    schemes = {name: parse("w8" if "v_proj" in name else "w4g32") for name in names}
+    del schemes["model.layers.0.self_attn.o_proj"], schemes["model.layers.1.mlp.up_proj"]
     folder = tmp_path / "model"
-    tensors = save_quantized(model, folder, dict.fromkeys(names, parse(name)), format=format)
-    byte_tokenizer(VOCABULARY - 257).save_pretrained(folder)
-    loaded = package.GPTQModel.load(str(folder), device="cpu", dtype=torch.float16)
-    kinds = {type(module).__name__ for layer, module in loaded.model.named_modules() if layer in names}
-    assert kinds and not kinds & {"Linear"}, kinds
-    expected = logits(dequantized(model, tensors))
-    torch.testing.assert_close(logits(loaded.model), expected, rtol=0, atol=0.004 * float(expected.abs().max()))
+    tensors = save_quantized(model, folder, schemes, format=format)
+    stored = load_file(folder / "model.safetensors")
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
+        columns = tensors[name].shape[1]
+        index = torch.arange(columns, dtype=torch.int32) * 7 % columns // 32
+        stored[f"{name}.g_idx"], tensors[name] = index, replace(tensors[name], group_index=index)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_logits(package, folder, model, tensors)
 
 
 @pytest.mark.parametrize("name", [f"w{bits}g32{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")])
