@@ -18,6 +18,7 @@ from bitwright.compat.neural_compressor.torch.quantization.defaults import (
     get_default_rtn_config,
     get_default_teq_config,
 )
+from bitwright.compat.neural_compressor.torch.quantization.fp8_inputs import HybridGPTQConfig, finalize_calibration
 from bitwright.compat.neural_compressor.torch.quantization.quantize import convert, prepare, quantize
 from bitwright.compat.neural_compressor.torch.quantization.saving import load, save
 from bitwright.compat.neural_compressor.torch.quantization.tuning import TuningConfig, autotune
@@ -28,12 +29,14 @@ __all__ = [
     "AutoRoundConfig",
     "GPTQConfig",
     "HQQConfig",
+    "HybridGPTQConfig",
     "RTNConfig",
     "TEQConfig",
     "TuningConfig",
     "WeightOnlyLinear",
     "autotune",
     "convert",
+    "finalize_calibration",
     "get_default_auto_round_config",
     "get_default_awq_config",
     "get_default_gptq_config",

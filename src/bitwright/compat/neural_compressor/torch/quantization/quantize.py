@@ -12,6 +12,11 @@ from bitwright.compat.neural_compressor.torch.empty_model import BlockLoader, at
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig, read_config
 from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
 from bitwright.compat.neural_compressor.torch.quantization.conversion import assign, quantize_layers
+from bitwright.compat.neural_compressor.torch.quantization.fp8_inputs import (
+    HybridGPTQConfig,
+    round_inputs,
+    start_measuring,
+)
 from bitwright.compat.neural_compressor.torch.quantization.preparation import Preparation, preparation_of
 from bitwright.compat.neural_compressor.torch.quantization.saving import attach_save
 from bitwright.compat.neural_compressor.torch.quantization.teq_training import insert_trainable_scales
@@ -20,7 +25,7 @@ from bitwright.models.location import resolve_model
 
 __all__ = ["Configuration", "convert", "prepare", "quantize"]
 
-Configuration = WeightOnlyConfig | ComposedConfig | Mapping[str, Any]
+Configuration = WeightOnlyConfig | ComposedConfig | HybridGPTQConfig | Mapping[str, Any]
 
 
 def prepare(
@@ -31,12 +36,15 @@ def prepare(
     It stays the model that it is and computes what it computed. The exception is TEQ with ``example_inputs`` (a tensor,
     a tuple of arguments or a dictionary of keywords): then the scales are parameters of the model, the only ones that
     are trained, and it computes with rounded weights. If no training reaches them, :func:`convert` trains them itself.
-    Other algorithms do not need ``example_inputs``, because nothing is traced.
+    Other algorithms do not need ``example_inputs``, because nothing is traced. With a :class:`HybridGPTQConfig` a
+    quantized model notes how large the inputs of its layers are.
 
     Raises:
         ValueError, TypeError: for a configuration that is wrong in itself.
         BitwrightError: for one that does not fit the model. Nothing is changed then.
     """
+    if isinstance(quant_config, HybridGPTQConfig):
+        return start_measuring(model if inplace else copy.deepcopy(model), quant_config)
     config = read_config(quant_config)
     if preparation_of(model) is not None:
         raise ArgumentError("BW201", "the model is prepared already", suggestion="convert it, or prepare it afresh")
@@ -52,13 +60,16 @@ def prepare(
 def convert(model: nn.Module, quant_config: Configuration | None = None, inplace: bool = True) -> nn.Module:
     """Quantize a prepared model with the batches that it saw; it gets a ``save`` method.
 
-    A model that was not prepared is converted at once if ``quant_config`` is given and needs no calibration.
+    A model that was not prepared is converted at once if ``quant_config`` is given and needs no calibration. With a
+    :class:`HybridGPTQConfig` a quantized and measured model gets fp8 inputs.
 
     Raises:
         BitwrightError: BW401 if calibration is needed and the model was never run; BW309 or BW601 for weights or
             activations that are not finite. The model is still prepared then, and can be run and converted again.
     """
     target = model if inplace else copy.deepcopy(model)
+    if isinstance(quant_config, HybridGPTQConfig):
+        return round_inputs(target, quant_config)
     if preparation_of(target) is None:
         if quant_config is None:
             what = "the model was not prepared"

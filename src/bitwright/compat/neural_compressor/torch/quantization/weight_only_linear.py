@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from bitwright.core import bitpack
-from bitwright.core.errors import BitwrightError
+from bitwright.core.codebook import FP8_MAX
+from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.kernels.table import Kernel, PackedWeight
 from bitwright.models.quantized import QuantizedLinear
+from bitwright.quantization.fp8 import power_scale, through_fp8
 
 __all__ = ["WeightOnlyLinear"]
 
@@ -27,15 +31,58 @@ class WeightOnlyLinear(QuantizedLinear):
         >>> weight = layer.decompress()  # float32 [out, in]
     """
 
-    algorithm: str = ""
+    activation_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        kernel: Kernel,
+        input_scale: Tensor | None = None,
+        *,
+        algorithm: str = "",
+    ) -> None:
+        super().__init__(weight, bias, kernel, input_scale)
+        self.algorithm = algorithm
+        self.register_buffer("activation_scale", None)
 
     @classmethod
     def adopt(cls, layer: QuantizedLinear, algorithm: str) -> WeightOnlyLinear:
         """The same layer under this name; the packed numbers are shared."""
-        adopted = cls(layer.packed, None, layer.kernel, layer.input_scale)
-        adopted.bias, adopted.algorithm = layer.bias, algorithm
+        adopted = cls(layer.packed, None, layer.kernel, layer.input_scale, algorithm=algorithm)
+        adopted.bias = layer.bias
         adopted.train(layer.training)
+        if isinstance(layer, WeightOnlyLinear) and layer.activation_scale is not None:
+            adopted.round_inputs(float(layer.activation_scale))
         return adopted
+
+    def round_inputs(self, scale: float) -> None:
+        """Compute with inputs rounded to e4m3 multiples of ``scale``, and weights that are such multiples themselves.
+
+        Weights of an fp8-aware quantization are exact multiples already; others are rounded once more, with a notice.
+        """
+        weight = self.decompress()
+        if not torch.equal(through_fp8(weight, power_scale(weight)), weight):
+            message = f"4-bit weights of {self.algorithm} are rounded again to fp8; fp8_aware=True makes that exact"
+            warnings.warn(Notice(message), stacklevel=4)
+        self.activation_scale = torch.tensor(scale, dtype=torch.float32, device=weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` to ``[..., out]``, same dtype.
+
+        With fp8 inputs every product is one of two e4m3 numbers, exact in float32, and sums are float32: what a unit
+        for fp8 matrices computes, on any machine.
+        """
+        if self.activation_scale is None:
+            return super().forward(x)
+        numbers = x.to(torch.float32)
+        if self.input_scale is not None:
+            numbers = numbers * self.input_scale
+        weight = self.decompress()
+        scale, step = self.activation_scale, power_scale(weight)
+        product = _to_e4m3(numbers / scale) @ _to_e4m3(weight / step).t()
+        product = product * (scale * step)
+        return (product if self.bias is None else product + self.bias.to(torch.float32)).to(x.dtype)
 
     def compress(self) -> dict[str, Tensor]:
         """The stored tensors, by name.
@@ -43,10 +90,12 @@ class WeightOnlyLinear(QuantizedLinear):
         ``qweight``: int32 ``[out, words]``, each row of codes one stream of bits, least bit first. ``scales``: as they
         are; or, where they are quantized themselves, ``scales.qweight``, ``scales.scales``, ... ``qzeros``: int32, all
         integer zero points one stream; ``zeros``: float ones. ``g_idx``: int32 ``[in]``, the group of each column,
-        where groups are no runs of columns. ``input_scale``: float32 ``[in]``, if there is one.
+        where groups are no runs of columns. ``input_scale``: float32 ``[in]``, and
+        ``activation_scale``: one float32, if there are any.
         """
         tensors = _compress(self.unpack())
-        return tensors if self.input_scale is None else tensors | {"input_scale": self.input_scale}
+        own = {"input_scale": self.input_scale, "activation_scale": self.activation_scale}
+        return tensors | {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def decompress(self) -> Tensor:
         """The weight, float32 ``[out, in]``."""
@@ -66,13 +115,22 @@ class WeightOnlyLinear(QuantizedLinear):
         tensor = _decompress(rest, scheme.weight, shape, name)
         bias = _take(rest, name, "bias", FLOATS, (shape[0],)) if "bias" in rest else None
         scale = _take(rest, name, "input_scale", (torch.float32,), (shape[1],)) if "input_scale" in rest else None
+        has_fp8_inputs = "activation_scale" in rest
+        activation = _take(rest, name, "activation_scale", (torch.float32,), ()) if has_fp8_inputs else None
         if rest:
             stray = ", ".join(f"{name}.{field}" for field in rest)
             raise BitwrightError("BW303", f"unexpected tensors: {stray}", suggestion="they belong to another layer")
-        return cls.adopt(QuantizedLinear.build(tensor, bias, scheme, scale), algorithm)
+        layer = cls.adopt(QuantizedLinear.build(tensor, bias, scheme, scale), algorithm)
+        if activation is not None:
+            layer.round_inputs(float(_finite(activation, f"{name}.activation_scale")))
+        return layer
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, algorithm={self.algorithm}"
+
+
+def _to_e4m3(values: Tensor) -> Tensor:
+    return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def _compress(tensor: QuantizedTensor) -> dict[str, Tensor]:
