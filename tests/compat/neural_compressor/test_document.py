@@ -111,3 +111,19 @@ def test_layer_wise_quantization(blocks: list[str], tmp_path: Path) -> None:
     made = run(code)["quantized_model"]
     assert not any(tensor.is_meta for tensor in made.state_dict().values())
     assert torch.equal(logits(made), logits(names.quantize(model, names.RTNConfig())))
+
+
+def test_four_bit_weights_with_fp8_inputs(blocks: list[str], tmp_path: Path) -> None:
+    saved, stats = tmp_path / "saved", str(tmp_path / "measure")
+    first = names.GPTQConfig(fp8_aware=True)
+    names.quantize(build_model("llama"), first, lambda model: model(IDS)).save(saved)  # type: ignore[operator]
+    paths = {}
+    for mode, file in (("MEASURE", "measure"), ("QUANTIZE", "quant")):
+        paths[f"path_to_{file}_json"] = tmp_path / f"{file}.json"
+        names.HybridGPTQConfig(mode=mode, dump_stats_path=stats).to_json_file(paths[f"path_to_{file}_json"])
+    given = {"load": names.load, "finalize_calibration": names.finalize_calibration, "path_to_quantized_model": saved}
+    made = run(blocks[2], model=build_model("llama"), **given, **paths)["model"]
+    rounded = [layer for layer in made.modules() if getattr(layer, "activation_scale", None) is not None]
+    assert len(rounded) == 14
+    before = logits(names.load(saved))
+    assert 0 < float((logits(made) - before).norm() / before.norm()) < 0.1
