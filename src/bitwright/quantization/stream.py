@@ -24,6 +24,7 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import Method
 from bitwright.quantization.capture import BlockCall, run_block
 from bitwright.quantization.concurrency import map_layers
+from bitwright.quantization.decoded import decoded
 from bitwright.quantization.rows import layer_row
 from bitwright.quantization.rtn import RtnOptions, round_to_nearest
 from bitwright.quantization.stages import BlockTask, Rounded
@@ -275,7 +276,8 @@ def _outputs(work: BlockWork) -> tuple[Tensor, ...]:
     """What the quantized blocks make of each sample."""
     if work.flow is None:
         return ()
-    outputs = tuple(map(work.run, range(len(work.flow.inputs))))
+    with decoded(work.model, {name: linear_weight(layer).dtype for name, layer in work.layers.items()}):
+        outputs = tuple(map(work.run, range(len(work.flow.inputs))))
     for output, number in zip(outputs, work.flow.numbers, strict=True):
         if not torch.isfinite(output).all():
             position = work.flow.numbers.index(number)
