@@ -219,9 +219,11 @@ def _head_width(block: nn.Module) -> int:
 
 def _embedding(model: nn.Module) -> tuple[str, nn.Module]:
     get = getattr(model, "get_input_embeddings", None)
-    module = get() if callable(get) else None
-    named = ((name, each) for name, each in model.named_modules() if each is module)
-    return next(named, ("", nn.Identity()))
+    module: object = get() if callable(get) else None
+    for name, each in model.named_modules():
+        if each is module:
+            return name, each
+    return "", nn.Identity()
 
 
 def _stream_norms(model: nn.Module, blocks: Blocks) -> Iterator[tuple[str, nn.Module]]:
