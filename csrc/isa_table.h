@@ -9,7 +9,8 @@
 enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32 };
 
 /* Activations as the kernels read them: 32-bit words of four int8, two bfloat16 or one float32.
- * words: [group][token][words of a group]; sums: [group][token], int32 or float32, of the rounded tokens. */
+ * words: [group][tile of BW_TILE tokens, the last one narrower][word of the group][token of the tile];
+ * sums: [group][token], int32 or float32, of the rounded tokens. */
 typedef struct bw_tokens {
     enum bw_route route;
     int64_t count;
@@ -26,7 +27,7 @@ typedef struct bw_linear_job {
     int32_t dtype;
 } bw_linear_job;
 
-/* One token of x to words, sums and scale; `row` is scratch of 2 * slots floats. Returns a bw_status. */
+/* One token of x to words, sums and scale; `row` is scratch of 3 * slots floats. Returns a bw_status. */
 typedef int (*bw_prepare)(const bw_weight* weight, const void* x, int32_t dtype, int64_t token, bw_tokens* tokens,
                           float* row);
 /* Panels [first, last) of a product. */
@@ -57,6 +58,10 @@ extern const bw_isa_table bw_neon_dotprod_table;
 
 /* The most tokens of one job: their sums of a panel stay in the second-level cache, beside the weights. */
 #define BW_TOKENS 240
+#define BW_TILE 6
+#ifndef BW_AHEAD
+#define BW_AHEAD 4096 /* bytes */
+#endif
 
 /* The table in use. */
 const bw_isa_table* bw_isa(void);

@@ -48,7 +48,7 @@ struct Preparation {
 
 void prepare_tokens(void* context, int64_t first, int64_t last, int worker) {
     Preparation& p = *static_cast<Preparation*>(context);
-    float* row = p.rows + 2 * p.weight->slots * worker;
+    float* row = p.rows + 3 * p.weight->slots * worker;
     for (int64_t token = first; token < last; token++) {
         int status = bw_isa()->prepare(p.weight, p.x, p.dtype, token, p.tokens, row);
         if (status != BW_OK) p.status.store(status);
@@ -67,13 +67,13 @@ int run_block(const bw_weight* w, const char* x, bw_linear_job job, int32_t thre
     int64_t per_word = job.tokens.route == BW_ROUTE_INTEGER ? 4 : job.tokens.route == BW_ROUTE_BFLOAT16 ? 2 : 1;
     int64_t count = job.tokens.count;
     size_t words = padded(count * w->slots / per_word * 4), sums = padded(groups * count * 4), scales = padded(count * 4);
-    char* memory = scratch.take(words + sums + scales + padded(threads * 2 * w->slots * 4));
+    char* memory = scratch.take(words + sums + scales + padded(threads * 3 * w->slots * 4));
     if (!memory) return BW_NO_MEMORY;
     job.tokens.words = reinterpret_cast<uint32_t*>(memory);
     job.tokens.sums = memory + words;
     job.tokens.scale = per_word == 4 ? reinterpret_cast<float*>(memory + words + sums) : nullptr;
     Preparation preparation{w, x, job.dtype, &job.tokens, reinterpret_cast<float*>(memory + words + sums + scales)};
-    bitwright::parallel(count < 4 ? 1 : threads, count, 4, prepare_tokens, &preparation);
+    bitwright::parallel(count < BW_TILE ? 1 : threads, count, BW_TILE, prepare_tokens, &preparation);
     if (preparation.status.load() != BW_OK) return preparation.status.load();
     int64_t pieces = count <= 4 ? threads * 4 : threads * 8;
     bitwright::parallel(threads, panels, panels / pieces, run_panels, &job);

@@ -20,13 +20,17 @@ uint32_t read_memory(const void* memory, int64_t bytes) {
 
 template <class R> uint32_t multiply_rounds(int64_t rounds) {
     constexpr int CHAINS = 16;
+    alignas(64) static volatile uint32_t unknown[CHAINS + 1] = {}; /* or equal chains would be computed once */
+    alignas(64) uint32_t start[CHAINS + 1][BW_LANES];
+    for (int i = 0; i <= CHAINS; i++)
+        for (uint32_t& lane : start[i]) lane = unknown[i];
     typename R::Sum sums[CHAINS];
     UNROLL
-    for (int i = 0; i < CHAINS; i++) sums[i] = R::start();
-    I w = set_i(0x01010101);
+    for (int i = 0; i < CHAINS; i++) sums[i] = R::load(start[i]);
+    I w = load_i(start[CHAINS]);
     for (int64_t round = 0; round < rounds; round++) {
         UNROLL
-        for (int i = 0; i < CHAINS; i++) sums[i] = R::template dot<true>(sums[i], w, 0x01010101);
+        for (int i = 0; i < CHAINS; i++) sums[i] = R::template dot<true>(sums[i], w, (uint32_t)round);
     }
     uint32_t lanes[BW_LANES], all = 0;
     UNROLL

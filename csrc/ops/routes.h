@@ -60,13 +60,16 @@ struct Integer {
     template <bool IS_WIDE> static INLINE I dot(I sum, I w, uint32_t x) {
         return dot_bytes<IS_WIDE>(sum, w, (int32_t)x);
     }
-    /* Every step rounds by itself, as the reference does: the results are equal bit for bit. */
-    static INLINE void fold(float* total, I sum, int lane, const Parameters& p, const Levels& levels, const void* sums) {
+    /* A token's total and a group's sum to the new total. Every step rounds by itself, as the reference does: the
+     * results are equal bit for bit. */
+    template <bool HAS_ZERO, bool HAS_REMAINDER>
+    static INLINE F fold(F total, I sum, int lane, const Parameters& p, const Levels& levels, const void* sums) {
         int32_t codes = *(const int32_t*)sums;
-        I zero = p.has_zero ? load_i(p.zero + lane) : set_i(levels.zero);
-        F value = to_f(sub_i(sum, mul_i(zero, set_i(codes))));
-        if (p.has_remainder) value = sub_f(value, mul_f(set_f((float)codes), load_f(p.offset + lane)));
-        store_f(total + lane, add_f(load_f(total + lane), mul_f(value, load_f(p.scale + lane))));
+        if constexpr (HAS_ZERO) sum = sub_i(sum, mul_i(load_i(p.zero + lane), set_i(codes)));
+        else sum = sub_i(sum, set_i(levels.zero * codes));
+        F value = to_f(sum);
+        if constexpr (HAS_REMAINDER) value = sub_f(value, mul_f(set_f((float)codes), load_f(p.offset + lane)));
+        return add_f(total, mul_f(value, load_f(p.scale + lane)));
     }
 };
 
@@ -95,9 +98,10 @@ struct Float32 {
     template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) {
         return multiply_add(bits_to_f(w), bits_to_f(set_i((int32_t)x)), sum);
     }
-    static INLINE void fold(float* total, F sum, int lane, const Parameters& p, const Levels&, const void* sums) {
-        if (p.has_zero) sum = sub_f(sum, mul_f(load_f(p.offset + lane), set_f(*(const float*)sums)));
-        store_f(total + lane, multiply_add(sum, load_f(p.scale + lane), load_f(total + lane)));
+    template <bool HAS_ZERO, bool HAS_REMAINDER>
+    static INLINE F fold(F total, F sum, int lane, const Parameters& p, const Levels&, const void* sums) {
+        if constexpr (HAS_ZERO) sum = sub_f(sum, mul_f(load_f(p.offset + lane), set_f(*(const float*)sums)));
+        return multiply_add(sum, load_f(p.scale + lane), total);
     }
 };
 

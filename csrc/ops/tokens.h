@@ -104,12 +104,17 @@ int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t toke
         slots = moved;
     }
     int per_word = is_integer ? 4 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 1;
+    int64_t first_of_tile = token / BW_TILE * BW_TILE, left = tokens->count - first_of_tile;
+    int64_t width = left < BW_TILE ? left : BW_TILE;
+    uint32_t* alone = (uint32_t*)(row + 2 * w->slots);
     for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
         int64_t count = w->group < w->slots - first ? w->group : w->slots - first;
-        uint32_t* words = tokens->words + (first * tokens->count + token * count) / per_word;
+        uint32_t* words = tokens->words + (first * tokens->count + first_of_tile * count) / per_word;
+        uint32_t* to = width == 1 ? words : alone;
         int64_t at = group * tokens->count + token;
-        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, words);
-        else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
+        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, to);
+        else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, to);
+        for (int64_t i = 0; width > 1 && i < count / per_word; i++) words[i * width + token - first_of_tile] = alone[i];
     }
     return BW_OK;
 }
