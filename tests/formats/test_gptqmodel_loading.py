@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
@@ -91,6 +92,30 @@ def test_it_reads_our_rules(package: Any, tmp_path: Path, format: str) -> None:
     config["quantization_config"]["desc_act"] = True
     (folder / "config.json").write_text(json.dumps(config))
     assert_same_logits(package, folder, model, tensors)
+
+
+def test_it_leaves_layers_float(package: Any, tmp_path: Path) -> None:
+    """In the AWQ format too, where it goes by rules and transformers by another list."""
+    model, names = float_model()
+    schemes = dict.fromkeys(names, parse("w4g32-asym"))
+    del schemes["model.layers.0.mlp.down_proj"]
+    tensors = save_quantized(model, tmp_path / "model", schemes, format="awq")
+    assert_same_logits(package, tmp_path / "model", model, tensors)
+
+
+@pytest.mark.parametrize(
+    ("format", "left"), [("gptq", ".mlp.down_proj"), ("awq", "layers.0.mlp.down_proj"), ("gptq", "-")]
+)
+def test_transformers_gives_our_logits(package: Any, tmp_path: Path, format: str, left: str) -> None:
+    """Which calls on GPTQModel. It knows layers left float in GPTQ if they are left in every block."""
+    if format == "gptq":
+        pytest.importorskip("optimum", reason="optimum is not installed")
+    model, names = float_model()
+    schemes = {name: parse("w4g32-asym") for name in names if left not in name}
+    tensors = save_quantized(model, tmp_path / "model", schemes, format=format)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float16, device_map="cpu")
+    expected = logits(dequantized(model, tensors))
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0.004 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", [f"w{bits}g32{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")])

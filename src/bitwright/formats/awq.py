@@ -9,6 +9,7 @@ read (see :mod:`bitwright.formats.awq_reading`), not written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,8 +106,14 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def config(layers: Mapping[str, LayerRecord], ignored: Sequence[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint with these layers."""
+    """The ``quantization_config`` of a checkpoint with these layers.
+
+    Layers of the blocks that stay float are said twice: GPTQModel knows the rules that it has for GPTQ alone.
+    """
     weight = next(iter(layers.values())).scheme.weight
+    rules: dict[str, dict[str, Any]] = {
+        f"-:^{re.escape(name)}$": {} for name in ignored if any(map(str.isdecimal, name.split(".")))
+    }
     return {
         "quant_method": reading.METHOD,
         "version": "gemm",
@@ -114,6 +121,7 @@ def config(layers: Mapping[str, LayerRecord], ignored: Sequence[str]) -> dict[st
         "group_size": -1 if weight.group is None else weight.group,
         "zero_point": not weight.symmetric,
         "modules_to_not_convert": list(ignored) or None,
+        **({"dynamic": rules} if rules else {}),
     }
 
 
