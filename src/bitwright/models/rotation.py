@@ -220,9 +220,9 @@ def _head_width(block: nn.Module) -> int:
 def _embedding(model: nn.Module) -> tuple[str, nn.Module]:
     get = getattr(model, "get_input_embeddings", None)
     module: object = get() if callable(get) else None
-    for name, each in model.named_modules():
-        if each is module:
-            return name, each
+    for name, candidate in model.named_modules():
+        if candidate is module and isinstance(module, nn.Module):
+            return name, module
     return "", nn.Identity()
 
 
