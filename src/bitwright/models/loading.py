@@ -23,6 +23,7 @@ from bitwright.models.hf import PreTrainedModel, Tokenizer, empty_model, load_to
 from bitwright.models.location import resolve_model
 from bitwright.models.names import match_names
 from bitwright.models.quantized import QuantizedLinear
+from bitwright.models.saving import attach_saving
 
 __all__ = ["check_vocabulary", "load", "load_checkpoint", "load_with_tokenizer"]
 
@@ -124,6 +125,7 @@ def load_checkpoint(
         bias = model.get_submodule(name).bias
         set_module(model, name, _build_layer(checkpoint, layout, stored, record, bias))
     _read_generation_settings(model, checkpoint.directory)
+    attach_saving(model, None if layout is None else layout.name)
     model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
     return model
 

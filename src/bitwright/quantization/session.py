@@ -16,6 +16,7 @@ from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
+from bitwright.models.saving import attach_saving
 from bitwright.quantization.algorithms import parse_options
 from bitwright.quantization.capture import Captured, capture, head_output, observe_head
 from bitwright.quantization.logits import LogitsTask
@@ -109,6 +110,7 @@ def convert(prepared: Prepared) -> nn.Module:
     finally:
         for module in model.modules():
             module.training = modes.get(module, modes[model])
+    attach_saving(model)
     return model
 
 
