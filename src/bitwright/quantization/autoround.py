@@ -43,6 +43,7 @@ class AutoRoundOptions:
         not_use_best_mse: keep the last iterate instead of the best.
         dynamic_max_gap: stop after so many steps without a better iterate; -1: never.
         full_range: symmetric ranges that use the lowest code too.
+        n_blocks: blocks that are tuned together, by the output of the last.
     """
 
     iters: int = 200
@@ -57,6 +58,7 @@ class AutoRoundOptions:
     not_use_best_mse: bool = False
     dynamic_max_gap: int = -1
     full_range: bool = False
+    n_blocks: int = 1
 
     def __post_init__(self) -> None:
         _check("iters", self.iters, self.iters >= 0, "a whole number of at least 0")
@@ -67,6 +69,7 @@ class AutoRoundOptions:
         _check("batch_size", self.batch_size, self.batch_size >= 1, "a whole number of at least 1")
         count = self.gradient_accumulate_steps
         _check("gradient_accumulate_steps", count, count >= 1, "a whole number of at least 1")
+        _check("n_blocks", self.n_blocks, self.n_blocks >= 1, "a whole number of at least 1")
         _check("sampler", self.sampler, self.sampler in ("rand", "sequential"), "rand or sequential")
         gap = self.dynamic_max_gap
         _check("dynamic_max_gap", gap, gap == -1 or gap >= 1, "-1, or a whole number of at least 1")

@@ -168,6 +168,26 @@ def test_samples_and_their_length_are_limited() -> None:
     assert same(convert(one).state_dict(), convert(other).state_dict())
 
 
+def test_blocks_are_tuned_together() -> None:
+    """Four steps for two blocks at once are other steps than four for each."""
+    one, two = (
+        quantize(build_model("llama"), AutoRoundConfig(iters=20, bits=2, n_blocks=count), run) for count in (1, 2)
+    )
+    nearest = quantize(build_model("llama"), AutoRoundConfig(iters=0, bits=2), run)
+    with torch.no_grad():
+        goal = build_model("llama")(IDS).logits
+        error, together, start = (float((model(IDS).logits - goal).norm()) for model in (one, two, nearest))
+    assert error < start and together < start and error != together
+
+
+def test_group_aware_order_takes_whole_rows() -> None:
+    """W17: also with one group for each output channel."""
+    made = quantize(build_model("llama"), GPTQConfig(hybrid_act_order=True, group_size=-1), run)
+    for layer in made.modules():
+        if isinstance(layer, WeightOnlyLinear):
+            assert layer.scheme.name == "w4" and layer.unpack().group_index is None
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_trained_scales_are_those_that_are_stored(family: str) -> None:
     """The converted model computes what the training computed, folded or with an inserted multiplication."""

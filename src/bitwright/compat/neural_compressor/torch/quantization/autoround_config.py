@@ -129,6 +129,7 @@ class AutoRoundConfig(WeightOnlyConfig):
             "not_use_best_mse": self.not_use_best_mse,
             "dynamic_max_gap": self.dynamic_max_gap,
             "full_range": self.enable_full_range,
+            "n_blocks": self.n_blocks,
             "range": "full" if self.enable_full_range else "restricted",
         }
 

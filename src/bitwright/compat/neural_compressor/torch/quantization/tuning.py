@@ -15,7 +15,7 @@ from bitwright.core.errors import ArgumentError
 __all__ = ["TuningConfig", "autotune"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TuningConfig:
     """What :func:`autotune` tries.
 
