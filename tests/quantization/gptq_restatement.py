@@ -52,13 +52,17 @@ def textbook_factor(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Levels of one column: ``[out, codes]``, and the codes that each is."""
+    """Levels of one column: ``[out, codes]``, which codes they are, and which are odd multiples of the scale."""
 
     levels: np.ndarray
     codes: np.ndarray
+    is_odd: np.ndarray
 
     def nearest(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        best = np.abs(self.levels - column[:, None]).argmin(1)
+        """A weight in the middle between two codes takes the even multiple of the scale."""
+        distance = np.abs(self.levels - column[:, None])
+        ties = distance == distance.min(1, keepdims=True)
+        best = np.where(ties, self.is_odd, 2).argmin(1)
         rows = np.arange(column.shape[0])
         return self.codes[best], self.levels[rows, best]
 
@@ -155,17 +159,18 @@ def _fixed_grids(
 
 def _levels(
     parameters: Parameters, scheme: QuantScheme, row: int, group: int, power: float | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     codes, worth = code_values(scheme)
     zero = 0.0 if parameters.zero is None else float(parameters.zero[row, group])
+    is_odd = np.zeros(codes.shape) if scheme.is_codebook or scheme.zero == "float" else (worth - zero) % 2
     levels = (worth - zero) * float(parameters.scale[row, group])
     if power is not None:
         levels = np.where(np.abs(levels) <= 224 * power, levels, np.inf)
-    return codes, levels
+    return codes, levels, is_odd
 
 
-def _stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> _Grid:
-    return _Grid(np.stack([levels for _, levels in rows]), rows[0][0])
+def _stack(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Grid:
+    return _Grid(np.stack([row[1] for row in rows]), rows[0][0], np.stack([row[2] for row in rows]))
 
 
 def _powers_of_two(values: np.ndarray, parameters: Parameters, scheme: QuantScheme, power: float) -> Parameters:
