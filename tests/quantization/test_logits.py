@@ -196,3 +196,18 @@ def test_too_little_text_is_refused() -> None:
     _, task = make_task(windows=1)
     with pytest.raises(BitwrightError, match="two windows"):
         tune_logits(task, OPTIONS)
+
+
+def test_the_best_composition_on_a_language_model() -> None:
+    """Through the whole library: blocks by choice and learning, then the pass by logits over what they made."""
+    model, task = make_task()
+    ids = torch.stack(list(task.windows))
+    short = {"steps": 16, "code_steps": 16, "scale_steps": 8}
+    found = {}
+    for name, options in (("rtn", {}), ("gptq+logits", {"steps": 16}), ("best", short)):
+        prepared = bitwright.prepare(model, scheme="w2g16-asym", algorithm=name, options=options)
+        for window in ids:
+            prepared(input_ids=window.unsqueeze(0))
+        found[name] = divergence(task, bitwright.convert(prepared))
+    assert found["gptq+logits"] < 0.8 * found["rtn"]
+    assert found["best"] < 0.8 * found["rtn"]

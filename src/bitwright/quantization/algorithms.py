@@ -31,6 +31,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "autoround": Algorithm(round=RTN, tune=(AUTOROUND,), calibrated=True, with_float_flow=True),
     "autoround+logits": Algorithm(round=RTN, tune=(AUTOROUND,), finish=LOGITS, calibrated=True, with_float_flow=True),
     "gptq+logits": Algorithm(round=GPTQ, finish=LOGITS, calibrated=True, with_gram=True),
+    "best": Algorithm(
+        round=CHOICE, tune=(LEARNED,), finish=LOGITS, calibrated=True, with_gram=True, with_float_flow=True
+    ),
     "choice": Algorithm(round=CHOICE, calibrated=True, with_gram=True),
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
     "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
