@@ -106,11 +106,14 @@ def floor(tokens: int, length: int, rates: dict[str, float]) -> dict[str, float]
 
 
 class Clock:
-    """Sums the time spent in functions of other modules, by stage, without that of stages within them."""
+    """Sums the time spent in functions of other modules, by stage, without that of stages within them.
+
+    Wall seconds, and those of all processors: on a machine that is shared, the latter are what was worked.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner: list[float] = []
+        self.seconds: dict[str, Tensor] = {}
+        self._inner: list[Tensor] = []
 
     def watch(self, place: Any, name: str, stage: str) -> None:
         """Have calls of ``place.name`` counted as ``stage`` from now on."""
@@ -118,14 +121,13 @@ class Clock:
 
     def timed(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            self._inner.append(0.0)
-            started = time.perf_counter()
+            self._inner.append(torch.zeros(2, dtype=torch.float64))
+            started = now()
             try:
                 return function(*arguments, **keywords)
             finally:
-                whole = time.perf_counter() - started
-                inner = self._inner.pop()
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - inner
+                whole = now() - started
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - self._inner.pop()
                 if self._inner:
                     self._inner[-1] += whole
 
@@ -157,21 +159,28 @@ def run(algorithm: str, scheme: str, tokens: int, length: int, options: dict[str
         flow=make_flow(tokens, length) if is_calibrated else None,
         seed=0,
     )
-    started = time.perf_counter()
+    started = now()
     result = quantize_block(work)
-    wall = time.perf_counter() - started
-    stages = {name: round(seconds, 2) for name, seconds in clock.seconds.items()}
-    stages["rest"] = round(wall - sum(clock.seconds.values()), 2)
+    whole = now() - started
+    clock.seconds["rest"] = whole - sum(clock.seconds.values())
+    wall, busy = ({name: round(float(pair[which]), 2) for name, pair in clock.seconds.items()} for which in (0, 1))
     return {
         "algorithm": algorithm,
         "options": options,
         "tokens": tokens if is_calibrated else 0,
-        "seconds": round(wall, 2),
-        "stages": stages,
+        "seconds": round(float(whole[0]), 2),
+        "stages": wall,
+        "processor_seconds": round(float(whole[1]), 2),
+        "processor_stages": busy,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "relative_output_error": result.output_error,
         "notes": {name: row["rounded_by"] for name, row in result.rows.items() if "rounded_by" in row},
     }
+
+
+def now() -> Tensor:
+    """Wall and processor seconds."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def _seconds(work: Callable[[], object]) -> float:
