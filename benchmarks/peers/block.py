@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality_runs.cells import PEERS
+from bitwright.models.embedded_model import embedded_directory
 
 __all__ = ["make_model", "measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-VOCABULARY, WINDOW, FULL = 1024, 512, 128
+VOCABULARY, WINDOW, FULL = 2048, 512, 128  # the vocabulary of the embedded model, whose tokenizer is used
 # Peer, method: whether the calibration tokens count.
 METHODS = {
     ("gptqmodel", "gptq"): True,
@@ -39,6 +40,9 @@ METHODS = {
     ("llmcompressor", "awq"): True,
     ("auto_round", "autoround-3"): True,
 }
+
+# What is measured, what it is called in the record, and whether it is divided by the threads.
+TIMES = (("seconds", "seconds", False), ("processor_seconds", "processor_seconds_per_thread", True))
 
 
 def make_model(directory: Path) -> None:
@@ -51,6 +55,8 @@ def make_model(directory: Path) -> None:
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # some peers insist on one
+        shutil.copy(embedded_directory() / name, directory)
     save_file({"windows": torch.randint(VOCABULARY, (FULL, WINDOW))}, directory / "tokens.safetensors")
 
 
@@ -82,10 +88,9 @@ def measure(peer: str, method: str, needs_tokens: bool, options: argparse.Namesp
     if failed is not None:
         return row | {"failed": failed}
     row |= {"versions": found[-1]["versions"], "peak_bytes": found[-1]["peak_bytes"]}
-    for field, unit in (("seconds", 1), ("processor_seconds", options.threads)):
-        values = [record[field] / unit for record in found]
+    for field, name, unit in TIMES:
+        values = [record[field] / (options.threads if unit else 1) for record in found]
         slope = (values[-1] - values[0]) / (counts[-1] - counts[0]) if needs_tokens else 0.0
-        name = "seconds" if unit == 1 or field == "seconds" else "processor_seconds_per_thread"
         row |= {name: values[-1], f"{name}_scaled": values[-1] + slope * (FULL - options.windows)}
     return row
 
