@@ -43,6 +43,8 @@ def test_the_table() -> None:
     assert lines[3].split() == "base (reference) 3.1 MB 4.125 3.55 ±0.15 - - - 86% 100% 12 s".split()
     assert "20,480 of 81,726 tokens of heldout in 40 windows of 512" in lines[5]
     assert "200 qa, 100 copy" in lines[7]
+    begun = replace(COMPARISON, text=replace(FACTS, start="<s>"))
+    assert "in 40 windows of 512, each begun with <s>, computed in float32" in render_comparison(begun)
 
 
 def test_without_reference_and_probes() -> None:

@@ -17,7 +17,7 @@ from bitwright.evaluation.windows import cut_text
 from bitwright.models.loading import load
 from bitwright.quantization.api import quantize
 from bitwright.quantization.events import Event
-from tests.evaluation.conftest import make_model, save_model
+from tests.evaluation.conftest import WORDS, make_model, save_model
 from tests.evaluation.test_perplexity import naive_perplexity
 
 
@@ -69,6 +69,35 @@ def test_figures_are_those_of_the_definition(base: Path, quantized: dict[str, Pa
         wanted = naive_perplexity(load(path, dtype=torch.float32), windows)
         (row,) = evaluate([path], text=text).rows
         assert row.perplexity == pytest.approx(wanted, rel=1e-5)
+
+
+def test_models_that_were_trained_with_a_first_token_are_measured_with_it(tmp_path: Path, text: Path) -> None:
+    """Each window of 64 tokens then holds 63 words, all predicted; otherwise nothing is added."""
+    save_model(tmp_path, words=[*WORDS, "<s>"])
+    path = tmp_path / "tokenizer.json"
+    first = {"id": "<s>", "ids": [60], "tokens": ["<s>"]}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"<s>": first}}
+    added = {"id": 60, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    fields = {"post_processor": template, "added_tokens": [{**added, "special": True}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<s>"}))
+    ids = torch.tensor([int(word[1:]) for word in text.read_text().split()])
+    model = load(tmp_path, dtype=torch.float32)
+    for start, number in ((None, 60), (True, 60), (False, None)):
+        found = evaluate([tmp_path], text=text, start=start)
+        windows = cut_text(ids, seqlen=64, source="it", start=number)
+        assert found.rows[0].perplexity == pytest.approx(naive_perplexity(model, windows), rel=1e-5)
+        assert found.text.start == (None if number is None else "<s>")
+        assert found.text.used == 200 and found.text.predicted == (196 if number is None else 200)
+
+
+def test_where_a_tokenizer_adds_no_first_token_none_can_be_asked_for(base: Path, text: Path) -> None:
+    assert evaluate([base], text=text).text.start is None
+    for start in (True, 1):
+        with pytest.raises(BitwrightError, match=r"BW201.*start"):
+            evaluate([base], text=text, start=start)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

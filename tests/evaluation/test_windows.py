@@ -23,6 +23,16 @@ def test_windows_are_the_text_in_order(length: int, seqlen: int, limit: int | No
     assert cut.predicted == sum(len(window) - 1 for window in cut.windows)
 
 
+@given(st.integers(2, 400), st.integers(2, 50), st.one_of(st.none(), st.integers(2, 500)))
+def test_a_first_token_begins_every_window_and_is_none_of_the_text(length: int, seqlen: int, limit: int | None) -> None:
+    ids = torch.arange(1, length + 1)
+    cut = cut_text(ids, seqlen=seqlen, source="it", max_tokens=limit, start=0)
+    used = min(length, limit or length)
+    assert all(int(window[0]) == 0 and 2 <= len(window) <= seqlen for window in cut.windows)
+    assert torch.equal(torch.cat([window[1:] for window in cut.windows]), ids[:used])
+    assert cut.used == cut.predicted == used and cut.available == length and cut.start == 0
+
+
 @given(st.integers(2, 200), st.integers(2, 30), st.integers(1, 7))
 def test_batches_hold_each_window_once_and_equal_lengths(length: int, seqlen: int, size: int) -> None:
     cut = cut_text(torch.arange(length), seqlen=seqlen, source="it")

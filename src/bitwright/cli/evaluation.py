@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright.cli.progress import JsonLines, choose_progress
 from bitwright.cli.tables import format_duration, format_number, format_size, format_table
+from bitwright.cli.terminal import printable
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison, Row
@@ -45,6 +46,7 @@ def render_comparison(comparison: Comparison) -> str:
     text = comparison.text
     part = "" if text.used == text.available else f" of {text.available:,}"
     facts = f"{text.used:,}{part} tokens of {text.source} in {text.windows} windows of {text.seqlen}"
+    facts += f", each begun with {printable(text.start)}" if text.start else ""
     lines += ["", f"read: {facts}, computed in {comparison.dtype or 'the stored dtype'}"]
     if beside:
         lines.append(f"reference: {comparison.reference}; KL is KL(reference || model) in nats per token")

@@ -29,7 +29,7 @@ from bitwright.evaluation.subjects import (
     find_subjects,
     worst_layers,
 )
-from bitwright.evaluation.windows import TokenWindows, cut_text
+from bitwright.evaluation.windows import TokenWindows, cut_text, start_token
 from bitwright.models.embedded_model import read_probes
 from bitwright.models.hf import Tokenizer, read_config
 from bitwright.quantization.calibration import read_calibration_text, tokenize
@@ -91,6 +91,7 @@ def evaluate(
     seqlen: int | None = None,
     max_tokens: int | None = None,
     probes: bool | int = True,
+    start: bool | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: str | Path | None = None,
     batch: int | None = None,
@@ -106,6 +107,8 @@ def evaluate(
         seqlen: tokens in a window, of which all but the first are predicted; 512, or the models' context if shorter.
         max_tokens: read only so many tokens of the text; the result says so.
         probes: also ask the embedded questions (a number: so many of each kind), where the tokenizer is theirs.
+        start: begin every window with the token that the tokenizer puts before texts; ``None``: if it puts one there,
+            as models are trained that have one (the result says which it is).
         dtype: of activations and of all that is not quantized; ``None``: as each model stores it, whose rounding then
             hides small differences. Models in memory are taken as they are.
         tokenizer: the model directory whose tokenizer reads the text, where only models in memory are measured.
@@ -124,13 +127,23 @@ def evaluate(
     subjects, beside = find_subjects(models, reference)
     everyone = [*subjects, beside] if beside else subjects
     reader, is_embedded = check_tokenizers(everyone, tokenizer)
-    windows = _read_text(reader, text, choose_window(everyone, seqlen), max_tokens)
+    first = _choose_start(reader, start)
+    windows = _read_text(reader, text, choose_window(everyone, seqlen), max_tokens, first)
     asked, skipped = _choose_probes(probes, is_embedded, everyone, reader)
     batch = batch or _choose_batch(everyone, windows)
     session = _Session(windows, batch, dtype, asked, skipped, on_event or ignore_event, total=len(everyone))
     with thread_count(threads):
         rows = _rows(session, subjects, beside)
-    return _comparison(session, rows, beside)
+    return _comparison(session, rows, beside, None if first is None else str(reader.convert_ids_to_tokens(first)))
+
+
+def _choose_start(reader: Tokenizer, wanted: bool | None) -> int | None:
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ArgumentError("BW201", f"start is {wanted!r}", suggestion="True, False or None")
+    found = start_token(reader) if wanted is not False else None
+    if wanted and found is None:
+        raise ArgumentError("BW201", "start is True, and the tokenizer puts no token before texts", suggestion="None")
+    return found
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -139,13 +152,15 @@ def _check_counts(**counts: int | None) -> None:
             raise ArgumentError("BW201", f"{name} is {value!r}", suggestion="a whole number, at least 1")
 
 
-def _read_text(reader: Tokenizer, text: str | Path | None, seqlen: int, max_tokens: int | None) -> TokenWindows:
+def _read_text(
+    reader: Tokenizer, text: str | Path | None, seqlen: int, max_tokens: int | None, start: int | None
+) -> TokenWindows:
     source = "heldout" if text is None else text
     ids = tokenize(reader, read_calibration_text(source))
-    return cut_text(ids, seqlen=seqlen, source=str(source), max_tokens=max_tokens)
+    return cut_text(ids, seqlen=seqlen, source=str(source), max_tokens=max_tokens, start=start)
 
 
-def _comparison(session: _Session, rows: tuple[Row, ...], beside: Subject | None) -> Comparison:
+def _comparison(session: _Session, rows: tuple[Row, ...], beside: Subject | None, start: str | None) -> Comparison:
     text = session.text
     return Comparison(
         rows=rows,
@@ -157,6 +172,7 @@ def _comparison(session: _Session, rows: tuple[Row, ...], beside: Subject | None
             predicted=text.predicted,
             windows=len(text.windows),
             seqlen=text.seqlen,
+            start=start,
         ),
         dtype=None if session.dtype is None else str(session.dtype).removeprefix("torch."),
         probe_counts=probe_counts(session.probes),

@@ -20,9 +20,10 @@ class TextFacts:
         source: the file or the name of the data set.
         available: tokens of the text.
         used: tokens that were read; fewer than ``available`` only where fewer were asked for (or a single one is left).
-        predicted: tokens that were predicted: all but the first of each window.
+        predicted: tokens that were predicted: all but the first of each window, or all where ``start`` begins it.
         windows: how many windows they are in.
         seqlen: tokens in each window but, perhaps, the last.
+        start: the token that begins each window and is none of the text, where the models were trained with one.
     """
 
     source: str
@@ -31,6 +32,7 @@ class TextFacts:
     predicted: int
     windows: int
     seqlen: int
+    start: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

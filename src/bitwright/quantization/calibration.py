@@ -68,8 +68,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Token ids (int64) of a whole text; nothing is added and nothing cut off.
+def tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Tensor:
+    """Token ids (int64) of a whole text; nothing is added, unless asked for, and nothing cut off.
 
     Special tokens that the text spells out count as such: that is how texts of many documents are divided.
     """
@@ -79,8 +79,8 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
         # tokenizer.json says of cutting and filling up (it is saved with the last call's settings) is not for texts.
         backend.no_truncation()
         backend.no_padding()
-        return torch.tensor(backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
-    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+        return torch.tensor(backend.encode(text, add_special_tokens=add_special_tokens).ids, dtype=torch.int64)
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=torch.int64)
 
 
 def cut_windows(ids: Tensor, *, samples: int, seqlen: int, seed: int, source: str) -> CalibrationTokens:
