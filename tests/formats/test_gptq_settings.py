@@ -196,3 +196,14 @@ def test_any_configuration_is_read_or_refused(changes: dict[str, Any], method: s
             decode_all(write(folder, {A: random_layer("w4g32", (32, 64))}, base | changes))
         except BitwrightError as error:
             assert error.code[:3] == "BW3"
+
+
+def test_rules_for_thousands_of_names_are_looked_up(tmp_path: Path) -> None:
+    """Each layer's rule is found by its name, unless a pattern before it matches."""
+    layers = {A: random_layer("w8g32", (32, 64)), C: random_layer("w2g32", (32, 64))}
+    base = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    exact = {rf"+:^model\.layers\.{number}\.a$": {"bits": 8} for number in range(20000)}
+    read = decode_all(write(tmp_path, layers, base | {"dynamic": {r".*1\.a$": {"bits": 2}, **exact}}))
+    assert all(same_tensor(read[name], tensor) for name, (tensor, _) in layers.items())
+    patterns = {rf"model.layers.{number}.z": {} for number in range(2000)}
+    assert "2000 patterns" in refused(write(tmp_path, layers, base | {"dynamic": patterns}))

@@ -6,6 +6,7 @@ Old checkpoints have the same keys in ``quantize_config.json``. Those of AutoRou
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 AUTO_ROUND = ("auto-round", "intel/auto-round")
 AUTO_ROUND_VERSIONS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_gptq": 1, "auto_round": 2}
 MAX_RULES = 65536
+MAX_PATTERNS = 1024
+ONE_NAME = re.compile(r"\^((?:\w|\\?-|\\\.)+)\$")
 FLOAT_BITS = 16  # AutoRound: a layer of this many bits or more is not quantized
 
 
@@ -46,21 +49,27 @@ class LayerSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """An exception: for which names, and what is different there; ``None``: they are not quantized."""
+    """An exception: for which names, and what is different there; ``None``: they are not quantized.
 
-    pattern: re.Pattern[str]
+    Of the rules that match a name the one of the least ``place`` counts.
+    """
+
+    names: str | re.Pattern[str]
     changes: Mapping[str, Any] | None
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The configuration, read: ``version`` 1 stores zero points less one. Of several rules for a name the first counts.
+    """The configuration, read: ``version`` 1 stores zero points less one.
 
-    ``modules``: the layers of a block that are quantized, by their names within it; ``None``: all.
+    ``named``: rules for one name each, of which there may be thousands; ``rules``: the others. ``modules``: the layers
+    of a block that are quantized, by their names within it; ``None``: all.
     """
 
     version: int
     common: LayerSettings
+    named: Mapping[str, _Rule]
     rules: tuple[_Rule, ...]
     modules: tuple[str, ...] | None
 
@@ -91,11 +100,19 @@ def read_settings(checkpoint: Checkpoint) -> Settings:
     quantization = checkpoint.quantization or {}
     version = version_of(quantization)
     if version is None:
-        named = quantization.get("checkpoint_format", quantization.get("format"))
-        is_marlin = bool(quantization.get("is_marlin_format"))
-        named = "marlin" if is_marlin else _packing(quantization) if named is None else named
-        raise _refusal(checkpoint, f"the layout {str(named)[:40]!r} of GPTQ is not one of {', '.join(VERSIONS)}")
-    return Settings(version, _change(checkpoint, None, quantization), _rules(checkpoint), _modules(checkpoint))
+        layout = quantization.get("checkpoint_format", quantization.get("format"))
+        layout = _packing(quantization) if layout is None else layout
+        layout = "marlin" if quantization.get("is_marlin_format") else str(layout)[:40]
+        raise _refusal(checkpoint, f"the layout {layout!r} of GPTQ is not one of {', '.join(VERSIONS)}")
+    rules, named = _rules(checkpoint), dict[str, _Rule]()
+    for rule in rules:
+        if isinstance(rule.names, str):
+            named.setdefault(rule.names, rule)
+    others = tuple(rule for rule in rules if not isinstance(rule.names, str))
+    if len(others) > MAX_PATTERNS:
+        raise _refusal(checkpoint, f"there are {len(others)} patterns of names; at most {MAX_PATTERNS} are read")
+    common = _change(checkpoint, None, quantization)
+    return Settings(version, common, named, others, _modules(checkpoint))
 
 
 def find_settings(checkpoint: Checkpoint, settings: Settings, name: str) -> LayerSettings:
@@ -104,9 +121,12 @@ def find_settings(checkpoint: Checkpoint, settings: Settings, name: str) -> Laye
     Raises:
         BitwrightError: BW311 if the configuration says that this layer is not quantized.
     """
-    rule = next((rule for rule in settings.rules if rule.pattern.match(name)), None)
+    candidates = [settings.named[name]] if name in settings.named else []
+    matching = (rule for rule in settings.rules if isinstance(rule.names, re.Pattern) and rule.names.match(name))
+    candidates += itertools.islice(matching, 1)
+    rule = min(candidates, key=lambda rule: rule.place, default=None)
     if rule is not None and rule.changes is None:
-        what = f"{name} is stored quantized, but the rule {rule.pattern.pattern[:80]!r} says that it is not"
+        what = f"{name} is stored quantized, but a rule says that it is not"
         raise _refusal(checkpoint, what)
     is_in_block = any(part.isdecimal() for part in name.split("."))
     if settings.modules is not None and is_in_block and not name.endswith(settings.modules):
@@ -139,30 +159,29 @@ def _rules(checkpoint: Checkpoint) -> tuple[_Rule, ...]:
     if quantization.get("quant_method") in AUTO_ROUND:
         return _auto_round_rules(checkpoint, quantization.get("extra_config"))
     dynamic = quantization.get("dynamic")
-    rules = []
+    rules: list[_Rule] = []
     for key, changes in _object(checkpoint, "dynamic", dynamic).items():
         is_skip = key.startswith("-:")
         if not is_skip and not isinstance(changes, dict):
             raise _refusal(checkpoint, f"the rule {key[:80]!r} of dynamic is not an object")
         pattern = key[2:] if key.startswith(("-:", "+:")) else key
-        rules.append(_Rule(_compile(checkpoint, "dynamic", pattern), None if is_skip else changes))
+        rules.append(_Rule(_names(checkpoint, "dynamic", pattern), None if is_skip else changes, len(rules)))
     return tuple(rules)
 
 
 def _auto_round_rules(checkpoint: Checkpoint, extra: object) -> tuple[_Rule, ...]:
     """Names, or patterns of whole names; a layer may give only what is different."""
-    exact: list[_Rule] = []
-    patterns: list[_Rule] = []
+    rules: list[_Rule] = []
     for key, changes in _object(checkpoint, "extra_config", extra).items():
         if not isinstance(changes, dict):
             raise _refusal(checkpoint, f"the entry {key[:80]!r} of extra_config is not an object")
         bits = changes.get("bits")
         is_float = (type(bits) is int and bits >= FLOAT_BITS) or changes.get("data_type") in ("float", "fp")
         is_exact = re.fullmatch(r"[\w.\-]+", key) is not None
-        source = f"{re.escape(key)}$" if is_exact else f"(?:{key})$"
-        rule = _Rule(_compile(checkpoint, "extra_config", source), None if is_float else changes)
-        (exact if is_exact else patterns).append(rule)
-    return tuple(exact + patterns)
+        source = f"^{re.escape(key)}$" if is_exact else f"(?:{key})$"
+        place = len(rules) - (MAX_RULES if is_exact else 0)  # names come before patterns
+        rules.append(_Rule(_names(checkpoint, "extra_config", source), None if is_float else changes, place))
+    return tuple(rules)
 
 
 def _modules(checkpoint: Checkpoint) -> tuple[str, ...] | None:
@@ -186,7 +205,11 @@ def _object(checkpoint: Checkpoint, field: str, value: object) -> dict[str, Any]
     return value
 
 
-def _compile(checkpoint: Checkpoint, field: str, pattern: str) -> re.Pattern[str]:
+def _names(checkpoint: Checkpoint, field: str, pattern: str) -> str | re.Pattern[str]:
+    """The one name that a pattern means, or the pattern."""
+    exact = ONE_NAME.fullmatch(pattern)
+    if exact is not None:
+        return exact[1].replace("\\", "")
     try:
         return compile_pattern(pattern)
     except ValueError as error:
