@@ -12,6 +12,12 @@ __all__ = ["CARD_FILE", "CARD_MARK", "render_card"]
 CARD_FILE = "README.md"
 CARD_MARK = "Quantized by bitwright "  # tells our card from one that somebody wrote
 
+READERS = {
+    "compressed-tensors": "transformers, vLLM and SGLang load it as it is",
+    "gptq": "GPTQModel loads it, and so does transformers beside GPTQModel and optimum; vLLM and SGLang know the format",
+    "awq": "GPTQModel loads it, and so does transformers beside GPTQModel; vLLM and SGLang know the format",
+}
+
 
 def render_card(report: Report) -> str:
     """Markdown for people who find the checkpoint: what it is, how it was made, what it cost, how to load it."""
@@ -59,9 +65,10 @@ def _lines(report: Report) -> Iterator[str]:
     yield "## Load it"
     yield ""
     yield from ("```python", "import bitwright", "", 'model = bitwright.load("path/to/this/directory")', "```")
-    if report.format == "compressed-tensors":
+    readers = READERS.get(report.format.partition("_")[0])
+    if readers is not None:
         yield ""
-        yield "The checkpoint is in the compressed-tensors format: transformers, vLLM and SGLang load it as it is."
+        yield f"The checkpoint is in the {report.format} format: {readers}."
     yield ""
     yield "The record of every layer is in `report.json`."
 
