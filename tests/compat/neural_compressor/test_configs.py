@@ -121,6 +121,9 @@ def test_unknown_arguments_are_named(kind: type[WeightOnlyConfig]) -> None:
     (HQQConfig, {"use_double_quant": True}, "use_double_quant"), (AutoRoundConfig, {"dtype": "fp4"}, "dtype"),
     (AutoRoundConfig, {"use_double_quant": True}, "use_double_quant"),
     (HQQConfig, {"quant_scale": True, "quant_zero": False}, "quant_zero"),
+    (GPTQConfig, {"fp8_aware": True, "bits": 5}, "bits"),
+    (GPTQConfig, {"fp8_aware": True, "use_double_quant": True}, "use_double_quant"),
+    (RTNConfig, {"use_full_range": True, "bits": 1}, "use_full_range"), (AutoRoundConfig, {"bits": 1}, "bits"),
 ])  # fmt: skip
 def test_fields_that_do_not_go_together(kind: type[WeightOnlyConfig], fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named} is"):

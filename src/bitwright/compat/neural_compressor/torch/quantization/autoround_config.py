@@ -105,6 +105,8 @@ class AutoRoundConfig(WeightOnlyConfig):
             self.refuse("use_double_quant", "but AutoRound has no double quantization", "False (RTN, GPTQ, TEQ)")
         if self.dtype not in ("int", FLOAT):
             self.refuse("dtype", "but AutoRound learns how to round whole numbers", "'int', 'fp32'")
+        if self.bits == 1 and self.use_sym:
+            self.refuse("bits", "but one symmetric bit is a sign, with nothing to round", "2 to 8, or use_sym=False")
 
     def to_dict(self) -> dict[str, Any]:
         """As of every configuration; rules of ``layer_config`` are not repeated as local ones."""

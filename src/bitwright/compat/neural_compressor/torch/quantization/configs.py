@@ -32,6 +32,8 @@ class _RangedConfig(WeightOnlyConfig):
         super().check()
         if self.use_full_range and (self.dtype not in (FLOAT, "int") or not self.use_sym):
             self.refuse("use_full_range", "but only symmetric integers have a code that is not used otherwise", "False")
+        if self.use_full_range and self.bits == 1:
+            self.refuse("use_full_range", "but both codes of one bit are used in any case", "False")
 
     def algorithm_options(self) -> dict[str, Any]:
         return {"range": "full" if self.use_full_range else "restricted", "search": self.use_mse_search}
@@ -91,6 +93,10 @@ class GPTQConfig(WeightOnlyConfig):
             self.refuse("act_order", "and so is hybrid_act_order; there is one order", "one of the two")
         if self.fp8_aware and self.dtype not in ("int", FLOAT):
             self.refuse("fp8_aware", f"but the dtype is {self.dtype}", "False, or dtype 'int'")
+        if self.fp8_aware and self.bits > 4:
+            self.refuse("bits", "but with fp8_aware every code must be an e4m3 number", "1 to 4")
+        if self.fp8_aware and self.use_double_quant:
+            self.refuse("use_double_quant", "but with fp8_aware scales are powers of two", "False")
 
     def algorithm_options(self) -> dict[str, Any]:
         return {

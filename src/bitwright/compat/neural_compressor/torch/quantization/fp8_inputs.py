@@ -25,7 +25,7 @@ from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear im
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.formats.storage import make_directory, write_file
 
-__all__ = ["HybridGPTQConfig", "finalize_calibration", "round_inputs", "start_measuring"]
+__all__ = ["HybridGPTQConfig", "Measurement", "finalize_calibration", "round_inputs", "start_measuring"]
 
 ATTRIBUTE = "_bitwright_measurement"
 LARGEST = 240.0  # the largest e4m3 number of units that keep one exponent for infinity; others reach 448
