@@ -18,6 +18,7 @@ from bitwright.cli.quantization import resume_command
 from bitwright.formats.storage import file_sha256
 from bitwright.quantization import job
 from bitwright.quantization.plan import Unit
+from tests.evaluation.conftest import save_model
 
 FINISHED = "model.safetensors.index.json"
 
@@ -89,6 +90,15 @@ def test_the_check_measures_before_and_after(tmp_path: Path, capsys: pytest.Capt
     assert 1 < before < 100
     assert abs(after / before - ratio) < 0.01
     assert abs(ratio - 1) < 0.05
+
+
+def test_a_model_of_short_context_is_checked_in_shorter_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model")  # whose context is 64 tokens
+    command = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--scheme", "w8g32", "--check"]
+    assert main(command) == 0
+    assert re.search(r"perplexity +\S+ -> \S+ \(x1\.\d+\) on a short text", capsys.readouterr().out)
 
 
 def test_a_collapse_is_said_with_the_worst_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_without_a_cache_every_call_computes(model: LlamaForCausalLM) -> None:
     assert torch.equal(source([0, 1]), source([0, 1])) and source.computed == 4
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "other", "missing", "link"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "other", "missing", "link", "flipped"])
 def test_damaged_files_are_computed_again(model: LlamaForCausalLM, tmp_path: Path, damage: str) -> None:
     cache = opened(tmp_path)
     assert cache is not None
@@ -56,6 +56,9 @@ def test_damaged_files_are_computed_again(model: LlamaForCausalLM, tmp_path: Pat
         cache.write(1, torch.zeros(3, 64))
     elif damage == "missing":
         path.unlink()
+    elif damage == "flipped":  # one bit of one number
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
     elif damage == "link":
         path.unlink()
         path.symlink_to(tmp_path / "nowhere")

@@ -206,6 +206,7 @@ def _measure(request: QuantizeRequest, report: Report, display: _Display) -> Com
     if not wanted:
         return None
     from bitwright.evaluation.comparison import evaluate
+    from bitwright.evaluation.subjects import find_subjects
     from bitwright.quantization.events import Event
 
     def listen(event: ProgressEvent) -> None:
@@ -215,11 +216,12 @@ def _measure(request: QuantizeRequest, report: Report, display: _Display) -> Com
     if not isinstance(display.progress, JsonLines):
         display.progress.say(f"measuring perplexity before and after on {CHECKED_TOKENS:,} tokens of text ...")
     try:
+        context = find_subjects([request.output], None)[0][0].context
         return evaluate(
             [request.output],
             reference=request.model,
             max_tokens=CHECKED_TOKENS,
-            seqlen=CHECKED_SEQLEN,
+            seqlen=min(CHECKED_SEQLEN, context or CHECKED_SEQLEN),
             probes=False,
             on_event=listen,
         )

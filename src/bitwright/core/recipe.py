@@ -56,14 +56,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the result, and nothing that does not.
+    r"""Everything that decides the result, and nothing that does not.
 
     Precedence for one layer: ``scheme`` < type overrides < name overrides; among equals the last match wins, and an
     override whose pattern is exactly the layer's name beats every expression. The output head stays in floating
     point unless a name override matches it.
 
     Example:
-        >>> Recipe(scheme=parse("w4g128"), overrides=(parse_override(r".*down_proj=w8"),))
+        >>> Recipe(scheme=parse("w4g128"), overrides=(parse_override(r".*[.]down_proj=w8"),))
     """
 
     scheme: LayerScheme

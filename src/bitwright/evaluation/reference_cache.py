@@ -26,12 +26,12 @@ from bitwright.models.hf import VERSION
 __all__ = ["BUDGET", "CachedLogits", "LogitCache", "model_fingerprint", "open_cache"]
 
 BUDGET = 2 << 30  # bytes of one text's logits; two such texts are kept
-TENSOR = "logits"
+TENSOR, CHECKSUM = "logits", "sha256"
 SAFETY = 1.1  # of free disk space over what is needed
 
 
 class LogitCache:
-    """Logits by window, one file each, in a directory of their own. A damaged file counts as absent."""
+    """Logits by window, one file each with a checksum, in a directory of their own; a damaged file counts as absent."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -40,11 +40,12 @@ class LogitCache:
         """The logits of window ``number``, ``[length, vocabulary]``, if they are there."""
         try:
             path = self._path(number)
-            entry = read_index(path).tensors[TENSOR]
-            logits = read_tensor(path, entry)
+            index = read_index(path)
+            logits = read_tensor(path, index.tensors[TENSOR])
         except (BitwrightError, KeyError, OSError):
             return None
-        return logits if logits.dim() == 2 and len(logits) == length else None
+        is_whole = index.metadata.get(CHECKSUM) == _sha256(logits)
+        return logits if is_whole and logits.dim() == 2 and len(logits) == length else None
 
     def write(self, number: int, logits: Tensor) -> None:
         """Keep the logits of window ``number``.
@@ -53,7 +54,8 @@ class LogitCache:
             BitwrightError: BW501 if they cannot be written.
         """
         make_directory(self.directory)
-        write_file(self._path(number), serialize({TENSOR: logits}))
+        logits = logits.detach().cpu().contiguous()
+        write_file(self._path(number), serialize({TENSOR: logits}, {CHECKSUM: _sha256(logits)}))
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.safetensors"
@@ -149,6 +151,10 @@ def open_cache(
         return LogitCache(directory) if shutil.disk_usage(directory).free > SAFETY * size else None
     except (BitwrightError, OSError):
         return None
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def _key(facts: Mapping[str, object]) -> str:
