@@ -14,8 +14,8 @@ CARD_MARK = "Quantized by bitwright "  # tells our card from one that somebody w
 
 READERS = {
     "compressed-tensors": "transformers, vLLM and SGLang load it as it is",
-    "gptq": "GPTQModel loads it, and so does transformers beside GPTQModel and optimum; vLLM and SGLang know the format",
-    "awq": "GPTQModel loads it, and so does transformers beside GPTQModel; vLLM and SGLang know the format",
+    "gptq": "GPTQModel loads it, and so does transformers beside it and optimum; vLLM and SGLang know the format",
+    "awq": "GPTQModel loads it, and so does transformers beside it; vLLM and SGLang know the format",
 }
 
 
