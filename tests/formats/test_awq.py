@@ -102,7 +102,7 @@ def rewrite(directory: Path, folder: str, **changes: Any) -> Path:
     [
         {"version": "GEMM"}, {"version": "exllama"}, {"version": "ipex"}, {"version": ..., "format": "gemm"},
         {"version": ...}, {"bits": ..., "w_bit": 4, "group_size": ..., "q_group_size": 32},
-        {"modules_to_not_convert": ["lm_head", "vision"]},
+        {"modules_to_not_convert": ["lm_head", "vision", "proj", "model.layers.00"]},
     ],
     ids=str,
 )  # fmt: skip

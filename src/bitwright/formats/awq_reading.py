@@ -105,7 +105,8 @@ def _zeros(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _record(checkpoint: Checkpoint, name: str, settings: _Settings) -> LayerRecord:
-    matched = next((part for part in settings.skipped if part in name), None)
+    # Some readers match any part of a name, others whole components: what both take for a match contradicts the file.
+    matched = next((part for part in settings.skipped if f".{part}." in f".{name}."), None)
     if matched is not None:
         what = f"{name} is stored quantized, but {matched[:80]!r} in modules_to_not_convert says that it is not"
         raise _refusal(checkpoint, what)
