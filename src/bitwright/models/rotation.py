@@ -38,6 +38,8 @@ READS = {
 }
 WRITES = ("self_attn.o_proj", "mlp.down_proj")
 VALUES = ("self_attn.v_proj", "self_attn.qkv_proj")  # in a packed one, values are the last rows
+BY_ROW = ("rotate_input", "scale_input", "rotate_heads")  # what treats each row of a matrix by itself
+PIECE = 1 << 22  # numbers that are rotated together, in float64
 Kind = Literal["rotate_input", "scale_input", "rotate_output", "rotate_values", "rotate_heads", "fill"]
 
 
@@ -75,8 +77,20 @@ class Rotation:
     @torch.no_grad()
     def transform(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor ``name`` of the rotated model from that of the original (any float dtype, which is kept)."""
+        steps = self.steps.get(name, ())
+        if not steps:
+            return tensor
+        if tensor.dim() < 2 or any(step.kind not in BY_ROW for step in steps):
+            return self._apply_all(steps, tensor)
+        result = torch.empty_like(tensor)
+        rows = max(1, PIECE // tensor.shape[1])
+        for start in range(0, tensor.shape[0], rows):  # embeddings in float64 would be the largest thing of the run
+            result[start : start + rows] = self._apply_all(steps, tensor[start : start + rows])
+        return result
+
+    def _apply_all(self, steps: tuple[Step, ...], tensor: Tensor) -> Tensor:
         result = tensor
-        for step in self.steps.get(name, ()):
+        for step in steps:
             result = self._apply(step, result.to(torch.float64))
         return result.to(tensor.dtype)
 

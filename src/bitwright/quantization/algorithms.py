@@ -17,6 +17,7 @@ from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.hqq import HQQ
 from bitwright.quantization.learned import LEARNED
 from bitwright.quantization.logits import LOGITS
+from bitwright.quantization.rotated import ROTATION
 from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 from bitwright.quantization.teq import TEQ
@@ -38,6 +39,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
     "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
     "awq+gptq": Algorithm(equalize=(AWQ_SCALE,), round=GPTQ, calibrated=True, with_gram=True),
+    "rotation+gptq": Algorithm(rotate=ROTATION, round=GPTQ, calibrated=True, with_gram=True),
     "teq+gptq": Algorithm(equalize=(TEQ,), round=GPTQ, calibrated=True, with_gram=True),
 }
 

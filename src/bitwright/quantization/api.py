@@ -24,7 +24,7 @@ from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
 from bitwright.models.loading import check_vocabulary
 from bitwright.models.location import resolve_model
 from bitwright.quantization.account import make_report, plan_facts, sample_notices
-from bitwright.quantization.algorithms import parse_options
+from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.calibration import (
     CalibrationTokens,
     cut_windows,
@@ -46,6 +46,7 @@ from bitwright.quantization.job import Job, fingerprint
 from bitwright.quantization.journal import Journal, has_units
 from bitwright.quantization.plan import GroupFallback, Plan, make_plan
 from bitwright.quantization.report import Report, host_facts, peak_resident_bytes
+from bitwright.quantization.rotated import RotatedSource, rotate_source
 from bitwright.quantization.sources import DiskSource, MemorySource, Source, refuse_nonfinite
 from bitwright.quantization.writer import check_companions, finish_checkpoint
 
@@ -106,7 +107,7 @@ def quantize(
         calibration: text file or name of a text that ships with bitwright; needed by calibrated algorithms, and with
             any other it adds measured output errors to the report.
         samples, seqlen: how many windows of how many tokens (by default 2048, or the model's context if shorter).
-        overrides: rules such as ``lm_head=w8``, ``.*down_proj=w8g32``, ``type:Linear=float``; the last match wins.
+        overrides: rules such as ``lm_head=w8``, ``.*[.]down_proj=w8g32``, ``type:Linear=float``; the last match wins.
         seed: of everything random.
         threads: for arithmetic; part of what a resumed run must repeat.
         group_fallback: what to do where groups do not divide a layer: ``error``, ``pad``, ``per-channel``, ``skip``.
@@ -155,7 +156,7 @@ def quantize(
         should_stop=should_stop,
     )
     with thread_count(threads):
-        source, name = _open_source(model, request)
+        source, name = _open_source(model, recipe, request)
         plan = make_plan(source, recipe, format=format, group_fallback=group_fallback)
         if plan.is_calibrated and calibration is None:
             calibration = "calibration"
@@ -181,7 +182,8 @@ def _run(
         request.sink(Event("notice", notice))
     check_companions(source)
     if not _resumes(request):
-        refuse_nonfinite(source)  # before anything is made, and before an old checkpoint is given up
+        # Before anything is made, and before an old checkpoint is given up.
+        refuse_nonfinite(source.original if isinstance(source, RotatedSource) else source)
     work = request.output / WORK_DIRECTORY
     make_directory(work)
     try:
@@ -241,14 +243,19 @@ def _do_units(
         job.run()
 
 
-def _open_source(model: str | Path | nn.Module, request: _Request) -> tuple[Source, str]:
-    """The weights, once it is clear that the output may be written."""
+def _open_source(model: str | Path | nn.Module, recipe: Recipe, request: _Request) -> tuple[Source, str]:
+    """The weights, once it is clear that the output may be written; rotated, if the algorithm begins with that."""
+    source: DiskSource | MemorySource
     if isinstance(model, nn.Module):
         check_output(request.output, None, overwrite=request.overwrite)
-        return MemorySource(model), type(model).__name__
-    directory = resolve_model(model)
-    check_output(request.output, directory, overwrite=request.overwrite)
-    return DiskSource(directory), str(model)
+        source, name = MemorySource(model), type(model).__name__
+    else:
+        directory = resolve_model(model)
+        check_output(request.output, directory, overwrite=request.overwrite)
+        source, name = DiskSource(directory), str(model)
+    method = make_method(recipe.algorithm, recipe.options)
+    rotate = method.algorithm.rotate
+    return (source if rotate is None else rotate_source(source, method.options[rotate.name], recipe.seed)), name
 
 
 def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | None, seed: int) -> CalibrationTokens:

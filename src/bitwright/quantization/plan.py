@@ -132,7 +132,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
     if not schemes:
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
-    methods = _methods(choices, schemes)
+    methods = _methods(recipe, choices, schemes)
     skipped = tuple(name for name in every_linear if name not in schemes)
     chosen = _choose_format(_records(schemes, shapes, methods), skipped, layers, methods, format)
     if chosen.name == compressed_tensors.FORMAT.name:
@@ -166,7 +166,7 @@ def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     return found if head is None else found | {head[0]: head[1]}
 
 
-def _methods(choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, Method]:
+def _methods(recipe: Recipe, choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, Method]:
     """Each layer's algorithm; layers of the same algorithm and options share one record."""
     made: dict[str, Method] = {}
     methods = {}
@@ -175,6 +175,9 @@ def _methods(choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, M
         key = f"{choice.algorithm} {sorted(choice.options.items())!r}"
         if key not in made:
             made[key] = make_method(choice.algorithm, choice.options)
+            if made[key].algorithm.rotate is not None and choice.algorithm != recipe.algorithm:
+                what = f"{name}: {choice.algorithm} rotates the whole model, and is given for some layers only"
+                raise BitwrightError("BW201", what, suggestion=f"--algorithm {choice.algorithm} for all layers")
         methods[name] = made[key]
     return methods
 

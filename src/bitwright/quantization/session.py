@@ -17,7 +17,7 @@ from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
-from bitwright.quantization.algorithms import parse_options
+from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.capture import Captured, capture, head_output, observe_head
 from bitwright.quantization.logits import LogitsTask
 from bitwright.quantization.plan import FINISH, GroupFallback, Plan, make_plan
@@ -81,13 +81,17 @@ def prepare(
 def convert(prepared: Prepared) -> nn.Module:
     """Quantize a prepared model, block by block, with the batches that it saw; return the model itself.
 
+    Algorithms that rescale or rotate float weights do so in place: after a failure only a model that they leave alone
+    is as it was.
+
     Raises:
         BitwrightError: BW401 if the algorithm needs calibration and the model was never run; BW309 or BW601 for weights
-            or activations that are not finite. The model is unchanged then.
+            or activations that are not finite.
     """
     model, recipe = prepared.model, prepared.recipe
     source = prepared.source or MemorySource(model)
     refuse_nonfinite(source)
+    _rotate(model, recipe)
     plan = make_plan(source, recipe, format="native", group_fallback=prepared.group_fallback)
     if plan.is_calibrated and not prepared.batches:
         raise BitwrightError(
@@ -112,6 +116,12 @@ def convert(prepared: Prepared) -> nn.Module:
             module.training = modes.get(module, modes[model])
     attach_saving(model)
     return model
+
+
+def _rotate(model: nn.Module, recipe: Recipe) -> None:
+    method = make_method(recipe.algorithm, recipe.options)
+    if (rotate := method.algorithm.rotate) is not None:
+        rotate.run(model, method.options[rotate.name], recipe.seed)
 
 
 def quantize_module(

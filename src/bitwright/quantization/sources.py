@@ -87,15 +87,24 @@ class DiskSource:
 
     def load(self, names: Iterable[str]) -> None:
         for name in names:
-            tensor = self._checkpoint.read(self._files[name])
-            is_cast = self._dtype is not None and tensor.is_floating_point()
-            self._assign(name, tensor.to(self._dtype) if is_cast else tensor)
+            self.assign(name, self.read(name))
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
-            self._assign(name, torch.empty(self._shapes[name], device="meta"))
+            self.assign(name, torch.empty(self._shapes[name], device="meta"))
 
-    def _assign(self, name: str, tensor: Tensor) -> None:
+    def read(self, name: str) -> Tensor:
+        """A tensor as :meth:`load` puts it into the model."""
+        tensor = self._checkpoint.read(self._files[name])
+        is_cast = self._dtype is not None and tensor.is_floating_point()
+        return tensor.to(self._dtype) if is_cast else tensor
+
+    def untie(self, name: str) -> None:
+        """From now on ``name``, a second name of a parameter, is one of its own, with the same numbers at first."""
+        first = self._shared.pop(name)
+        self._shapes[name], self._files[name] = self._shapes[first], self._files[first]
+
+    def assign(self, name: str, tensor: Tensor) -> None:
         """Put ``tensor`` where the parameter or buffer ``name`` is, and where it is tied to, as one parameter."""
         parameter = nn.Parameter(tensor, requires_grad=False)
         for target in [name, *(second for second, first in self._shared.items() if first == name)]:
@@ -209,6 +218,10 @@ class MemorySource:
         names = [name, *(second for second, first in shared_names(self.model).items() if first == name)]
         pairs = (each.rpartition(".") for each in names)
         return [(self.model.get_submodule(parent), leaf) for parent, _, leaf in pairs]
+
+    def read(self, name: str) -> Tensor:
+        """The module's own tensor, which is not to be changed."""
+        return self.stored(name)
 
     def stored(self, name: str) -> Tensor:
         tensor: Tensor = self.model.state_dict()[name]

@@ -12,7 +12,7 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["Algorithm", "BlockTask", "Equalizer", "Finisher", "Rounded", "Rounder", "Stage", "Tuner"]
+__all__ = ["Algorithm", "BlockTask", "Equalizer", "Finisher", "Rotator", "Rounded", "Rounder", "Stage", "Tuner"]
 
 
 class _RunOn(Protocol):
@@ -63,6 +63,7 @@ Rounder = Callable[[Tensor, SiteStatistics | None, QuantScheme, Any], QuantizedT
 Equalizer = Callable[[BlockTask, Any], Mapping[str, Tensor]]
 Tuner = Callable[[BlockTask, Mapping[str, QuantizedTensor], Any], Mapping[str, QuantizedTensor]]
 Finisher = Callable[..., Any]  # a task for the whole quantized model, options, seed, state, on_check -> its updates
+Rotator = Callable[[nn.Module, Any, int], None]  # rotates a module in memory: options, seed
 Work = TypeVar("Work")
 
 
@@ -86,6 +87,7 @@ class Algorithm:
             be folded into the block is returned: by layer, the vector ``[in]`` that multiplies its input from then on.
         tune: improve the rounded tensors with the whole block in view; the block's other parameters may change too.
         finish: improve the whole quantized model when all blocks are done, as :func:`.logits.tune_logits` does.
+        rotate: rotate the whole float model before anything else; sources do that as they load it.
         calibrated: whether calibration text is needed.
         with_gram: whether ``sum(x xT)`` of each input site is needed.
         with_float_flow: whether ``BlockTask.reference_inputs`` are those of the float model.
@@ -95,10 +97,13 @@ class Algorithm:
     equalize: tuple[Stage[Equalizer], ...] = ()
     tune: tuple[Stage[Tuner], ...] = ()
     finish: Stage[Finisher] | None = None
+    rotate: Stage[Rotator] | None = None
     calibrated: bool = False
     with_gram: bool = False
     with_float_flow: bool = False
 
     @property
     def stages(self) -> tuple[Stage[Any], ...]:
-        return (*self.equalize, self.round, *self.tune, *(() if self.finish is None else (self.finish,)))
+        first = () if self.rotate is None else (self.rotate,)
+        last = () if self.finish is None else (self.finish,)
+        return (*first, *self.equalize, self.round, *self.tune, *last)
