@@ -130,6 +130,13 @@ def test_an_old_file_beside_float_weights_means_nothing(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).quantization is None
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_symmetric_layers_of_autoround_tell_their_version(tmp_path: Path, version: int) -> None:
+    layer = random_layer("w4g32", (32, 64))
+    base = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round"}
+    assert same_tensor(decode_all(write(tmp_path, {A: layer}, base, version))[A], layer[0])
+
+
 @pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
 def test_autoround_in_gptq_packing(tmp_path: Path, method: str) -> None:
     layers = {

@@ -14,7 +14,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
-from bitwright.formats.gptq_settings import LayerSettings, find_settings, read_settings, version_of
+from bitwright.formats.gptq_settings import METHOD, LayerSettings, find_settings, read_settings, version_of
 from bitwright.formats.records import LayerRecord
 from bitwright.formats.safetensors_file import DTYPES
 from bitwright.formats.stored import check_finite, check_group_index, check_names, read_checked
@@ -103,9 +103,11 @@ def _read_zero(checkpoint: Checkpoint, name: str, scheme: QuantScheme, shape: tu
     words = bitpack.packed_words(rows, bits)
     packed = read_checked(checkpoint, f"{name}.qzeros", (torch.int32,), (groups, words), field=FIELD)
     zero = bitpack.unpack(packed, bits, rows).t().contiguous()
-    if version_of(checkpoint.quantization or {}) == 1:
+    quantization, middle = checkpoint.quantization or {}, 1 << (bits - 1)
+    # AutoRound has written either version under one name; symmetric layers tell by themselves which it is.
+    is_first = scheme.symmetric and quantization.get("quant_method") != METHOD and bool((zero == middle - 1).all())
+    if is_first or version_of(quantization) == 1:
         zero = (zero + 1) & ((1 << bits) - 1)
-    middle = 1 << (bits - 1)
     if scheme.symmetric and not bool((zero == middle).all()):
         what = f"{name} has zero points other than {middle}, but the configuration calls it symmetric"
         where = str(checkpoint.directory / CONFIG)

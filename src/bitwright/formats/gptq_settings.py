@@ -30,8 +30,11 @@ __all__ = [
 METHOD = "gptq"
 BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
-AUTO_ROUND = ("auto-round", "intel/auto-round")
-AUTO_ROUND_VERSIONS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_gptq": 1, "auto_round": 2}
+AUTO_ROUND = ("auto-round", "intel/auto-round", "inc")
+AUTO_ROUND_VERSIONS = {
+    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:gptq", "auto_gptq"), 1),
+    "auto_round": 2,  # of symmetric layers some are of version 1
+}
 MAX_RULES = 65536
 MAX_PATTERNS = 1024
 ONE_NAME = re.compile(r"\^((?:\w|\\?-|\\\.)+)\$")
