@@ -127,14 +127,15 @@ def test_more_iterations_are_never_worse(scheme: QuantScheme) -> None:
     assert errors[-1] < errors[0]
 
 
-def test_the_result_depends_on_neither_tiles_nor_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = heavy_tailed(24, 200)
+@pytest.mark.parametrize("group", [16, 77, None])
+def test_the_result_depends_on_neither_tiles_nor_threads(group: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scheme = heavy_tailed(24, 200), replace(FLOAT_ZERO, group=group)
     before = torch.get_num_threads()
-    whole = quantize(weight, FLOAT_ZERO)
+    whole = quantize(weight, scheme)
     monkeypatch.setattr(hqq, "TILE", 96)
     torch.set_num_threads(2)
     try:
-        tiled = quantize(weight, FLOAT_ZERO)
+        tiled = quantize(weight, scheme)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

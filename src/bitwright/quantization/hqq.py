@@ -12,8 +12,7 @@ the scale instead, s <- <W - E, W_q - z> / <W_q - z, W_q - z>, and an integer ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +23,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.grid import Parameters
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
+from bitwright.quantization.concurrency import map_side_by_side
 from bitwright.quantization.stages import Rounder, Stage
 from bitwright.quantization.statistics import SiteStatistics
 
@@ -82,7 +82,6 @@ def solve_half_quadratic(
     rounded = fitted if scheme.zero == "integer" else grid.fit(rows, scheme=replace(scheme, zero="integer"))
     best = _Grids.copy(rounded)
     start = _Grids.copy(fitted)
-    on_cpu = rows.device.type == "cpu"
 
     def work(part: _Part) -> None:
         lines, columns, groups = part
@@ -92,23 +91,10 @@ def solve_half_quadratic(
         best.scale[lines, groups] = found.scale.view(lines.stop - lines.start, -1)
         best.zero[lines, groups] = found.zero.view(lines.stop - lines.start, -1)
 
-    parts = _parts(rows.shape[0], rows.shape[1], scheme.group, TILE if on_cpu else max(TILE, rows.numel()))
-    _run_side_by_side(work, parts, torch.get_num_threads() if on_cpu else 1)
+    tile = TILE if rows.device.type == "cpu" else max(TILE, rows.numel())
+    map_side_by_side(work, list(_parts(rows.shape[0], rows.shape[1], scheme.group, tile)))
     zero = None if fitted.zero is None else best.zero.to(fitted.zero.dtype)
     return QuantizedTensor.encode(weight, scheme, Parameters(best.scale.to(fitted.scale.dtype), zero))
-
-
-def _run_side_by_side(work: Callable[[_Part], None], parts: Iterable[_Part], threads: int) -> None:
-    """Do all parts on so many threads, each operation on one: short operations are slowed by being shared out."""
-    if threads == 1:
-        for part in parts:
-            work(part)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, parts))
-    finally:
-        torch.set_num_threads(threads)  # the count belongs to the thread, but new threads begin with the last one set
 
 
 @dataclass(frozen=True, slots=True)
