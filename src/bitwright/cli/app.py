@@ -39,7 +39,10 @@ Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a l
 Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic; as many as torch takes unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 # The names in the table of algorithms, which is not imported here: help has to answer at once.
-ALGORITHM_NAMES = ("rtn", "hqq", "gptq", "gptq+learned", "autoround", "awq", "teq", "awq+gptq", "teq+gptq")
+ALGORITHM_NAMES = (
+    "rtn", "hqq", "gptq", "gptq+learned", "autoround", "autoround+logits", "gptq+logits", "best", "choice", "awq",
+    "teq", "awq+gptq", "rotation+gptq", "teq+gptq",
+)  # fmt: skip
 
 
 def run(arguments: list[str]) -> int:
