@@ -1,4 +1,5 @@
-# make setup | demo | test | check | format | docs | bench | lock | clean.  Needs Python 3.11+ and pip; everything else lands in .venv.
+# make setup | demo | test | check | format | docs | bench | lock | clean.  Needs Python 3.11+, pip and a C++ compiler
+# (without one everything works, but slowly); everything else lands in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,8 @@ test bench: export OMP_NUM_THREADS ?= 1
 
 setup: $(STAMP)
 
-$(STAMP): requirements-dev.lock pyproject.toml
+# What was compiled is compiled again when its source changes.
+$(STAMP): requirements-dev.lock pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bitwright needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
@@ -53,10 +55,10 @@ bench: setup
 TORCH := torch==2.13.0
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet $(TORCH) hatchling editables '.[dev]'
+	.venv-lock/bin/python -m pip install --quiet $(TORCH) scikit-build-core nanobind cmake ninja '.[dev]'
 	{ sed '/^[^#]/,$$d' requirements-dev.lock; \
 	  .venv-lock/bin/python -m pip freeze --exclude bitwright | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > .venv-lock/lock
 	mv .venv-lock/lock requirements-dev.lock && rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -210,6 +210,7 @@ def mask(text: str) -> list[str]:
     kept = [line for line in text.splitlines() if not line.startswith("time ")]
     kept = [re.sub(r", ready in .*", "", re.sub(r"model\.layers\.[\w.]+", "LAYER", line)) for line in kept]
     kept = [re.sub(r"\d[\d.,]*(e[+-]?\d+)?( [kMGT]?B\b| [hms]\b)*", "N", line) for line in kept]
+    kept = [re.sub(r"\b(native|reference)$", "KERNEL", line) for line in kept]  # whether there is a compiler
     return [re.sub(r"[\s-]+", " ", line).strip() for line in kept]
 
 

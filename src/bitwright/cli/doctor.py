@@ -16,6 +16,7 @@ from bitwright import __version__
 from bitwright.cli.tables import format_size, format_table
 from bitwright.core.memory import machine_memory, read_system_file
 from bitwright.core.settings import read_settings
+from bitwright.kernels import native_library
 
 __all__ = ["KernelChoice", "Machine", "doctor", "render_machine"]
 
@@ -84,8 +85,14 @@ def doctor() -> Machine:
         gpus=gpus,
         gpu_note=gpu_note,
         kernels=_kernels(has_gpu=bool(gpus)),
-        missing=tuple(text for name, text in OPTIONAL.items() if importlib.util.find_spec(name) is None),
+        missing=_missing(),
     )
+
+
+def _missing() -> tuple[str, ...]:
+    kernels = native_library.missing()
+    slow = () if kernels is None else (f"{kernels}: quantized models run slowly; install again with a C++ compiler",)
+    return slow + tuple(text for name, text in OPTIONAL.items() if importlib.util.find_spec(name) is None)
 
 
 def _version(package: str) -> str:

@@ -9,8 +9,8 @@ from bitwright.core.settings import read_settings
 
 try:
     from bitwright.kernels import _native
-except ImportError as error:
-    _MISSING: str | None = f"the native kernels are not built here ({type(error).__name__})"
+except ImportError:
+    _MISSING: str | None = "the native kernels are not built here"
 else:
     _MISSING = None
 
