@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ import bitwright
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
+from bitwright.models.blocks import find_blocks
 from bitwright.quantization.autoround import AutoRoundOptions, learn_rounding
 from bitwright.quantization.block_loss import BlockLoss
+from bitwright.quantization.capture import capture
 from bitwright.quantization.stages import BlockTask
-from tests.quantization.tiny import Plain, PlainBlock
+from bitwright.quantization.stream import Flow, _are_alike
+from tests.quantization.tiny import Plain, PlainBlock, build_model
 
 WIDTH, TOKENS, SAMPLES = 16, 12, 10
 
@@ -205,18 +210,39 @@ def test_accumulated_gradients_are_those_of_one_larger_batch() -> None:
     )
 
 
-def test_samples_are_run_together_only_where_that_changes_nothing() -> None:
+def test_samples_that_are_alike_are_run_together_with_the_same_loss() -> None:
     task = make_task()
-    assert BlockLoss(task).together
+    assert not task.alike
+    together = BlockLoss(replace(task, alike=True))
+    assert BlockLoss(task).mean(range(5)) == pytest.approx(together.mean(range(5)), rel=1e-6)
+    lengths: list[int] = []
 
-    def masked(hidden: Tensor, sample: int) -> Tensor:
-        result: Tensor = task.block(hidden) * (1 + sample)
-        return result
+    def counted(hidden: Tensor, sample: int) -> Tensor:
+        lengths.append(len(hidden))
+        return task.run_on(hidden, sample)
 
-    apart = BlockTask(**{name: getattr(task, name) for name in task.__slots__} | {"run_on": masked})
-    loss = BlockLoss(apart)
-    assert not loss.together
-    assert loss.mean(range(4)) == pytest.approx(sum(loss.mean([sample]) for sample in range(4)) / 4)
+    BlockLoss(replace(task, alike=True, run_on=counted)).mean(range(5))
+    assert lengths == [1] * SAMPLES + [5]
+
+
+def test_the_stream_knows_which_samples_are_alike() -> None:
+    """Windows of one length are; batches of several rows, other lengths or other masks are not."""
+    model = build_model("qwen2")
+    ids = torch.arange(12).remainder(7).view(1, 12)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    calls: dict[str, list[dict[str, Tensor]]] = {
+        "alike": [{"input_ids": ids}, {"input_ids": ids + 1}],
+        "rows": [{"input_ids": ids.repeat(2, 1)}, {"input_ids": ids.repeat(2, 1)}],
+        "lengths": [{"input_ids": ids}, {"input_ids": ids[:, :8]}],
+        "masks": [{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}],
+    }
+    found = {}
+    for name, batches in calls.items():
+        blocks = find_blocks(model)
+        captured = capture(model, blocks, [partial(model, **batch, use_cache=False) for batch in batches])
+        found[name] = _are_alike(Flow(captured.inputs, captured.calls[:1], (0, 1)))
+    assert found == {"alike": True, "rows": False, "lengths": False, "masks": False}
 
 
 def test_half_precision_blocks_learn_too() -> None:

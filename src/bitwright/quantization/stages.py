@@ -36,6 +36,8 @@ class BlockTask:
         run: computes the block on one of its inputs, by sample number, as the block is now.
         run_on: computes the block on other hidden states, with the masks and positions of that sample.
         seed: of this block alone, from the run's seed and the block's name.
+        alike: all samples have one length, mask and set of positions, so that any of them may be run as one batch
+            (``run_on(torch.cat([...]), sample)``).
     """
 
     name: str
@@ -49,6 +51,7 @@ class BlockTask:
     run: Callable[[int], Tensor]
     run_on: _RunOn
     seed: int
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,16 @@ def _task(work: BlockWork, names: Sequence[str], observed: Observed) -> BlockTas
         run=work.run,
         run_on=work.run_on,
         seed=block_seed(work.seed, work.name),
+        alike=work.flow is not None and _are_alike(work.flow),
     )
+
+
+def _are_alike(flow: Flow) -> bool:
+    """Whether all samples are one row of one length, and blocks are called the same way for each (equal calls are one
+    object, see :func:`.capture.capture`)."""
+    shapes = {hidden.shape for hidden in flow.inputs}
+    one_shape = len(shapes) == 1 and next(iter(shapes))[0] == 1
+    return one_shape and all(call is calls[0] for calls in flow.calls for call in calls)
 
 
 def _observe(work: BlockWork, sites: Sequence[Sequence[str]] | None = None) -> tuple[Observed, tuple[Tensor, ...]]:
