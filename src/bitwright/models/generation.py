@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,18 +152,26 @@ def _own_tokenizer(model: PreTrainedModel) -> Tokenizer:
 
 
 def stream_text(
-    model: PreTrainedModel, tokenizer: Tokenizer, tokens: list[int], *, max_tokens: int | None, sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    *,
+    max_tokens: int | None,
+    sampling: Sampling,
+    ends: Collection[int] = (),
 ) -> Iterator[str]:
     """The text that continues ``tokens``, in pieces that end between characters; see :func:`generate`.
+
+    It ends before the tokens with which the model ends a text, and before those of ``ends``.
 
     Raises:
         BitwrightError: BW403 with the first piece if the text does not fit the context, BW601 if the model gives NaN.
     """
     limit = _room(model, len(tokens), max_tokens)
     detokenizer = Detokenizer(tokenizer, tokens)
-    ends = _end_tokens(model) | {tokenizer.eos_token_id}
+    all_ends = _end_tokens(model) | {tokenizer.eos_token_id, *ends}
     for token in generate_tokens(model, tokens, limit=limit, sampling=sampling):
-        if token in ends:
+        if token in all_ends:
             break
         piece = detokenizer.add(token)
         if piece:

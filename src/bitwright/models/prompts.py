@@ -50,8 +50,12 @@ def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
     return encode_messages(tokenizer, [("user", text)])
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], *, template: str | None = None
+) -> list[int]:
     """As :func:`encode_chat`, for a conversation: ``(role, text)`` of each message, oldest first.
+
+    ``template`` stands for the tokenizer's own.
 
     Raises:
         ArgumentError: BW201 if a text is empty or not valid Unicode, or the tokenizer has no chat template.
@@ -60,13 +64,15 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -
     for role, text in messages:
         if text or role == "user":  # an answer may have been empty
             _check_text(text)
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and template is None:
         raise ArgumentError("BW201", "the model has no chat template", suggestion="prompt it without chat")
     options: dict[str, Any] = {"sanitize_control_tokens": True}
     if not inspect.signature(tokenizer.apply_chat_template).parameters.keys() >= options.keys():
         options = {}  # an older transformers, which would hand the option to the template
         for _, text in messages:
             _refuse_control_tokens(tokenizer, text)
+    if template is not None:
+        options["chat_template"] = template
     conversation = [{"role": role, "content": text} for role, text in messages]
     try:
         tokens = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False, **options)

@@ -104,8 +104,32 @@ def test_what_is_not_offered_is_refused(changes: dict[str, Any]) -> None:
         AutoModelForCausalLM.from_pretrained("demo:", **changes)
 
 
-def test_a_model_without_a_template_is_refused(model: Any, tokenizer: Any) -> None:
+def test_a_tokenizer_without_a_template_converses_as_qwen_does(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
-    with pytest.raises(BitwrightError, match=r"BW201.*chat template"):
-        model.chat(plain, "Hi", history=None)
+    seen: list[str] = []
+
+    def answer(_: object, tokenizer: Any, tokens: list[int], **options: Any) -> list[str]:
+        seen.append(tokenizer.decode(tokens))
+        return ["ok"]
+
+    monkeypatch.setattr("bitwright.compat.qwen.conversation.stream_text", answer)
+    assert model.chat(plain, "Why?", history=[("Hi", "Yes.")]) == ("ok", [("Hi", "Yes."), ("Why?", "ok")])
+    assert seen[0] == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    model.chat(plain, "Why?", system="Be brief.")
+    assert seen[1].startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+def test_an_answer_ends_with_its_turn(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the model's settings say so."""
+    whole = model.chat(tokenizer, "Hi", max_new_tokens=16)[0]
+    tokens = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    vocabulary = tokenizer.get_vocab() | {"<|im_end|>": tokens[3]}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: vocabulary)
+    cut = model.chat(tokenizer, "Hi", max_new_tokens=16)[0]
+    assert whole.startswith(cut) and len(cut) < len(whole)

@@ -12,7 +12,7 @@ Example:
 
 from __future__ import annotations
 
-from bitwright.compat.qwen.chat import chat, chat_stream
+from bitwright.compat.qwen.conversation import chat, chat_stream
 from bitwright.compat.qwen.loading import AutoModelForCausalLM, AutoTokenizer
 
 __all__ = ["AutoModelForCausalLM", "AutoTokenizer", "chat", "chat_stream"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bitwright.compat.qwen.chat import chat, chat_stream
+from bitwright.compat.qwen.conversation import chat, chat_stream
 from bitwright.core.errors import ArgumentError, Notice
 from bitwright.models.hf import PreTrainedModel, Tokenizer, load_tokenizer
 from bitwright.models.loading import load

@@ -11,6 +11,14 @@ from bitwright.models.prompts import encode_messages
 
 __all__ = ["chat", "chat_stream"]
 
+# How Qwen's models were taught to converse, for tokenizers that do not come with a template.
+START, END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}" + START + "{{ message.role }}{{ '\\n' }}{{ message.content }}" + END
+    + "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}" + START + "assistant{{ '\\n' }}{% endif %}"
+)  # fmt: skip
+SYSTEM = "You are a helpful assistant."
+
 
 def chat(
     model: PreTrainedModel,
@@ -30,14 +38,15 @@ def chat(
     Args:
         model: of which this is a method.
         history: ``(query, answer)`` of each turn so far, oldest first.
-        system: the message before the first turn; if not given, what the chat template puts there.
+        system: the message before the first turn; if not given, what the chat template puts there. Without a template
+            the conversation is laid out as Qwen's models were taught, with the usual message.
         stream: not here: see :func:`chat_stream`.
         max_new_tokens: at most; if not given, 128 or what is left of the context.
         temperature: 0 for the likeliest token at each step.
 
     Raises:
-        BitwrightError: BW201 for an argument or a model without a chat template, BW312 if the template fails, BW403 if
-            the conversation does not fit the context.
+        BitwrightError: BW201 for an argument, BW312 if the chat template fails, BW403 if the conversation does not fit
+            the context.
     """
     if stream is not False:
         what = f"stream is {stream!r}, but chat answers as a whole"
@@ -86,11 +95,16 @@ def _pieces(
 ) -> Iterator[str]:
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise ArgumentError("BW201", f"max_new_tokens is {max_new_tokens!r}", suggestion="a whole number, at least 1")
+    template = None if tokenizer.chat_template else CHATML
+    if system is None and template is not None:
+        system = SYSTEM
     messages = [] if system is None else [("system", system)]
     for turn in _turns(history):
         messages += [("user", turn[0]), ("assistant", turn[1])]
-    tokens = encode_messages(tokenizer, [*messages, ("user", query)])
-    return stream_text(model, tokenizer, tokens, max_tokens=max_new_tokens, sampling=sampling)
+    tokens = encode_messages(tokenizer, [*messages, ("user", query)], template=template)
+    vocabulary = tokenizer.get_vocab()
+    ends = [vocabulary[token] for token in (START, END) if token in vocabulary]
+    return stream_text(model, tokenizer, tokens, max_tokens=max_new_tokens, sampling=sampling, ends=ends)
 
 
 def _turns(history: object) -> Sequence[tuple[str, str]]:
