@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,6 +80,35 @@ def test_what_is_written_runs_and_is_written_again_byte_for_byte(
     assert written and all(torch.equal(tensor, tensors[name]) for name, tensor in written.items())
     endings = (".qweight", ".qzeros", ".scales", ".g_idx")
     assert set(written) == {name for name in tensors if name.endswith(endings)}
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v1", "gptq_v2", "awq"])
+def test_saving_the_loaded_model_gives_the_same_checkpoint(tmp_path: Path, source: Path, format: str) -> None:
+    scheme = "w4g32" if format == "gptq_v2" else "w4g32-asym"
+    left = "model.layers.0.mlp.up_proj=float"
+    quantize(source, tmp_path / "first", scheme=scheme, algorithm="rtn", format=format, overrides=(left,))
+    if format != "awq":
+        move_columns(tmp_path / "first", "model.layers.1.mlp.down_proj")
+    model: Any = load(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    first, second = stored(tmp_path / "first"), stored(tmp_path / "second")
+    assert set(first) == set(second)
+    assert all(first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def move_columns(folder: Path, name: str) -> None:
+    """Put the columns of a layer of groups of 32 into other groups, as an activation order does."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{name}.g_idx" in tensors:
+            columns = tensors[f"{name}.g_idx"].numel()
+            tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) * 7 % columns // 32
+            save_file(tensors, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
