@@ -119,6 +119,8 @@ def test_an_old_checkpoint_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
     (tmp_path / "quantize_config.json").write_text(json.dumps(old))
     assert same_tensor(decode_all(open_checkpoint(tmp_path))[A], layer[0])
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    assert same_tensor(decode_all(open_checkpoint(tmp_path))[A], layer[0])
     (tmp_path / "quantize_config.json").write_text(json.dumps(old | {"is_marlin_format": True}))
     assert "marlin" in refused(open_checkpoint(tmp_path))
 

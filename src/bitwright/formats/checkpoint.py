@@ -36,6 +36,7 @@ INDEX = "model.safetensors.index.json"
 WORK_DIRECTORY = ".bitwright"
 WORK_JOURNAL = "journal.jsonl"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+OLD_GPTQ = re.compile(r"gptq_model[\w.-]*\.safetensors")  # AutoGPTQ put bits and group into the name
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONFIG_LIMIT = 8 << 20
 INDEX_LIMIT = 32 << 20
@@ -186,7 +187,7 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
 
 
 def _find_weight_files(directory: Path, names: set[str]) -> list[str]:
-    """Without an index: the single file, or a complete set of numbered shards."""
+    """Without an index: the single file, a complete set of numbered shards, or the one file of an old GPTQ writer."""
     if SINGLE in names:
         return [SINGLE]
     shards = {name: SHARD.fullmatch(name) for name in names}
@@ -195,6 +196,9 @@ def _find_weight_files(directory: Path, names: set[str]) -> list[str]:
         total = totals.pop()
         if 0 < int(total) <= MAX_SHARDS:
             return [f"model-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    old = [name for name in names if OLD_GPTQ.fullmatch(name)]
+    if len(old) == 1:
+        return old
     if any(name.endswith(PICKLES) for name in names):
         raise _pickle_refusal(directory, next(name for name in sorted(names) if name.endswith(PICKLES)))
     what = f"{directory} holds no {SINGLE} and no complete set of numbered shards"
