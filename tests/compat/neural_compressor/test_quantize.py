@@ -89,6 +89,13 @@ def test_a_prepared_model_is_still_the_model() -> None:
     assert prepared.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False).shape == (1, 6)
 
 
+def test_generated_texts_calibrate_with_their_beginnings() -> None:
+    one, other = (prepare(build_model("llama"), GPTQConfig()) for _ in range(2))
+    one.generate(IDS[:, :20], max_new_tokens=3, do_sample=False)
+    other(IDS[:, :20])
+    assert same(convert(one).state_dict(), convert(other).state_dict())
+
+
 def test_shorter_last_groups_are_quantized_too() -> None:
     """W8: 70 input features in groups of 32."""
     made = quantize(nn.Sequential(nn.Linear(70, 12), nn.ReLU()), RTNConfig(group_size=32))[0]

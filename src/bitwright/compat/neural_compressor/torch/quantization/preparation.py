@@ -56,8 +56,12 @@ class Preparation:
             raise
 
     def record(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self.is_recording and not (self.training is not None and self.training.has_begun):
-            self.batches.append((arguments, dict(keywords)))
+        if not self.is_recording or (self.training is not None and self.training.has_begun):
+            return
+        caches = {name for name, value in keywords.items() if hasattr(value, "get_seq_length")}
+        if any(int(keywords[name].get_seq_length()) for name in caches):
+            return  # a later token of a text whose beginning was noted; alone it would say something else
+        self.batches.append((arguments, {name: keywords[name] for name in keywords if name not in caches}))
 
     def samples(self) -> list[Batch]:
         """The batches, as many and as long as the configuration of AutoRound, if there is one, takes."""

@@ -57,7 +57,7 @@ def choose(model: nn.Module, config: ComposedConfig) -> dict[str, WeightOnlyConf
     chosen = {}
     for name, module in layers.items():
         is_head = module is head[1] if head is not None else name.rpartition(".")[2] in OUTPUT_HEADS
-        found = _strongest(name, type(module).__name__, config, names=layers)
+        found = _strongest(name, type(module).__name__, config, names=layers, types=types)
         if found is None or found[1].dtype == FLOAT:
             continue
         rank, selected = found
@@ -108,11 +108,11 @@ def _group(size: int) -> int | None:
 
 
 def _strongest(
-    name: str, type_name: str, config: ComposedConfig, *, names: Mapping[str, nn.Module]
+    name: str, type_name: str, config: ComposedConfig, *, names: Mapping[str, nn.Module], types: set[str]
 ) -> tuple[int, WeightOnlyConfig] | None:
     """The configuration that a layer falls under, and how strong a word that is."""
     best: tuple[int, WeightOnlyConfig] | None = None
-    for rank, candidate in _matching(name, type_name, config, names):
+    for rank, candidate in _matching(name, type_name, config, names, types):
         # Where no rule speaks, an algorithm that quantizes is not silenced by another that leaves layers alone.
         if best is None or rank > best[0] or (rank == best[0] and (rank > GLOBAL_RANK or candidate.dtype != FLOAT)):
             best = (rank, candidate)
@@ -120,25 +120,21 @@ def _strongest(
 
 
 def _matching(
-    name: str, type_name: str, config: ComposedConfig, names: Mapping[str, nn.Module]
+    name: str, type_name: str, config: ComposedConfig, names: Mapping[str, nn.Module], types: set[str]
 ) -> Iterator[tuple[int, WeightOnlyConfig]]:
     for member in config.members:
         if member.has_global:
             yield GLOBAL_RANK, member.config
     for member in config.members:
         for rule in member.config.local:
-            if _is_type_rule(rule, names):
+            # A class given by name ("Linear") is told from a layer's name by what the model has.
+            if rule.is_type or (rule.pattern in types and rule.pattern not in names):
                 if re.fullmatch(rule.pattern, type_name):
                     yield TYPE_RANK, rule.config
             elif rule.pattern == name:
                 yield EXACT_RANK, rule.config
             elif re.fullmatch(rule.pattern, name):
                 yield PATTERN_RANK, rule.config
-
-
-def _is_type_rule(rule: LocalRule, names: Mapping[str, nn.Module]) -> bool:
-    """A class given by name (``"Linear"``) is told from a layer's name by what the model has."""
-    return rule.is_type or (rule.pattern not in names and rule.pattern in {type(m).__name__ for m in names.values()})
 
 
 def _check_rule(rule: LocalRule, layers: Mapping[str, nn.Module], types: set[str]) -> None:
