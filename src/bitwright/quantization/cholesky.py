@@ -26,14 +26,15 @@ from bitwright.quantization.hessian_products import product
 __all__ = ["factor_upper", "invert_upper"]
 
 BLOCK = 512
-ROWS = 2048  # rows of a panel multiplied at a time, to bound the copies that a fast product needs
+ROWS = 1024  # rows of a panel multiplied at a time, to bound the copies that a fast product needs
 
 
 def factor_upper(matrix: Tensor) -> bool:
-    """Overwrite the upper triangle of ``matrix`` (``[n, n]``, symmetric, float32 or float64) by ``R``.
+    """Overwrite the upper triangle of ``matrix`` (``[n, n]``, float32 or float64) by ``R``.
 
-    Blocked and left-looking from the last columns to the first, so that a fast product does the work; what lies below
-    the diagonal blocks is left as it was. Returns whether the matrix was positive definite; it is spoilt if not.
+    Blocked and left-looking from the last columns to the first, so that a fast product does the work. The matrix is
+    given by its upper triangle: what lies below the diagonal blocks is neither read nor written, within them it becomes
+    zero. Returns whether the matrix was positive definite; it is spoilt if not.
     """
     count = matrix.shape[0]
     for start in reversed(range(0, count, BLOCK)):
@@ -44,6 +45,7 @@ def factor_upper(matrix: Tensor) -> bool:
                 rows = slice(first, min(first + ROWS, end))
                 matrix[rows, start:end] -= product(matrix[rows, end:].contiguous(), right)
         corner = matrix[start:end, start:end]
+        # Turned about both diagonals the upper triangle becomes the lower one, which is all that is read.
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
         if int(info) or not torch.isfinite(lower.diagonal()).all():
             return False

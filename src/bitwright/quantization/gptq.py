@@ -29,7 +29,7 @@ from bitwright.quantization.statistics import SiteStatistics
 __all__ = ["GPTQ", "GptqOptions", "round_by_error_feedback"]
 
 SEARCHES = ("none", "plain", "importance", "auto")
-OUTPUTS = 2048  # outputs whose error is measured at a time, to bound memory
+OUTPUTS = 1024  # outputs whose error is measured at a time, to bound memory
 TURNED = 16  # outputs turned into columns at a time, so that they stay in cache
 
 

@@ -90,7 +90,7 @@ def output_error(change: Tensor, factor: Factor) -> float:
     total = 0.0
     for start in range(0, change.shape[0], WIDE):
         end = min(start + WIDE, change.shape[0])
-        columns = factor.upper[:end, start:end].t().contiguous()
+        columns = _turned(factor.upper, end, start, end)
         columns[:, start:end].tril_()
         errors = product(columns, change[:end].t())
         total += _squares(errors, factor, start, end)
@@ -109,8 +109,13 @@ def _updated(weight: Tensor, upper: Tensor, start: int, end: int, inverse: Tenso
     if start == 0:
         return weight[:end].clone()
     inverse = invert_upper(upper[start:end, start:end]) if inverse is None else inverse
-    carried = product(upper[:start, start:end].t().contiguous(), weight[:start].t())
-    return torch.addmm(weight[start:end], inverse.t(), carried)
+    carried = product(_turned(upper, start, start, end), weight[:start].t())
+    return product(inverse.t().contiguous(), carried.t()).add_(weight[start:end])
+
+
+def _turned(upper: Tensor, rows: int, start: int, end: int) -> Tensor:
+    """The first ``rows`` of some columns of ``R``, as rows; copied before they are turned, which is faster."""
+    return upper[:rows, start:end].contiguous().t().contiguous()
 
 
 def _blocks(order: Order, grids: FixedGrids | FittedGrids, width: int, size: int) -> Iterator[list[_Piece]]:

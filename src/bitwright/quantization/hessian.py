@@ -37,9 +37,7 @@ class Factor:
 
 def importance_of(statistics: SiteStatistics) -> Tensor:
     """The diagonal of ``H``: ``[in]`` float32."""
-    gram = statistics.gram
-    assert gram is not None
-    return gram.diagonal() * (2 / statistics.tokens)
+    return (statistics.sum_of_squares * (2 / statistics.tokens)).to(torch.float32)
 
 
 def factor_hessian(statistics: SiteStatistics, order: Order, damp: float) -> Factor | None:
@@ -83,13 +81,13 @@ def _factor(statistics: SiteStatistics, order: Order, damp: float) -> Factor | N
 
 
 def _ordered(statistics: SiteStatistics, order: Order) -> Tensor:
-    """A copy of ``H`` with rows and columns in the order of rounding."""
-    gram = statistics.gram
+    """A copy of ``H`` with rows and columns in the order of rounding, right on and above its diagonal."""
+    gram = statistics.upper_gram() if order.columns is None else statistics.gram
     assert gram is not None
-    if order.columns is None:
-        return gram * (2 / statistics.tokens)
     ordered = torch.empty_like(gram)
     for start in range(0, gram.shape[0], STRIP):
-        rows = order.columns[start : start + STRIP]
-        ordered[start : start + STRIP] = gram[rows][:, order.columns]
-    return ordered.mul_(2 / statistics.tokens)
+        strip = slice(start, start + STRIP)
+        columns = order.columns
+        part = gram[strip, start:] if columns is None else gram[columns[strip]][:, columns[start:]]
+        torch.mul(part, 2 / statistics.tokens, out=ordered[strip, start:])
+    return ordered

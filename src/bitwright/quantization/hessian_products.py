@@ -70,7 +70,7 @@ class GramSum:
     _is_mirrored: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.total = torch.zeros(self.width, self.width)
+        self.total = torch.empty(self.width, self.width)  # pages below the diagonal are not there until written
 
     def add(self, tokens: Tensor) -> None:
         """Count ``tokens`` (``[count, width]``, any float dtype)."""
@@ -85,11 +85,16 @@ class GramSum:
             if self._waiting == self._pending.shape[1]:
                 self._multiply()
 
-    def symmetric(self) -> Tensor:
-        """The sum so far, both halves of it."""
+    def upper(self) -> Tensor:
+        """The sum so far, right on and above the diagonal alone."""
         if self._waiting:
             self._multiply()
         self._pending = None
+        return self.total
+
+    def symmetric(self) -> Tensor:
+        """The sum so far, both halves of it."""
+        self.upper()
         if not self._is_mirrored:
             for start in range(0, self.width, TILE):
                 end = start + TILE
@@ -110,6 +115,8 @@ class GramSum:
             for other in range(start, self.width, TILE):
                 left, right = tokens[start : start + TILE], tokens[other : other + TILE]
                 tile = self.total[start : start + TILE, other : other + TILE]
+                if not self._chunks:
+                    tile.zero_()
                 if tokens.dtype == torch.bfloat16:
                     _add_bfloat16(tile, left, right, part / self._chunks if self._chunks else None)
                 else:

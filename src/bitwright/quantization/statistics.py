@@ -71,6 +71,11 @@ class SiteStatistics:
             return None
         return torch.zeros(self.width, self.width) if self._gram is None else self._gram.symmetric()
 
+    def upper_gram(self) -> Tensor:
+        """The same, right on and above the diagonal alone, which is faster where that is enough; not to be changed."""
+        assert self.with_gram and self._gram is not None
+        return self._gram.upper()
+
     def add(self, activations: Tensor) -> None:
         """Count the tokens of ``activations`` (``[..., in]``, any float dtype)."""
         tokens = activations.detach().reshape(-1, self.width)
