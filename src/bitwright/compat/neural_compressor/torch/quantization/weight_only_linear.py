@@ -13,6 +13,7 @@ from bitwright.core.codebook import FP8_MAX
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.formats.stored import check_finite, check_group_index, unsigned_codes
 from bitwright.kernels.table import Kernel, PackedWeight
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.fp8 import power_scale, through_fp8
@@ -122,7 +123,8 @@ class WeightOnlyLinear(QuantizedLinear):
             raise BitwrightError("BW303", f"unexpected tensors: {stray}", suggestion="they belong to another layer")
         layer = cls.adopt(QuantizedLinear.build(tensor, bias, scheme, scale), algorithm)
         if activation is not None:
-            layer.round_inputs(float(_finite(activation, f"{name}.activation_scale")))
+            check_finite(f"{name}.activation_scale", activation)
+            layer.round_inputs(float(activation))
         return layer
 
     def extra_repr(self) -> str:
@@ -135,13 +137,13 @@ def _to_e4m3(values: Tensor) -> Tensor:
 
 def _compress(tensor: QuantizedTensor) -> dict[str, Tensor]:
     scheme = tensor.scheme
-    tensors = {"qweight": bitpack.pack(_unsigned(tensor.codes, scheme), scheme.bits)}
+    tensors = {"qweight": bitpack.pack(unsigned_codes(tensor.codes, scheme), scheme.bits)}
     if isinstance(tensor.scale, Tensor):
         tensors["scales"] = tensor.scale
     else:
         tensors |= {f"scales.{name}": value for name, value in _compress(tensor.scale).items()}
     if tensor.zero is not None and scheme.zero == "integer":
-        tensors["qzeros"] = bitpack.pack(_unsigned(tensor.zero, scheme).reshape(-1), scheme.bits)
+        tensors["qzeros"] = bitpack.pack(unsigned_codes(tensor.zero, scheme).reshape(-1), scheme.bits)
     elif tensor.zero is not None:
         tensors["zeros"] = tensor.zero
     if tensor.group_index is not None:
@@ -159,7 +161,8 @@ def _decompress(rest: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, 
     floats = (scheme.scale_dtype, torch.float32)
     scale: Tensor | QuantizedTensor
     if scheme.scale_scheme is None:
-        scale = _finite(_take(rest, name, "scales", floats, grid), f"{name}.scales")
+        scale = _take(rest, name, "scales", floats, grid)
+        check_finite(f"{name}.scales", scale)
     else:
         nested = {key.removeprefix("scales."): rest.pop(key) for key in list(rest) if key.startswith("scales.")}
         scale = _decompress(nested, scheme.scale_scheme, (1, count), f"{name}.scales")
@@ -168,12 +171,12 @@ def _decompress(rest: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, 
         stream = _take(rest, name, "qzeros", (torch.int32,), (bitpack.packed_words(count, scheme.bits),))
         zero = _signed(bitpack.unpack(stream, scheme.bits, count), scheme).view(grid)
     elif not scheme.symmetric:
-        zero = _finite(_take(rest, name, "zeros", floats, grid), f"{name}.zeros")
+        zero = _take(rest, name, "zeros", floats, grid)
+        check_finite(f"{name}.zeros", zero)
     index = None
     if "g_idx" in rest:
         index = _take(rest, name, "g_idx", (torch.int32,), (shape[1],))
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
-            raise BitwrightError("BW311", f"{name}.g_idx points outside the {groups} groups of its layer")
+        check_group_index(f"{name}.g_idx", index, groups)
     return QuantizedTensor(scheme=scheme, codes=_signed(codes, scheme), scale=scale, zero=zero, group_index=index)
 
 
@@ -194,19 +197,6 @@ def _take(
     return tensor
 
 
-def _finite(values: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise BitwrightError(
-            "BW309", f"{name} holds values that are NaN or infinite", suggestion="save the model again"
-        )
-    return values
-
-
-def _unsigned(codes: Tensor, scheme: QuantScheme) -> Tensor:
-    """Codes counted from the smallest one, as uint8 (wrapping around is what two's complement asks for)."""
-    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) - (scheme.code_min & 0xFF)
-
-
 def _signed(codes: Tensor, scheme: QuantScheme) -> Tensor:
-    """The inverse of :func:`_unsigned`."""
+    """The inverse of :func:`unsigned_codes`."""
     return codes if scheme.code_dtype == torch.uint8 else (codes + (scheme.code_min & 0xFF)).view(torch.int8)
