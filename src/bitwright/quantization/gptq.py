@@ -19,7 +19,8 @@ from bitwright.core.grid import FitOptions
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.quantization import fp8
-from bitwright.quantization.gptq_grids import FittedGrids, Fitting, FixedGrids, nearest
+from bitwright.quantization.concurrency import map_side_by_side
+from bitwright.quantization.gptq_grids import FittedGrids, Fitting, FixedGrids, join, nearest
 from bitwright.quantization.gptq_order import Order, arrange
 from bitwright.quantization.gptq_solver import output_error, solve
 from bitwright.quantization.hessian import Factor, factor_hessian, importance_of
@@ -29,7 +30,9 @@ from bitwright.quantization.statistics import SiteStatistics
 __all__ = ["GPTQ", "GptqOptions", "round_by_error_feedback"]
 
 SEARCHES = ("none", "plain", "importance", "auto")
-OUTPUTS = 1024  # outputs whose error is measured at a time, to bound memory
+OUTPUTS = 512  # outputs whose error is measured at a time, on each thread
+PART = 2048  # outputs that are rounded together, at most
+SMALL = 1 << 18  # weights that are not worth several threads
 TURNED = 16  # outputs turned into columns at a time, so that they stay in cache
 
 
@@ -93,6 +96,19 @@ class _Problem:
     importance: Tensor
     order: Order
     options: GptqOptions
+
+    @property
+    def is_static(self) -> bool:
+        return self.options.static_groups or self.scheme.scale_scheme is not None
+
+    def parts(self) -> list[slice]:
+        """The outputs, in parts for the threads there are; all of them where groups run across outputs."""
+        count, threads = self.weight.shape[0], torch.get_num_threads()
+        if self.scheme.axis == 0 and not self.is_static:
+            return [slice(0, count)]
+        parts = threads * -(-count // (threads * PART)) if count * self.weight.shape[1] > SMALL else 1
+        size = -(-count // parts)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def turn(self, weight: Tensor) -> Tensor:
         """``[outputs, in]`` as ``[in, outputs]`` float32, in the order of rounding: a copy, made in tiles."""
@@ -175,38 +191,52 @@ def _best(problem: _Problem, factor: Factor, fittings: dict[str, Fitting]) -> Ro
 def _solve(
     problem: _Problem, factor: Factor, fitting: Fitting, fixed: FixedGrids
 ) -> tuple[QuantizedTensor | None, float]:
-    """The weight rounded column by column and its output error; ``None`` if updates grow beyond all numbers."""
+    """The weight rounded column by column and its output error; ``None`` if updates grow beyond all numbers.
+
+    Outputs do not know of each other: some are rounded on each thread.
+    """
     scheme, order, importance = problem.scheme, problem.order, problem.importance
-    is_static = problem.options.static_groups or scheme.scale_scheme is not None
     count = problem.weight.shape[1] if scheme.axis == 0 else len(order.runs)
-    grids = fixed if is_static else FittedGrids(scheme, fitting, count)
     ordered = importance if order.columns is None else importance[order.columns]
+    codes = torch.empty(problem.weight.shape, dtype=scheme.code_dtype)
+
+    def solve_part(outputs: slice) -> tuple[float, FixedGrids | FittedGrids]:
+        grids = fixed if problem.is_static else FittedGrids(scheme, fitting, count)
+        weight = problem.turn(problem.weight[outputs])
+        solved = solve(weight, factor, order, grids, ordered, problem.options.block_size, outputs)
+        if order.columns is None:
+            codes[outputs] = solved.codes.t()
+        else:
+            codes[outputs, order.columns] = solved.codes.t()
+        return solved.error, grids
+
     try:
-        solved = solve(problem.turn(problem.weight), factor, order, grids, ordered, problem.options.block_size)
+        made = map_side_by_side(solve_part, problem.parts())
     except BitwrightError as error:
         if error.code != "BW602":
             raise
         return None, math.inf
-    codes = torch.empty(problem.weight.shape, dtype=scheme.code_dtype)
-    if order.columns is None:
-        codes.copy_(solved.codes.t())
-    else:
-        codes[:, order.columns] = solved.codes.t()
-    stored, zero = grids.parameters()
+    fitted = [grids.parameters() for _, grids in made if isinstance(grids, FittedGrids)]
+    parameters = join(fitted, dim=0) if fitted else None
+    stored, zero = fixed.parameters() if parameters is None else (parameters.scale, parameters.zero)
     index = order.group_index
     tensor = QuantizedTensor(scheme=scheme, codes=codes, scale=stored, zero=zero, group_index=index)
-    return tensor, solved.error
+    return tensor, sum(error for error, _ in made)
 
 
 def _error_below(problem: _Problem, tensor: QuantizedTensor, factor: Factor, limit: float) -> float:
     """The output error of ``tensor``, or infinity as soon as that of some outputs alone is beyond ``limit``."""
-    total = 0.0
     is_separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
     whole = None if is_separable else tensor.dequantize()
-    for start in range(0, problem.weight.shape[0], OUTPUTS):
-        outputs = slice(start, start + OUTPUTS)
+
+    def measure(outputs: slice) -> float:
         rounded = tensor.rows(outputs).dequantize() if whole is None else whole[outputs]
-        total += output_error(problem.turn(problem.weight[outputs] - rounded), factor)
+        return output_error(problem.turn(problem.weight[outputs] - rounded), factor)
+
+    total, count, together = 0.0, problem.weight.shape[0], torch.get_num_threads()
+    parts = [slice(start, min(start + OUTPUTS, count)) for start in range(0, count, OUTPUTS)]
+    for first in range(0, len(parts), together):
+        total += sum(map_side_by_side(measure, parts[first : first + together]))
         if total > limit:
             return math.inf
     return total

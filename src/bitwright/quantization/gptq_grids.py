@@ -7,6 +7,7 @@ scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +21,7 @@ from bitwright.quantization.fp8 import code_limits, fit_powers_of_two
 from bitwright.quantization.gptq_columns import ColumnGrids
 from bitwright.quantization.gptq_order import Order
 
-__all__ = ["FittedGrids", "Fitting", "FixedGrids", "nearest"]
+__all__ = ["FittedGrids", "Fitting", "FixedGrids", "join", "nearest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,17 @@ class FixedGrids:
         scale, zero = scale.t().contiguous(), None if zero is None else zero.t().contiguous()
         return FixedGrids(scheme, fitting, stored, scale, zero, places // size, weight.shape[0])
 
-    def at(self, start: int, end: int) -> ColumnGrids:
-        """The grids of the columns at some places."""
+    def at(self, start: int, end: int, outputs: slice) -> ColumnGrids:
+        """The grids of the columns at some places, for some outputs."""
         groups = self.group_of[start:end]
-        scale, zero = self.scale[groups], None if self.zero is None else self.zero[groups]
         if self.scheme.axis == 0:
-            scale = _along_outputs(scale, self.scheme, self.outputs)
-            zero = None if zero is None else _along_outputs(zero, self.scheme, self.outputs)
-        return self.fitting.columns(self.scheme, scale, zero)
+            scale = _along_outputs(self.scale[groups], self.scheme, self.outputs)[:, outputs]
+            zero = (
+                None if self.zero is None else _along_outputs(self.zero[groups], self.scheme, self.outputs)[:, outputs]
+            )
+            return self.fitting.columns(self.scheme, scale, zero)
+        zero = None if self.zero is None else self.zero[:, outputs][groups]
+        return self.fitting.columns(self.scheme, self.scale[:, outputs][groups], zero)
 
     def parameters(self) -> tuple[Tensor | QuantizedTensor, Tensor | None]:
         """Scales and zero points in the layout of a :class:`QuantizedTensor`."""
@@ -128,16 +132,22 @@ class FittedGrids:
         wide = (None if piece is None else piece.expand(columns, -1) for piece in pieces)
         return ColumnGrids(self.scheme, *wide)  # type: ignore[arg-type]
 
-    def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points in the layout of a :class:`QuantizedTensor`; float32 if one scale needs that."""
-        found = [self.found[number] for number in range(self.count)]
-        dtypes = {each.scale.dtype for each in found}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        scale = torch.cat([each.scale.to(dtype) for each in found], dim=1)
-        if self.scheme.symmetric:
-            return scale, None
-        zeros = [each.zero for each in found if each.zero is not None]
-        return scale, torch.cat([zero.to(dtype) if zero.is_floating_point() else zero for zero in zeros], dim=1)
+    def parameters(self) -> Parameters:
+        """Scales and zero points of these outputs in the layout of a :class:`QuantizedTensor`."""
+        return join([self.found[number] for number in range(self.count)], dim=1)
+
+
+def join(parts: Sequence[Parameters], dim: int) -> Parameters:
+    """Parameters side by side (``dim`` 1) or below each other; float32 if one scale needs that."""
+    dtypes = {part.scale.dtype for part in parts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    scale = torch.cat([part.scale.to(dtype) for part in parts], dim=dim)
+    zeros = [part.zero for part in parts if part.zero is not None]
+    if not zeros:
+        return Parameters(scale, None)
+    return Parameters(
+        scale, torch.cat([zero.to(dtype) if zero.is_floating_point() else zero for zero in zeros], dim=dim)
+    )
 
 
 def nearest(weight: Tensor, grids: FixedGrids) -> QuantizedTensor:

@@ -53,10 +53,12 @@ def solve(
     grids: FixedGrids | FittedGrids,
     importance: Tensor,
     block_size: int,
+    outputs: slice,
 ) -> Solved:
-    """Round ``weight`` (``[in, out]`` float32, rows in the order of rounding; spoilt) to codes on ``grids``.
+    """Round ``weight`` (``[in, outputs]`` float32, rows in the order of rounding; spoilt) to codes on ``grids``.
 
-    ``importance`` (``[in]``, in that order) weighs columns where the grids' search asks for it.
+    ``importance`` (``[in]``, in that order) weighs columns where the grids' search asks for it; ``outputs`` are those
+    of the whole weight, of which fixed grids know all.
     """
     scheme, upper = grids.scheme, factor.upper
     codes = torch.empty(weight.shape, dtype=scheme.code_dtype)
@@ -69,7 +71,7 @@ def solve(
             here, behind = slice(piece.start - start, piece.end - start), slice(piece.end - start, None)
             places = slice(piece.start, piece.end)
             if isinstance(grids, FixedGrids):
-                known = grids.at(piece.start, piece.end)
+                known = grids.at(piece.start, piece.end, outputs)
             elif piece.run is None:
                 known = grids.at(piece.number, piece.end - piece.start)
             else:
