@@ -13,7 +13,7 @@ from torch import Tensor
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
-from bitwright.formats import compressed_tensors, gptq
+from bitwright.formats import awq, compressed_tensors, gptq
 from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.records import LayerRecord
 from bitwright.formats.table import find_format
@@ -178,3 +178,17 @@ def test_scales_too_large_for_float16_are_refused() -> None:
     tensor = QuantizedTensor.quantize(torch.full((32, 64), 1e9), scheme.weight)
     with pytest.raises(BitwrightError, match=r"BW205.*float16"):
         gptq.encode(NAME, tensor, scheme)
+
+
+@pytest.mark.parametrize("written", [gptq.FORMAT, awq.FORMAT], ids=lambda entry: entry.name)
+def test_scales_too_small_for_float16_stay_as_they_are(tmp_path: Path, written: Any) -> None:
+    """In the layer that has them; others keep float16, and readers cast."""
+    scheme = parse("w4g32")
+    layers = {
+        NAME: QuantizedTensor.quantize(torch.randn(32, 64) * 1e-7, scheme.weight),
+        "model.layers.0.a": make_layer("w4g32", (32, 64))[0],
+    }
+    checkpoint = write_checkpoint(tmp_path, written, {name: (tensor, scheme) for name, tensor in layers.items()})
+    assert [layer.dense_scale().dtype for layer in layers.values()] == [torch.float32, torch.float16]
+    read = decode_all(checkpoint)
+    assert all(same_tensor(read[name], tensor) for name, tensor in layers.items())

@@ -127,7 +127,7 @@ def _record(checkpoint: Checkpoint, name: str, settings: _Settings) -> LayerReco
         bits=BITS,
         group=settings.group,
         symmetric=settings.symmetric,
-        scale_dtype=dtype,
+        scale_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float16,  # float32: see float16_scales
     )
     return LayerRecord(LayerScheme(weight=weight), shape)
 

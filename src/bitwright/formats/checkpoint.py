@@ -129,7 +129,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     files = sorted(set(weight_map.values())) if weight_map is not None else _find_weight_files(directory, names)
     indexes = _read_indexes(directory, files)
     tensors = _merge(directory, indexes)
-    if "quantization_config" not in config and any(name.endswith(".qweight") for name in tensors):
+    if config.get("quantization_config") is None and any(name.endswith(".qweight") for name in tensors):
         record = read_sidecar(directory, names)
         config = config if record is None else {**config, "quantization_config": record}
     if weight_map is not None:

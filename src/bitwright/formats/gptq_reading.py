@@ -62,7 +62,7 @@ def _record(checkpoint: Checkpoint, name: str, settings: LayerSettings) -> Layer
         bits=bits,
         group=settings.group,
         symmetric=settings.symmetric,
-        scale_dtype=dtype,
+        scale_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float16,  # float32: see float16_scales
     )
     desc_act = (checkpoint.quantization or {}).get("desc_act") is True
     reordered = desc_act and settings.group is not None and f"{name}.g_idx" in checkpoint.tensors
