@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.compat.neural_compressor.torch.quantization import (
+    AWQConfig,
     GPTQConfig,
     HybridGPTQConfig,
     RTNConfig,
@@ -77,6 +78,24 @@ def test_the_whole_model_stays_close(model: nn.Module, config: HybridGPTQConfig)
         before = model(IDS).logits
         after = convert(measured(model, config), config)(IDS).logits
     assert 0 < float((after - before).norm() / before.norm()) < 0.1
+
+
+def test_inputs_are_measured_as_they_are_multiplied(config: HybridGPTQConfig) -> None:
+    """A vector that AWQ could not fold makes inputs larger or smaller before they are rounded."""
+    model = quantize(build_model("gpt2"), AWQConfig(), lambda model: model(IDS))
+    scaled = [(name, layer) for name, layer in model.named_modules() if getattr(layer, "input_scale", None) is not None]
+    name, layer = scaled[0]
+    assert isinstance(layer, WeightOnlyLinear) and layer.input_scale is not None
+    layer.input_scale = layer.input_scale * 64
+    read: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0] * layer.input_scale))
+    measured(model, config)
+    assert json.loads(config.stats_file.read_text())["maxima"][name] == float(read[0].abs().amax())
+    with pytest.warns(Notice, match="fp8_aware"):
+        convert(model, config)
+    x = read[0] / layer.input_scale
+    expected = read[0] @ layer.decompress().t() + layer.bias
+    assert 0 < float((layer(x) - expected).norm() / expected.norm()) < 0.1
 
 
 def test_measuring_changes_nothing(model: nn.Module, config: HybridGPTQConfig) -> None:

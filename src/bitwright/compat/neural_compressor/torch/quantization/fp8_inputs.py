@@ -23,6 +23,7 @@ from bitwright.compat.neural_compressor.torch.quantization.fields import (
 )
 from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear import WeightOnlyLinear
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
+from bitwright.formats.checkpoint import list_names
 from bitwright.formats.storage import make_directory, write_file
 
 __all__ = ["HybridGPTQConfig", "Measurement", "finalize_calibration", "round_inputs", "start_measuring"]
@@ -118,9 +119,10 @@ class Measurement:
     handles: list[Any]
     is_final: bool = False
 
-    def note(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(self, name: str, layer: WeightOnlyLinear, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].numel():
-            largest = float(inputs[0].detach().abs().amax())
+            read = inputs[0].detach()
+            largest = float((read if layer.input_scale is None else read * layer.input_scale).abs().amax())
             if not math.isfinite(largest):
                 raise BitwrightError("BW601", f"{name} read NaN or infinity", suggestion="check the model and the data")
             self.maxima[name] = max(self.maxima.get(name, 0.0), largest)
@@ -168,8 +170,8 @@ def finalize_calibration(model: nn.Module) -> None:
 def round_inputs(model: nn.Module, config: HybridGPTQConfig) -> nn.Module:
     """Let the quantized layers of ``model`` compute with fp8 inputs and fp8 weights from now on.
 
-    What was measured on this very model is used, else what ``config.dump_stats_path`` keeps. A layer that was never
-    reached keeps its float inputs, with a notice.
+    What was measured on this very model is used, else what ``config.dump_stats_path`` keeps. Notices tell of layers
+    that were never reached, which keep float inputs, and of weights that are no fp8 multiples as yet.
 
     Raises:
         ArgumentError: BW201 if the configuration is not one for quantizing, or the measurement was not finalized.
@@ -184,11 +186,15 @@ def round_inputs(model: nn.Module, config: HybridGPTQConfig) -> nn.Module:
     layers = _layers(model, config)
     missing = [name for name in layers if name not in maxima]
     if missing:
-        message = f"{len(missing)} layers read nothing while it was measured and keep float inputs: {missing[0]}, ..."
+        message = f"layers that read nothing while it was measured keep float inputs: {list_names(missing)}"
         warnings.warn(Notice(message), stacklevel=3)
-    for name, layer in layers.items():
-        if name in maxima:
-            layer.round_inputs(config.scale(maxima[name]))
+    reached = {name: layer for name, layer in layers.items() if name in maxima}
+    inexact = [name for name, layer in reached.items() if not layer.has_fp8_weights()]
+    if inexact:
+        message = f"weights are rounded once more, to fp8, which fp8_aware=True makes exact: {list_names(inexact)}"
+        warnings.warn(Notice(message), stacklevel=3)
+    for name, layer in reached.items():
+        layer.round_inputs(config.scale(maxima[name]))
     model.__dict__.pop(ATTRIBUTE, None)
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from bitwright.core import bitpack
 from bitwright.core.codebook import FP8_MAX
-from bitwright.core.errors import BitwrightError, Notice
+from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.formats.stored import check_finite, check_group_index, unsigned_codes
@@ -58,15 +57,14 @@ class WeightOnlyLinear(QuantizedLinear):
         return adopted
 
     def round_inputs(self, scale: float) -> None:
-        """Compute with inputs rounded to e4m3 multiples of ``scale``, and weights that are such multiples themselves.
+        """Compute from now on with inputs rounded to e4m3 multiples of ``scale``, and with such weights."""
+        device = next(iter(self.packed.tensors.values())).device
+        self.activation_scale = torch.tensor(scale, dtype=torch.float32, device=device)
 
-        Weights of an fp8-aware quantization are exact multiples already; others are rounded once more, with a notice.
-        """
+    def has_fp8_weights(self) -> bool:
+        """Whether every weight is an exact e4m3 multiple of one power of two, as those of an fp8-aware GPTQ are."""
         weight = self.decompress()
-        if not torch.equal(through_fp8(weight, power_scale(weight)), weight):
-            message = f"4-bit weights of {self.algorithm} are rounded again to fp8; fp8_aware=True makes that exact"
-            warnings.warn(Notice(message), stacklevel=4)
-        self.activation_scale = torch.tensor(scale, dtype=torch.float32, device=weight.device)
+        return torch.equal(through_fp8(weight, power_scale(weight)), weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]``, same dtype.
@@ -91,8 +89,8 @@ class WeightOnlyLinear(QuantizedLinear):
         ``qweight``: int32 ``[out, words]``, each row of codes one stream of bits, least bit first. ``scales``: as they
         are; or, where they are quantized themselves, ``scales.qweight``, ``scales.scales``, ... ``qzeros``: int32, all
         integer zero points one stream; ``zeros``: float ones. ``g_idx``: int32 ``[in]``, the group of each column,
-        where groups are no runs of columns. ``input_scale``: float32 ``[in]``, and
-        ``activation_scale``: one float32, if there are any.
+        where groups are no runs of columns. ``input_scale``: float32 ``[in]``, and ``activation_scale``: one float32,
+        if there are any.
         """
         tensors = _compress(self.unpack())
         own = {"input_scale": self.input_scale, "activation_scale": self.activation_scale}
