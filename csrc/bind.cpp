@@ -66,6 +66,26 @@ void unpack_codes(uintptr_t packed, int64_t rows, int64_t columns, int64_t slots
                           address<uint8_t>(codes), threads));
 }
 
+void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t sum, uintptr_t y, int64_t tokens,
+              int64_t columns, int32_t dtype, float epsilon, int32_t threads) {
+    bw_norm norm{address<const void>(x), address<const void>(residual), address<const void>(weight),
+                 address<void>(sum), address<void>(y), columns, dtype, epsilon};
+    nb::gil_scoped_release release;
+    check(bw_rms_norm(&norm, tokens, threads));
+}
+
+void silu_multiply(uintptr_t gate, uintptr_t up, int32_t dtype, int64_t count, uintptr_t y, int32_t threads) {
+    nb::gil_scoped_release release;
+    check(bw_silu_multiply(address<const void>(gate), address<const void>(up), dtype, count, address<void>(y), threads));
+}
+
+void rotate(uintptr_t x, int32_t dtype, int64_t tokens, int64_t heads, int64_t dimension, uintptr_t cosine,
+            uintptr_t sine, uintptr_t positions, int32_t position_count, int32_t threads) {
+    nb::gil_scoped_release release;
+    check(bw_rotate(address<void>(x), dtype, tokens, heads, dimension, address<const float>(cosine),
+                    address<const float>(sine), address<const int32_t>(positions), position_count, threads));
+}
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (int i = 0; i < bw_isa_count(); i++)
@@ -82,6 +102,9 @@ NB_MODULE(_native, m) {
     m.def("linear", linear);
     m.def("pack_codes", pack_codes);
     m.def("unpack_codes", unpack_codes);
+    m.def("rms_norm", rms_norm);
+    m.def("silu_multiply", silu_multiply);
+    m.def("rotate", rotate);
     m.def("read_memory", [](uintptr_t memory, int64_t bytes, int32_t threads) {
         nb::gil_scoped_release release;
         return bw_read_memory(address<const void>(memory), bytes, threads);

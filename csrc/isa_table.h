@@ -38,6 +38,10 @@ typedef struct bw_isa_table {
     int has_bfloat16; /* the bfloat16 route exists */
     bw_prepare prepare;
     bw_panels panels;
+    void (*rms_norm)(const bw_norm* norm, int64_t token);
+    void (*silu_multiply)(const void* gate, const void* up, int32_t dtype, int64_t first, int64_t last, void* y);
+    void (*rotate)(void* x, int32_t dtype, int64_t first, int64_t heads, int64_t dimension, const float* cosine,
+                   const float* sine);
     uint32_t (*read_memory)(const void* memory, int64_t bytes);
     uint32_t (*multiply)(enum bw_route route, int64_t rounds);
 } bw_isa_table;
@@ -60,7 +64,7 @@ extern const bw_isa_table bw_neon_dotprod_table;
 #define BW_TOKENS 240
 #define BW_TILE 6
 #ifndef BW_AHEAD
-#define BW_AHEAD 4096 /* bytes */
+#define BW_AHEAD 2048 /* bytes */
 #endif
 
 /* The table in use. */

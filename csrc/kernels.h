@@ -55,6 +55,26 @@ int bw_unpack_codes(const uint8_t* packed, int64_t rows, int64_t columns, int64_
 int bw_linear(const bw_weight* weight, const void* x, int32_t dtype, int64_t tokens, const void* bias,
               int32_t activation_bits, void* y, int32_t threads);
 
+/* A root mean square norm of rows [columns]: sum = x + residual if residual is not NULL (else sum is not used), and
+ * y = sum / sqrt(mean(sum^2) + epsilon) * weight. All arrays have one dtype; y may be x, and sum may be residual. */
+typedef struct bw_norm {
+    const void *x, *residual, *weight;
+    void *sum, *y;
+    int64_t columns;
+    int32_t dtype;
+    float epsilon;
+} bw_norm;
+
+int bw_rms_norm(const bw_norm* norm, int64_t tokens, int32_t threads);
+
+/* y = silu(gate) * up, of `count` numbers; y may be gate or up. */
+int bw_silu_multiply(const void* gate, const void* up, int32_t dtype, int64_t count, void* y, int32_t threads);
+
+/* Rotary positions, in place: x [tokens, heads, dimension], the halves of each head a pair; cosine and sine float32
+ * [position_count, dimension / 2]; positions [tokens]. */
+int bw_rotate(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64_t dimension, const float* cosine,
+              const float* sine, const int32_t* positions, int32_t position_count, int32_t threads);
+
 /* The machine's ceilings: read whole MiB of memory; do `rounds` rounds of 16 vector products on every thread (route 0:
  * 1024 int8 multiply-adds a round, 1: 512 of bfloat16, where there are such products, 2: 256 of float32). */
 uint32_t bw_read_memory(const void* memory, int64_t bytes, int32_t threads);

@@ -5,6 +5,7 @@
 #include "tokens.h"
 #include "linear.h"
 #include "ceilings.h"
+#include "layers.h"
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS == 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
@@ -54,4 +55,5 @@ void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
 #define BW_HAS_BFLOAT16 0
 #endif
 #define BW_TABLE(symbol, name) \
-    extern "C" const bw_isa_table symbol = {name, BW_HAS_BFLOAT16, prepare_token, run_linear, read_memory, multiply}
+    extern "C" const bw_isa_table symbol = {name,     BW_HAS_BFLOAT16, prepare_token, run_linear, rms_norm, silu_multiply, \
+                                            rotate, read_memory,     multiply}

@@ -3,8 +3,8 @@
 
 #include <string.h>
 
-#include <type_traits>
-#include <utility>
+#include <initializer_list>
+#include <utility> /* std::integer_sequence, a name without functions */
 
 #include "../isa_table.h"
 

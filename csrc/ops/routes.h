@@ -51,7 +51,7 @@ struct Integer {
 
     template <int BITS> struct Weights {
         I word[1];
-        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels&, std::integral_constant<int, Q>)
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels&, Number<Q>)
             : word{b.template quad<Q, true>()} {}
     };
     static INLINE I start() { return set_i(0); }
@@ -80,7 +80,7 @@ struct Float32 {
 
     template <int BITS> struct Weights {
         I word[4];
-        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, std::integral_constant<int, Q>) {
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, Number<Q>) {
             I quad = b.template quad<Q, (BITS > 4)>();
             word[0] = value(quad, levels);
             word[1] = value(shift_right<8>(quad), levels);
@@ -113,7 +113,7 @@ struct Bfloat16 : Float32 {
 
     template <int BITS> struct Weights {
         I word[2];
-        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, std::integral_constant<int, Q>) {
+        template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, Number<Q>) {
             I quad = b.template quad<Q, (BITS > 5)>();
             if constexpr (BITS <= 5) {
                 PairTable table = load_pair_table(levels.pairs);

@@ -37,9 +37,14 @@ template <int BITS> struct Block {
     }
 };
 
+/* A number that is a type: unlike std::integral_constant, it leaves no function that two files would share. */
+template <int N> struct Number {
+    INLINE constexpr operator int() const { return N; }
+};
+
 /* Calls f with 0, 1, ... N - 1 as constants. */
 template <int N, class Function> INLINE void for_each(Function f) {
     [&]<int... i>(std::integer_sequence<int, i...>) INLINE_LAMBDA {
-        (f(std::integral_constant<int, i>{}), ...);
+        (f(Number<i>{}), ...);
     }(std::make_integer_sequence<int, N>{});
 }

@@ -34,3 +34,30 @@ def select_isa(name: str, /) -> bool: ...
 def selected_isa() -> str: ...
 def read_memory(memory: int, bytes: int, threads: int, /) -> int: ...
 def multiply(route: int, rounds: int, threads: int, /) -> int: ...
+def rms_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    sum: int,
+    y: int,
+    tokens: int,
+    columns: int,
+    dtype: int,
+    epsilon: float,
+    threads: int,
+    /,
+) -> None: ...
+def silu_multiply(gate: int, up: int, dtype: int, count: int, y: int, threads: int, /) -> None: ...
+def rotate(
+    x: int,
+    dtype: int,
+    tokens: int,
+    heads: int,
+    dimension: int,
+    cosine: int,
+    sine: int,
+    positions: int,
+    position_count: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,133 @@
+/* Every entry point of csrc/kernels.h with random shapes, arbitrary bytes and hostile arguments, for sanitizers.
+ *
+ *     entry_points ROUNDS SEED
+ *
+ * Arrays are as long as the ABI says, to the byte, so that one read or write too far is a report. */
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace {
+
+std::mt19937_64 generator;
+
+int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
+
+/* Exactly `size` bytes of anything. */
+struct Bytes {
+    std::vector<unsigned char> values;
+    explicit Bytes(size_t size) : values(size) {
+        for (auto& value : values) value = static_cast<unsigned char>(generator());
+        values.shrink_to_fit();
+    }
+    template <class T> T* as() { return values.empty() ? nullptr : reinterpret_cast<T*>(values.data()); }
+};
+
+void require(bool condition, const char* what) {
+    if (condition) return;
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::exit(1);
+}
+
+int64_t hostile() {
+    static const int64_t values[] = {0, -1, 1, 31, 33, INT32_MIN, INT32_MAX, INT64_MIN, INT64_MAX, int64_t{1} << 40};
+    return values[draw(0, 9)];
+}
+
+void linear_round() {
+    int64_t rows = draw(1, 140), columns = draw(1, 150), tokens = draw(0, 14), size[] = {4, 2, 2};
+    int64_t group = 32 * draw(1, 4), slots = (columns + 31) / 32 * 32 + 32 * draw(0, 1);
+    int32_t bits = static_cast<int32_t>(draw(2, 8)), dtype = static_cast<int32_t>(draw(0, 2));
+    int32_t scale_dtype = static_cast<int32_t>(draw(0, 2));
+    bool has_zero = draw(0, 1), has_levels = bits <= 4 && draw(0, 3) == 0, has_order = draw(0, 1);
+    int64_t panels = (rows + BW_PANEL - 1) / BW_PANEL, groups = (slots + group - 1) / group, cells = panels * groups * 64;
+    Bytes codes(bw_codes_bytes(rows, slots, bits)), scale(static_cast<size_t>(cells * size[scale_dtype]));
+    Bytes zero(static_cast<size_t>(cells)), remainder(static_cast<size_t>(cells * 4)), levels(64);
+    Bytes order(static_cast<size_t>(slots * 4)), x(static_cast<size_t>(tokens * columns * size[dtype]));
+    Bytes bias(static_cast<size_t>(rows * size[dtype])), y(static_cast<size_t>(tokens * rows * size[dtype]));
+    for (int64_t s = 0; draw(0, 3) && s < slots; s++) order.as<int32_t>()[s] = static_cast<int32_t>(draw(-1, columns - 1));
+    bw_weight w{rows, columns, slots, group, bits, static_cast<int32_t>(draw(0, 255)), scale_dtype, 0,
+                codes.as<uint8_t>(), scale.as<void>(), has_zero ? zero.as<uint8_t>() : nullptr,
+                has_zero && draw(0, 1) ? remainder.as<float>() : nullptr, has_order ? order.as<int32_t>() : nullptr,
+                has_levels ? levels.as<float>() : nullptr};
+    int32_t activation = !has_levels && draw(0, 1) ? 8 : 16, threads = static_cast<int32_t>(draw(1, 3));
+    int status = bw_linear(&w, x.as<void>(), dtype, tokens, draw(0, 1) ? bias.as<void>() : nullptr, activation,
+                           y.as<void>(), threads);
+    require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of sound arguments");
+    switch (draw(0, 9)) { /* now one that is not sound; most of these are, some may be by chance */
+        case 0: w.rows = -w.rows; break;
+        case 1: w.slots = draw(0, 1) ? w.slots + 1 : -32; break;
+        case 2: w.group = w.group + 1; break;
+        case 3: w.bits = draw(0, 1) ? 1 : 9; break;
+        case 4: w.codes = nullptr; break;
+        case 5: w.scale_dtype = 3; break;
+        case 6: w.order = nullptr; w.columns = w.slots + 1; break;
+        case 7: w.center = 256; break;
+        case 8: threads = 0; break;
+        default: tokens = -1;
+    }
+    require(bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, 16, y.as<void>(), threads) == BW_BAD_ARGUMENT,
+            "bw_linear of an unsound argument");
+}
+
+void packing_round() {
+    int64_t rows = draw(1, 70), columns = draw(1, 70), slots = (columns + 31) / 32 * 32;
+    int32_t bits = static_cast<int32_t>(draw(2, 8));
+    Bytes codes(static_cast<size_t>(rows * columns)), back(codes.values.size()), packed(bw_codes_bytes(rows, slots, bits));
+    for (auto& code : codes.values) code = static_cast<unsigned char>(code & ((1 << bits) - 1));
+    require(bw_pack_codes(codes.as<uint8_t>(), rows, columns, slots, bits, nullptr, packed.as<uint8_t>(), 2) == BW_OK &&
+                bw_unpack_codes(packed.as<uint8_t>(), rows, columns, slots, bits, nullptr, back.as<uint8_t>(), 2) == BW_OK,
+            "packing");
+    require(codes.values == back.values, "unpacking what was packed");
+    Bytes order(static_cast<size_t>(slots * 4)); /* columns that do not exist are nothing */
+    bw_pack_codes(codes.as<uint8_t>(), rows, columns, slots, bits, order.as<int32_t>(), packed.as<uint8_t>(), 1);
+    bw_codes_bytes(hostile(), hostile(), static_cast<int32_t>(hostile()));
+    require(bw_pack_codes(codes.as<uint8_t>(), -rows, columns, slots, bits, nullptr, packed.as<uint8_t>(), 1) ==
+                BW_BAD_ARGUMENT, "packing of no rows");
+}
+
+void layers_round() {
+    int64_t tokens = draw(0, 4), columns = draw(1, 70), heads = draw(1, 3), dimension = 2 * draw(1, 40), size[] = {4, 2, 2};
+    int32_t dtype = static_cast<int32_t>(draw(0, 2)), places = static_cast<int32_t>(draw(1, 5));
+    size_t bytes = static_cast<size_t>(tokens * columns * size[dtype]);
+    Bytes x(bytes), residual(bytes), sum(bytes), y(bytes), weight(static_cast<size_t>(columns * size[dtype]));
+    bw_norm norm{x.as<void>(), draw(0, 1) ? residual.as<void>() : nullptr, weight.as<void>(), sum.as<void>(),
+                 y.as<void>(), columns, dtype, 1e-6f};
+    require(bw_rms_norm(&norm, tokens, 2) == BW_OK, "bw_rms_norm");
+    require(bw_silu_multiply(x.as<void>(), residual.as<void>(), dtype, tokens * columns, y.as<void>(), 2) == BW_OK,
+            "bw_silu_multiply");
+    Bytes turned(static_cast<size_t>(tokens * heads * dimension * size[dtype])), cosine(static_cast<size_t>(places * dimension * 2));
+    Bytes positions(static_cast<size_t>(tokens * 4));
+    for (int64_t t = 0; t < tokens; t++) positions.as<int32_t>()[t] = static_cast<int32_t>(draw(0, places - 1));
+    auto rotate = [&] {
+        return bw_rotate(turned.as<void>(), dtype, tokens, heads, dimension, cosine.as<float>(), cosine.as<float>(),
+                         positions.as<int32_t>(), places, 1);
+    };
+    require(rotate() == BW_OK, "bw_rotate");
+    if (tokens) positions.as<int32_t>()[0] = draw(0, 1) ? -1 : places;
+    require(!tokens || rotate() == BW_BAD_ARGUMENT, "bw_rotate beyond its table");
+    norm.columns = 0;
+    require(bw_rms_norm(&norm, tokens, 1) == BW_BAD_ARGUMENT, "bw_rms_norm of nothing");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    long rounds = count > 1 ? std::atol(arguments[1]) : 1000;
+    generator.seed(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1);
+    for (long round = 0; round < rounds; round++) {
+        int isa = static_cast<int>(draw(0, bw_isa_count() - 1));
+        if (bw_isa_is_supported(isa)) bw_isa_select(bw_isa_name(isa));
+        linear_round();
+        packing_round();
+        layers_round();
+    }
+    require(bw_isa_select("none such") == BW_BAD_ARGUMENT && !bw_isa_name(-1) && !bw_isa_is_supported(99), "names");
+    std::vector<unsigned char> memory(3 << 20, 1);
+    require(bw_read_memory(memory.data(), 3 << 20, 2) == 0x01010101 && !bw_read_memory(nullptr, 1, 1), "bw_read_memory");
+    for (int route = -1; route < 4; route++) bw_multiply(route, 10, 2);
+    std::printf("%ld rounds\n", rounds);
+}
