@@ -230,7 +230,8 @@ class CodeWeight:
     """A quantized tensor whose scales may be multiplied, and whose codes and float zero points may be moved.
 
     Attributes:
-        position: float32 ``[rows, columns]``, rounded to codes; ``None``: the codes stay as they are.
+        position: float32 ``[rows, columns]``, rounded to codes; ``None``: the codes stay as they are, as those of
+            tables of levels and of one symmetric bit do in any case.
         scale: float32 ``[rows, groups]``, multipliers of the scales; they stay 1 with double quantization.
         zero: float32 ``[rows, groups]``, added to float zero points; ``None`` for integer ones and none.
     """
@@ -247,7 +248,8 @@ class CodeWeight:
         self.point = None if point is None else point.to(torch.float32).contiguous()
         self.scale = torch.ones_like(self.start)
         self.zero = torch.zeros_like(self.start) if scheme.zero == "float" else None
-        self.position = self._positions(weight) if moving and not scheme.is_codebook else None
+        counted = not scheme.is_codebook and not (scheme.symmetric and scheme.bits == 1)
+        self.position = self._positions(weight) if moving and counted else None
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as it would be stored, ``[out, in]``."""

@@ -3,7 +3,8 @@
 Codes stay as they are (or are learned as well); scales, float zero points, biases and norm weights move by Adam along
 the gradient of KL(float || quantized) over the vocabulary. One block has gradients at a time: the inputs of all blocks
 are kept, each block is run again on its own when the gradient of its output is known, and hands on that of its input.
-Memory is then that of one block, of the activations of one batch, and of the numbers that move.
+Memory is then that of one block, of the activations of one batch, and of the numbers that move. Layers that quantize
+their activations while running are tuned with float ones.
 """
 
 from __future__ import annotations
