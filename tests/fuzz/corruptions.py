@@ -62,7 +62,7 @@ def _features(source: Path) -> set[str]:
     """What a model directory has that can be damaged."""
     text = (source / "config.json").read_text(encoding="utf-8")
     features = {"quantized"} if '"quantization_config"' in text else {"float"}
-    features |= {"native"} if '"bitwright"' in text else set()
+    features |= {"native"} if '"quant_method": "bitwright"' in text else set()
     features |= {"index"} if (source / "model.safetensors.index.json").exists() else {"single"}
     return features | ({"tokenizer"} if (source / "tokenizer.json").exists() else set())
 

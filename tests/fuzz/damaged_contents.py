@@ -139,15 +139,18 @@ def quantization_is_no_object(model: Path, random: Random) -> None:
 
 
 def quantization_is_unknown(model: Path, random: Random) -> None:
-    methods = ["gptq", "awq", "bitwrigth", "\x1b[2J", None, 5, ["bitwright"]]
+    methods = ["aqlm", "exl3", "bitwrigth", "\x1b[2J", None, 5, ["bitwright"]]
     _edit_json(model / CONFIG, lambda record: record["quantization_config"].update(quant_method=random.choice(methods)))
 
 
 def quantization_lost_a_field(model: Path, random: Random) -> None:
     def change(record: dict[str, Any]) -> None:
         quantization = record["quantization_config"]
-        is_native = quantization["quant_method"] == "bitwright"
-        del quantization[random.choice(["layers", "version"] if is_native else ["config_groups", "format"])]
+        needed = {
+            "bitwright": ["layers", "version"], "compressed-tensors": ["config_groups", "format"],
+            "gptq": ["quant_method", "bits"], "awq": ["quant_method"],
+        }  # fmt: skip
+        del quantization[random.choice(needed[quantization["quant_method"]])]
 
     _edit_json(model / CONFIG, change)
 
