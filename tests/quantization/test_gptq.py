@@ -11,6 +11,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.core.scheme_names import parse
+from bitwright.quantization import fp8, gptq
 from bitwright.quantization import hessian as hessian_module
 from bitwright.quantization.gptq import GptqOptions, round_by_error_feedback
 from bitwright.quantization.statistics import SiteStatistics
@@ -226,6 +227,23 @@ def test_the_layers_of_a_site_share_one_factorization(monkeypatch: pytest.Monkey
     site.add(torch.randn(3, 100))
     round_by_error_feedback(weights(), site, parse("w4g32").weight, GptqOptions(act_order=True))
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("order", [*ORDERS, {"fp8_aware": True}], ids=lambda order: "+".join(order) or "natural")
+@pytest.mark.parametrize("scheme", ["w4g32", "w3g24-asym", "nf4g32", "w4g8-axis0", "w4g16-dq(w8g64-asym)"])
+def test_outputs_rounded_on_several_threads_are_the_same(
+    scheme: str, order: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, options = parse(scheme).weight, GptqOptions(**order)
+    if options.fp8_aware and fp8.refuse_scheme(stored):
+        return
+    whole = round_by_error_feedback(weights(), correlated_site(100), stored, options).tensor
+    monkeypatch.setattr(gptq, "SMALL", 0)
+    monkeypatch.setattr(gptq, "PART", 3)
+    monkeypatch.setattr(gptq, "OUTPUTS", 4)
+    torch.set_num_threads(2)
+    split = round_by_error_feedback(weights(), correlated_site(100), stored, options).tensor
+    assert torch.equal(split.codes, whole.codes) and torch.equal(split.dequantize(), whole.dequantize())
 
 
 def test_no_calibration_is_an_error() -> None:
