@@ -90,6 +90,13 @@ def test_arguments_are_checked_at_once(model: Any, tokenizer: Any, changes: dict
             method(tokenizer, **arguments)
 
 
+@pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
+def test_the_dtype_of_the_activations_is_chosen(checkpoints: dict[str, Path], name: str) -> None:
+    arguments: dict[str, Any] = {"device_map": {"": "cpu"}, name: torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(checkpoints["Int4"], **arguments).dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(checkpoints["Int4"], **{name: "auto"}).dtype == torch.bfloat16  # type: ignore[arg-type]
+
+
 def test_remote_code_is_never_run(checkpoints: dict[str, Path]) -> None:
     with pytest.warns(Notice, match="never runs code"):
         AutoTokenizer.from_pretrained(checkpoints["Int4"], trust_remote_code=True)

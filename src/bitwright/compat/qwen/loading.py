@@ -29,19 +29,21 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         device_map: str | Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> PreTrainedModel:
         """The model in evaluation mode, with the methods ``chat`` and ``chat_stream``.
 
         Args:
-            model: a directory, an id on the hub, or ``demo:``.
+            pretrained_model_name_or_path: a directory, an id on the hub, or ``demo:``.
             device_map: where the model goes: the CPU, whatever "auto" would have chosen elsewhere.
             trust_remote_code: accepted, since the documentation gives it; code that comes with a model is never run.
             torch_dtype: of the activations and of all that is not quantized; ``None`` or "auto": as stored.
+            dtype: the same, by its newer name.
 
         Raises:
             BitwrightError: BW201 for an argument, and what :func:`bitwright.load` raises.
@@ -50,10 +52,13 @@ class AutoModelForCausalLM:
         if not places <= set(DEVICES):
             accepted = "one of " + ", ".join(DEVICES) + ', or {"": "cpu"}'
             raise ArgumentError("BW201", f"device_map is {device_map!r}", suggestion=accepted)
-        if isinstance(torch_dtype, str) and torch_dtype != "auto":
-            raise ArgumentError("BW201", f"torch_dtype is {torch_dtype!r}", suggestion='a torch.dtype, or "auto"')
+        if torch_dtype is not None and dtype is not None:
+            raise ArgumentError("BW201", "torch_dtype and dtype are both given", suggestion="give one of them")
+        wanted = torch_dtype if dtype is None else dtype
+        if isinstance(wanted, str) and wanted != "auto":
+            raise ArgumentError("BW201", f"torch_dtype is {wanted!r}", suggestion='a torch.dtype, or "auto"')
         _notice_remote_code(trust_remote_code)
-        loaded = load(model, dtype=torch_dtype if isinstance(torch_dtype, torch.dtype) else None)
+        loaded = load(pretrained_model_name_or_path, dtype=None if isinstance(wanted, str) else wanted)
         for method in (chat, chat_stream):
             setattr(loaded, method.__name__, types.MethodType(method, loaded))
         return loaded
@@ -66,14 +71,16 @@ class AutoTokenizer:
         raise TypeError("AutoTokenizer is not instantiated: call AutoTokenizer.from_pretrained(...)")
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False
+    ) -> Tokenizer:
         """The tokenizer of a directory, of an id on the hub, or of ``demo:``.
 
         Raises:
             BitwrightError: BW201 for an argument, BW301 or BW504 if there is no such model, BW312 without a tokenizer.
         """
         _notice_remote_code(trust_remote_code)
-        return load_tokenizer(resolve_model(model))
+        return load_tokenizer(resolve_model(pretrained_model_name_or_path))
 
 
 def _notice_remote_code(trust_remote_code: bool) -> None:
