@@ -7,7 +7,7 @@ the quantized block to make the next block's inputs. Without calibration only th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -177,8 +177,20 @@ def round_layers(
         return made if isinstance(made, Rounded) else Rounded(made)
 
     if is_calibrated:  # products of large matrices, which use all threads by themselves
-        return {name: round_layer(name) for name in layers}
+        return _round_in_turn(round_layer, list(layers), statistics)
     return map_layers(round_layer, _sizes(layers))
+
+
+def _round_in_turn(
+    round_layer: Callable[[str], Rounded], names: Sequence[str], statistics: Mapping[str, SiteStatistics]
+) -> dict[str, Rounded]:
+    """Round one layer after the other; a factorization is forgotten once the layers of its site are done."""
+    rounded: dict[str, Rounded] = {}
+    for name, following in zip(names, [*names[1:], ""], strict=True):
+        rounded[name] = round_layer(name)
+        if name in statistics and statistics.get(following) is not statistics[name]:
+            statistics[name].factored = None
+    return rounded
 
 
 def quantized_linear(
