@@ -186,7 +186,7 @@ def _round_in_turn(
 ) -> dict[str, Rounded]:
     """Round one layer after the other; a factorization is forgotten once the layers of its site are done."""
     rounded: dict[str, Rounded] = {}
-    for name, following in zip(names, [*names[1:], ""], strict=True):
+    for name, following in zip(names, [*names[1:], ""], strict=False):
         rounded[name] = round_layer(name)
         if name in statistics and statistics.get(following) is not statistics[name]:
             statistics[name].factored = None
