@@ -124,8 +124,16 @@ def test_the_scale_of_a_site_is_the_minimum_of_what_its_scope_makes() -> None:
     torch.testing.assert_close(before / norm.weight.double(), candidates_plainly(x, w)[best], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("scheme", ["w2g32", "w3g32-asym", "w4", "nf4g32", "w8", "w4g32-dq"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("llama", "w2g32"),
+        ("llama", "w4g32-dq"),
+        ("gpt2", "w3g32-asym"),
+        ("gpt2", "nf4g32"),
+        *(pytest.param(name, scheme, marks=pytest.mark.slow) for name in ("llama", "gpt2") for scheme in ("w4", "w8")),
+    ],
+)
 @torch.no_grad()
 def test_no_site_is_worse_than_rounded_to_nearest(name: str, scheme: str) -> None:
     """Each site alone, on what it reads in the float model, with the scheme's true numbers."""
@@ -139,7 +147,8 @@ def test_no_site_is_worse_than_rounded_to_nearest(name: str, scheme: str) -> Non
             clip_and_scale(whole, AwqOptions(**options))
             bench = open_bench(scaled, site, range(len(SAMPLES)))  # what it made before anything was clipped
             assert bench is not None
-            losses.append(bench.loss({each: rounded(whole, each) for each in site.layers}))
+            fit = FitOptions() if "scale" in options else None  # plain rounding, against the better of two ranges
+            losses.append(bench.loss({each: rounded(whole, each, fit) for each in site.layers}))
         nearest, equalized, clipped = losses
         assert equalized <= nearest * (1 + 1e-4) and clipped <= equalized * (1 + 1e-4), (site.layers, losses)
         assert scheme != "w2g32" or clipped < 0.9 * nearest or number == 3
@@ -152,8 +161,29 @@ def one_site(name: str, scheme: str, site: Site) -> BlockTask:
     return replace(task, layers=layers, linears={each: task.linears[each] for each in layers})
 
 
-def rounded(task: BlockTask, name: str) -> Tensor:
-    return fake_quantize(linear_weight(task.layers[name]), task.linears[name].weight, FitOptions())
+def rounded(task: BlockTask, name: str, options: FitOptions | None) -> Tensor:
+    return fake_quantize(linear_weight(task.layers[name]), task.linears[name].weight, options)
+
+
+@pytest.mark.parametrize("scheme", ["w2g16", "w3g16", "w4", "w8g16", "w3g16-axis0"])
+def test_the_better_of_two_ranges_is_taken_group_by_group(scheme: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, form = torch.randn(32, 40, generator=generator).clamp(-1, 1.2), parse(scheme + "-sf32").weight
+    by_range = []
+    for options in (FitOptions(), FitOptions(symmetric_range="full"), None):
+        error = (fake_quantize(weight, form, options) - weight).square()
+        error = error if form.axis == 1 else error.t()
+        size = form.group or error.shape[1]
+        by_range.append(torch.stack([part.sum(1) for part in error.split(size, 1)]))
+    restricted, full, either = by_range
+    torch.testing.assert_close(either, torch.minimum(restricted, full))
+    assert (full < restricted).any()
+
+
+@pytest.mark.parametrize("scheme", ["w4g16-asym", "nf4g16", "w1g16", "fp8"])
+def test_schemes_with_one_range_take_that(scheme: str) -> None:
+    weight, form = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), parse(scheme).weight
+    assert torch.equal(fake_quantize(weight, form, None), fake_quantize(weight, form, FitOptions()))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 from bitwright.core.errors import BitwrightError
 from bitwright.quantization.autoround import AUTOROUND
-from bitwright.quantization.awq import AWQ, AWQ_SCALE
+from bitwright.quantization.awq import AWQ, AWQ_ROUND, AWQ_SCALE
 from bitwright.quantization.choice import CHOICE
 from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.hqq import HQQ
@@ -36,7 +36,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         round=CHOICE, tune=(LEARNED,), finish=LOGITS, calibrated=True, with_gram=True, with_float_flow=True
     ),
     "choice": Algorithm(round=CHOICE, calibrated=True, with_gram=True),
-    "awq": Algorithm(equalize=(AWQ,), round=RTN, calibrated=True),
+    "awq": Algorithm(equalize=(AWQ,), round=AWQ_ROUND, calibrated=True),
     "teq": Algorithm(equalize=(TEQ,), round=RTN, calibrated=True),
     "awq+gptq": Algorithm(equalize=(AWQ_SCALE,), round=GPTQ, calibrated=True, with_gram=True),
     "rotation+gptq": Algorithm(rotate=ROTATION, round=GPTQ, calibrated=True, with_gram=True),

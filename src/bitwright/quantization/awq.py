@@ -9,39 +9,48 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.grid import FitOptions
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import QuantScheme
 from bitwright.models.blocks import linear_weight
 from bitwright.models.folding import share_scale
 from bitwright.models.sites import Site
 from bitwright.quantization.awq_clip import apply_ratios, search_ratios
 from bitwright.quantization.smoothing import (
-    Range,
     SiteBench,
     apply_scale,
     fake_quantize,
     judged_samples,
     mean_magnitude,
     open_bench,
+    quantize_either,
     refuse_options,
     task_sites,
 )
-from bitwright.quantization.stages import BlockTask, Equalizer, Stage
+from bitwright.quantization.stages import BlockTask, Equalizer, Rounder, Stage
+from bitwright.quantization.statistics import SiteStatistics
 
 __all__ = [
     "AWQ",
+    "AWQ_ROUND",
     "AWQ_SCALE",
     "AwqOptions",
+    "AwqRoundOptions",
     "AwqScaleOptions",
     "candidate_scales",
     "clip_and_scale",
+    "fit_options",
+    "round_either",
     "scale_by_activation",
 ]
 
+EitherRange = Literal["restricted", "full", "centred", "either"]
 LIMIT = 1024.0  # no channel is scaled by more: a 16-bit norm must still hold its weight
 
 
@@ -55,7 +64,8 @@ class AwqScaleOptions:
             keeps a vector by which its input is multiplied while the model runs.
         grid: how many steps the exponent takes from 0 to 1.
         tokens: candidates are judged on whole calibration samples of so many tokens together (one sample at least).
-        range: where the rounder that follows puts the largest weight (see ``rtn``).
+        range: where the rounder that follows puts the largest weight (see ``rtn``); ``either``: for each group of a
+            symmetric scheme the better of ``restricted`` and ``full``.
         search: whether that rounder tries shrunk ranges.
     """
 
@@ -63,18 +73,18 @@ class AwqScaleOptions:
     folding: bool = False
     grid: int = 20
     tokens: int = 4096
-    range: Range = "restricted"
+    range: EitherRange = "restricted"
     search: bool = False
 
     def __post_init__(self) -> None:
-        FitOptions(symmetric_range=self.range, search=self.search)
+        fit_options(self.range, self.search)
         for field, value in (("grid", self.grid), ("tokens", self.tokens)):
             if type(value) is not int or value < 1:
                 raise ArgumentError("BW201", f"{field} is {value!r}", suggestion="a whole number from 1")
 
     @property
-    def fit(self) -> FitOptions:
-        return FitOptions(symmetric_range=self.range, search=self.search)
+    def fit(self) -> FitOptions | None:
+        return fit_options(self.range, self.search)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,44 @@ class AwqOptions(AwqScaleOptions):
         clip: search, for each group of weights, a range that is narrower than the largest weight.
     """
 
+    range: EitherRange = "either"
     clip: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwqRoundOptions:
+    """How equalized and clipped weights are rounded to nearest; the same as what AWQ judges by.
+
+    Attributes:
+        range: as ``rtn``, or ``either``: for each group of a symmetric scheme the better of ``restricted`` and
+            ``full``.
+        search: as ``rtn``.
+    """
+
+    range: EitherRange = "either"
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        fit_options(self.range, self.search)
+
+
+def fit_options(range_: EitherRange, search: bool) -> FitOptions | None:
+    """The options of the grid; ``None`` for the better of two ranges, which a search makes needless.
+
+    Raises:
+        ArgumentError: BW201 for a range that there is not.
+    """
+    if range_ == "either":
+        return FitOptions(search=True) if search else None
+    return FitOptions(symmetric_range=range_, search=search)
+
+
+def round_either(
+    weight: Tensor, statistics: SiteStatistics | None, scheme: QuantScheme, options: AwqRoundOptions
+) -> QuantizedTensor:
+    """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at."""
+    fit = fit_options(options.range, options.search)
+    return quantize_either(weight, scheme) if fit is None else QuantizedTensor.quantize(weight, scheme, fit)
 
 
 def clip_and_scale(task: BlockTask, options: AwqOptions) -> Mapping[str, Tensor]:
@@ -191,4 +238,5 @@ def _clip_sites(task: BlockTask, sites: tuple[Site, ...], options: AwqOptions) -
 
 
 AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale)
+AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_either)
 AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation)

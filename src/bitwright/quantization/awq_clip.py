@@ -17,7 +17,7 @@ CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(10))  # of the largest w
 
 
 @torch.no_grad()
-def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
+def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: FitOptions | None) -> Tensor:
     """The share of its range that each group of ``weight`` (``[out, in]``) keeps, ``[rows, groups]`` along the axis.
 
     The loss of a group is the squared error of its own part of the output, ``sum_tokens (x_g . (w_g - w'_g))^2``, for
