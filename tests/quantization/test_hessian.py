@@ -104,7 +104,7 @@ def test_float32_tokens_are_multiplied_in_float32_unless_told_otherwise() -> Non
 
 
 def test_a_gram_can_be_read_and_added_to_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_products, "STRIP", 16)
+    monkeypatch.setattr(hessian_products, "TILE", 16)
     for dtype in (torch.float32, torch.bfloat16):
         tokens = activations(300, 50).to(dtype)
         site = SiteStatistics(50, with_gram=True)
