@@ -60,7 +60,7 @@ def schemes(draw: st.DrawFn, double_quant: bool = True) -> QuantScheme:
     """Every valid scheme."""
     axes = st.sampled_from([0, 1])
     scheme = draw(st.one_of(integer_schemes(), _table_schemes(axes)))
-    if double_quant and scheme.zero == "integer" and draw(st.booleans()):
+    if double_quant and draw(st.booleans()):
         nested = draw(integer_schemes(axis=1))
         fields = {name: getattr(scheme, name) for name in QuantScheme.__dataclass_fields__}
         scheme = QuantScheme(**(fields | {"scale_scheme": nested}))

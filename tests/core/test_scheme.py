@@ -63,7 +63,6 @@ def test_w16_unknown_fields_are_refused_by_name() -> None:
         ({"scale_scheme": parse("w8-dq").weight}, "one level of double quantization"),
         ({"scale_scheme": parse("nf4").weight}, "scale_scheme"),
         ({"scale_scheme": parse("w8g4-axis0").weight}, "scale_scheme"),
-        ({"symmetric": False, "zero": "float", "scale_scheme": parse("w8").weight}, "double quantization"),
     ],
 )
 def test_combinations_that_do_not_exist_are_refused(fields: dict[str, object], message: str) -> None:

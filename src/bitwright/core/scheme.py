@@ -150,7 +150,6 @@ def _check_combination(scheme: QuantScheme) -> None:
         _check("scale_scheme", nested, isinstance(nested, QuantScheme), "a QuantScheme, or None")
         _check("scale_scheme", nested.name, nested.scale_scheme is None, "one level of double quantization")
         _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "integers along axis 1")
-        _check("zero", scheme.zero, scheme.zero == "integer", "integer together with double quantization")
 
 
 # The one way to quantize activations: an int8 scale per token, symmetric, as the integer product needs.

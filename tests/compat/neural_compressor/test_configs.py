@@ -120,7 +120,6 @@ def test_unknown_arguments_are_named(kind: type[WeightOnlyConfig]) -> None:
     (AWQConfig, {"use_double_quant": True}, "use_double_quant"), (HQQConfig, {"dtype": "nf4"}, "dtype"),
     (HQQConfig, {"use_double_quant": True}, "use_double_quant"), (AutoRoundConfig, {"dtype": "fp4"}, "dtype"),
     (AutoRoundConfig, {"use_double_quant": True}, "use_double_quant"),
-    (HQQConfig, {"quant_scale": True, "quant_zero": False}, "quant_zero"),
     (GPTQConfig, {"fp8_aware": True, "bits": 5}, "bits"),
     (GPTQConfig, {"fp8_aware": True, "use_double_quant": True}, "use_double_quant"),
     (RTNConfig, {"use_full_range": True, "bits": 1}, "use_full_range"), (AutoRoundConfig, {"bits": 1}, "bits"),

@@ -35,6 +35,7 @@ CONFIGS: dict[str, WeightOnlyConfig] = {
     "g_idx": GPTQConfig(act_order=True, group_size=16),
     "hqq": HQQConfig(quant_zero=False),
     "hqq-scales": HQQConfig(quant_scale=True),
+    "hqq-scales-alone": HQQConfig(quant_scale=True, quant_zero=False),
 }
 
 

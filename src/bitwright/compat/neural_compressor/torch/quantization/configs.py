@@ -173,8 +173,6 @@ class HQQConfig(WeightOnlyConfig):
             self.refuse("dtype", "but HQQ moves zero points, which a table does not have", "'int', 'fp32'")
         super().check()
         _refuse_double_quant(self)
-        if self.quant_scale and not self.quant_zero and not self.use_sym:
-            self.refuse("quant_zero", "but with quant_scale a float zero point cannot be stored", "True")
 
     def algorithm_options(self) -> dict[str, Any]:
         return {}
