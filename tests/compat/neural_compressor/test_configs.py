@@ -186,6 +186,7 @@ def test_a_preset_gives_way_to_what_is_said() -> None:
      "w4g32-dq(w6-sf32)"),
     (HQQConfig(), "w4g64-asym"), (HQQConfig(quant_zero=False), "w4g64-asym-fz"),
     (HQQConfig(quant_scale=True), "w4g64-asym-dq(w8g128-asym-sf32)"), (HQQConfig(use_sym=True), "w4g64"),
+    (HQQConfig(quant_scale=True, quant_zero=False), "w4g64-asym-fz-dq(w8g128-asym-sf32)"),
     (AutoRoundConfig(), "w4g128"), (AutoRoundConfig(scale_dtype="bf16"), "w4g128-sbf16"),
 ])  # fmt: skip
 def test_what_is_stored(config: WeightOnlyConfig, name: str) -> None:
