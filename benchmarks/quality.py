@@ -56,7 +56,7 @@ def main() -> None:
     records = []
     for material in materials:
         cells = list(cells_of(material, options.schemes, methods, options.work_dir))
-        if not options.no_make:
+        if not (options.no_make or options.no_judge):
             make(cells, options)
         records.append(judge_all(material, cells, options))
     write(records, missing, options)
@@ -76,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="keep our cells although the sources changed")
     parser.add_argument("--no-make", action="store_true", help="only judge and tabulate what is there")
+    parser.add_argument("--no-judge", action="store_true", help="only tabulate what was judged; implies --no-make")
     parser.add_argument("--no-write", action="store_true", help="leave the tables alone")
     return parser.parse_args()
 
@@ -139,7 +140,8 @@ def judge_all(material: Material, cells: Iterable[Cell], options: argparse.Names
     rows = []
     for cell in cells:
         made = read(cell.folder / "made.json")
-        if made is None:
+        is_judged = (cell.folder / "judged.json").is_file() or (made is not None and "failed" in made)
+        if made is None or (options.no_judge and not is_judged):
             continue
         row = {"scheme": cell.scheme_name, "stored": cell.scheme.name, "peer": cell.peer, "method": cell.method}
         rows.append(row | {"family": cell.family} | made | judge_cell(cell, made, reference))
@@ -188,6 +190,9 @@ def write(records: list[dict[str, Any]], missing: list[str], options: argparse.N
     if options.no_write:
         print(text)
         return
+    for row in [row for model in records for row in (model["float"], *model["rows"])]:
+        row.pop("kl_windows", None)  # they stay in the work directory
+        row.pop("loss_windows", None)
     (options.output / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.output / "quality.md").write_text(text, encoding="utf-8")
 

@@ -21,7 +21,7 @@ def render(record: Mapping[str, Any]) -> str:
         "# Quality beside the peers",
         "",
         f"`{record['command']}`, {record['date']}, torch {record['torch']}, {record['threads']} thread a process on a "
-        "machine that other work shared: times are processor seconds, and orientation only.",
+        "machine that much other work shared: seconds are for orientation only, processor seconds say a little more.",
         "",
         "The same float32 models, calibration windows and held-out windows for everyone; peers and bitwright with",
         "their defaults. KL is KL(float || quantized) over the whole vocabulary, nats per token; brackets are 95%",
@@ -123,17 +123,17 @@ def _scheme(scheme: str, rows: list[Row]) -> list[str]:
     measured = sorted((row for row in rows if "kl" in row), key=lambda row: float(row["kl"]))
     stored = rows[0]["stored"]
     title = scheme if stored == scheme else f"{scheme}, stored as {stored}"
-    lines = [f"**{title}**", "", "| by | algorithm | KL | perplexity | top-1 | CPU s | peak MB |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    lines = [f"**{title}**", "", "| by | algorithm | KL | perplexity | top-1 | s | CPU s | peak MB |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for row in measured:
         low, high = row["kl_ci"]
         cells = [f"**{row['peer']}**" if row["peer"] == OURS else row["peer"], row["method"]]
         cells += [f"{row['kl']:.4g} [{low:.4g}, {high:.4g}]", f"{row['ppl']:.4f}", f"{row['top1']:.2%}"]
-        seconds = row.get("processor_seconds")
-        cells += ["" if seconds is None else f"{seconds:.1f}", f"{row['peak_bytes'] / 1e6:.0f}"]
+        busy = row.get("processor_seconds")
+        cells += [f"{row['seconds']:.1f}", "" if busy is None else f"{busy:.1f}", f"{row['peak_bytes'] / 1e6:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
         if "failed" in row:
             told = row["failed"].replace("|", "/").replace("\n", " ")
-            lines.append(f"| {row['peer']} | {row['method']} | {told} | | | | |")
+            lines.append(f"| {row['peer']} | {row['method']} | {told} | | | | | |")
     return lines
