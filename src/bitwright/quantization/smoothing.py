@@ -69,7 +69,7 @@ def _fitted(rows: Tensor, scheme: QuantScheme, options: FitOptions) -> tuple[Ten
     error = grid.decode(grid.encode(rows, parameters=parameters, scheme=scheme), parameters=parameters, scheme=scheme)
     error.sub_(rows).square_()
     group = rows.shape[1] if scheme.group is None else min(scheme.group, rows.shape[1])
-    return parameters.scale, torch.stack([part.sum(1) for part in error.split(group, dim=1)], dim=1)
+    return parameters.scale, torch.stack([part.sum(1) for part in torch.split(error, group, dim=1)], dim=1)
 
 
 def refuse_options(task: BlockTask, options: FitOptions | None) -> None:
@@ -207,7 +207,7 @@ def _joined(seen: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     joined: dict[tuple[int, ...], Tensor] = {}
     for parts in seen.values():
         key = tuple(part.data_ptr() for part in parts)
-        if key not in joined and sum(part.numel() for part in parts):
+        if key not in joined and any(part.numel() > 0 for part in parts):
             joined[key] = torch.cat(parts)
     keys = {name: tuple(part.data_ptr() for part in parts) for name, parts in seen.items()}
     return {name: joined[key] for name, key in keys.items() if key in joined}

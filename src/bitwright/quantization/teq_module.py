@@ -78,7 +78,8 @@ class ScaledLinear(nn.Module):
         nearest = fake_quantize(held, self.scheme, self.options)
         range_ = group_ranges(scaled, self.scheme)
         growth = range_ / range_.detach().clamp(min=torch.finfo(torch.float32).tiny)
-        passed: Tensor = _StraightThrough.apply(scaled + (nearest - scaled.detach()) * growth, nearest)
+        straight: Any = _StraightThrough.apply
+        passed: Tensor = straight(scaled + (nearest - scaled.detach()) * growth, nearest)
         passed = passed.to(weight.dtype)
         parameters["weight"] = passed if isinstance(self.layer, nn.Linear) else passed.t()
         return parameters
@@ -106,7 +107,7 @@ def group_ranges(weight: Tensor, scheme: QuantScheme) -> Tensor:
     rows = weight if scheme.axis == 1 else weight.t()
     group = rows.shape[1] if scheme.group is None else min(scheme.group, rows.shape[1])
     pieces = []
-    for part in rows.split(group, dim=1):
+    for part in torch.split(rows, group, dim=1):
         if scheme.symmetric or scheme.is_codebook:
             size = part.abs().mean(1, True) if scheme.bits == 1 else part.abs().amax(1, True)
         elif scheme.zero == "float":
