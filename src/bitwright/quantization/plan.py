@@ -139,6 +139,8 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         schemes, more = _fit_readers(schemes, layers)
         notices += more
     head_quantized = head is not None and head[0] in schemes
+    if head_quantized and chosen.name.startswith("gptq"):
+        notices += ("the output head is quantized: GPTQModel loads that, transformers gives the head random weights",)
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
     together = max(getattr(o, "n_blocks", 1) for method in methods.values() for o in method.options.values())
     units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
@@ -355,10 +357,13 @@ def _output_bytes(
         groups = 1 if weight.group is None else -(-shapes[name][weight.axis] // weight.group)
         scales = groups * shapes[name][1 - weight.axis]
         scale_bits = 8 if weight.scale_scheme else weight.scale_dtype.itemsize * 8
-        zero_bits = 0 if weight.symmetric else (weight.bits if weight.zero == "integer" else scale_bits)
+        is_gptq = chosen.name.startswith("gptq")  # stores zero points of symmetric schemes, and each column's group
+        has_zeros = is_gptq or not weight.symmetric
+        zero_bits = 0 if not has_zeros else (weight.bits if weight.zero == "integer" else scale_bits)
         # Beside 8-bit activations that format keeps one code a byte.
         is_wide = scheme.activation is not None and chosen.name == compressed_tensors.FORMAT.name
         stored = (out * columns * (8 if is_wide else weight.bits) + scales * (scale_bits + zero_bits)) / 8
+        stored += 4 * columns if is_gptq else 0
         total += int(stored - (out * columns * element if f"{name}.weight" in source.shapes() else 0))
     return total
 
