@@ -27,6 +27,7 @@ GroupFallback = Literal["error", "pad", "per-channel", "skip"]
 GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
 OUTER, HEAD = "outer", "head"  # names of the units that are not blocks
 FINISH = "finish"  # the pass over the whole model at the end, in the journal
+GPTQ_HEAD = ("the output head is quantized: GPTQModel loads that, transformers gives the head random weights",)
 USUAL_GROUPS = (256, 128, 64, 32, 16)
 
 
@@ -139,8 +140,6 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         schemes, more = _fit_readers(schemes, layers)
         notices += more
     head_quantized = head is not None and head[0] in schemes
-    if head_quantized and chosen.name.startswith("gptq"):
-        notices += ("the output head is quantized: GPTQModel loads that, transformers gives the head random weights",)
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
     together = max(getattr(o, "n_blocks", 1) for method in methods.values() for o in method.options.values())
     units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
@@ -153,7 +152,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         shapes=shapes,
         skipped=skipped,
         untied=untied,
-        notices=notices,
+        notices=notices + (GPTQ_HEAD if head_quantized and chosen.name.startswith("gptq") else ()),
         source_bytes=source.byte_count(),
         output_bytes=_output_bytes(source, schemes, shapes, chosen),
     )

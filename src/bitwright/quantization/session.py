@@ -43,7 +43,11 @@ class Prepared(nn.Module):
         self.source: Source | None = None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        self.batches.append((arguments, keywords))
+        caches = {name for name, value in keywords.items() if hasattr(value, "get_seq_length")}
+        # A cache goes on being filled: kept, it would be another one when the batch is run again. And a step that has
+        # something in its cache is the later token of a text that is being generated, no text of its own.
+        if not any(int(keywords[name].get_seq_length()) for name in caches):
+            self.batches.append((arguments, {name: value for name, value in keywords.items() if name not in caches}))
         return self.model(*arguments, **keywords)
 
 
