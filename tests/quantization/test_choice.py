@@ -65,7 +65,11 @@ def test_through_the_whole_library() -> None:
     model = Plain(width=16, blocks=2)
     batches = [torch.randn(2, 6, 8) for _ in range(6)]
     errors = {}
-    for name, options in (("rtn", {}), ("choice", {}), ("gptq+learned", {"code_steps": 30, "scale_steps": 10})):
+    for name, options in (
+        ("rtn", {}),
+        ("choice", {}),
+        ("gptq+learned", {"code_steps": 30, "scale_steps": 10, "code_lr": 0.02}),
+    ):
         prepared = bitwright.prepare(model, scheme="w2g16-asym", algorithm=name, options=options)
         for batch in batches:
             prepared(batch)

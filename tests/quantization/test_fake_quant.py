@@ -183,13 +183,16 @@ def test_moved_codes_are_stored_as_they_were_trained() -> None:
         assert torch.equal(follower.decode(), follower.tensor().dequantize()), name
 
 
-def test_a_position_starts_beside_the_float_weight() -> None:
+def test_a_position_starts_between_its_code_and_the_float_weight() -> None:
     scheme = QuantScheme(bits=4, group=None, scale_dtype=torch.float32)
     weight = torch.tensor([[0.7, 0.33, -0.21]])
     tensor = QuantizedTensor.quantize(weight, scheme)
     follower = CodeWeight(tensor, weight, moving=True)
     assert follower.position is not None
-    torch.testing.assert_close(follower.position, weight / 0.1, rtol=1e-5, atol=1e-5)
+    expected = torch.tensor([[7.0, 3 + 0.3 / 1.3, -2 - 0.1 / 1.1]])
+    torch.testing.assert_close(follower.position, expected, rtol=1e-4, atol=1e-4)
+    far = CodeWeight(QuantizedTensor.quantize(weight * 0.2, scheme), weight, moving=True)
+    assert torch.equal(far.decode(), QuantizedTensor.quantize(weight * 0.2, scheme).dequantize())
 
 
 def test_which_grids_offsets_can_follow() -> None:

@@ -12,7 +12,7 @@ from bitwright.quantization.learned import LearnedOptions, learn_from_codes
 from bitwright.quantization.stages import BlockTask
 from tests.quantization.test_autoround import error_of, make_task, round_to_nearest
 
-ALL = {"code_steps": 40, "scale_steps": 30, "batch": 4, "check_every": 5}
+ALL = {"code_lr": 0.02, "code_steps": 40, "scale_steps": 30, "batch": 4, "check_every": 5}
 
 
 def shifted(task: BlockTask) -> dict[str, QuantizedTensor]:

@@ -85,7 +85,7 @@ def test_gradients_through_the_chain_are_those_of_backpropagation(family: str) -
     run, gradients = _Run(task, OPTIONS, 0), {}
     run.adam.update = lambda values, named, rates: gradients.update(named)  # type: ignore[method-assign, misc]
     with torch.enable_grad():
-        run.step(batch, 1.0)
+        run.step(batch, {"": 0.1})
     run.close()
     norms = {name: value for name, value in plain.named_parameters() if value.dim() == 1}
     compared = 0

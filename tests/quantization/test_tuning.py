@@ -66,6 +66,8 @@ def test_the_step_size_rises_and_falls() -> None:
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert 0 < rates[-1] < 0.01
     assert math.isclose(learning_rate(0, 1), 1.0)
+    waiting = [learning_rate(step, 50, wait=0.2) for step in range(50)]
+    assert waiting == [0.0] * 10 + rates
 
 
 def test_every_sample_comes_once_a_pass() -> None:

@@ -237,8 +237,8 @@ class CodeWeight:
     """
 
     def __init__(self, tensor: QuantizedTensor, weight: Tensor | None = None, *, moving: bool = False) -> None:
-        """``weight`` (``[out, in]``) is the float weight that moving codes are drawn to: positions start as near to it
-        as they can without rounding to another code."""
+        """``weight`` (``[out, in]``) is the float weight that moving codes are drawn to: the farther it lies from a
+        code, the nearer to the boundary of its rounding does the position start."""
         self.base, scheme = tensor, tensor.scheme
         self.codes = tensor.codes if scheme.axis == 1 else tensor.codes.t().contiguous()
         self.groups = Groups.of(scheme, self.codes.shape[1], tensor.group_index)
@@ -297,7 +297,11 @@ class CodeWeight:
         return replace(base, codes=codes, scale=scale, zero=zero)
 
     def _positions(self, weight: Tensor | None) -> Tensor:
-        """The codes, each moved towards where the float weight lies, by less than what would round to another code."""
+        """The codes, each moved towards where the float weight lies, by less than what would round to another code.
+
+        A weight ``d`` codes away moves its position by ``d / (1 + |d|)``. Were it moved as far as it may, all the codes
+        that error feedback took elsewhere would start side by side on their boundaries, and cross them in one step.
+        """
         positions = self.codes.to(torch.float32)
         if weight is None:
             return positions
@@ -308,7 +312,8 @@ class CodeWeight:
             lies = self.groups.split(target[rows].to(torch.float32)) / divisor
             lies = lies if zero is None else lies + self.groups.spread(zero[rows])
             part = self.groups.split(positions[rows])
-            part += (lies - part).clamp_(-REACH, REACH)
+            away = lies - part
+            part += (away / (1 + away.abs())).clamp_(-REACH, REACH)
         return positions
 
     def _stored(self) -> tuple[Tensor, Tensor | None]:

@@ -33,6 +33,7 @@ class LearnedOptions:
         scale_steps: steps after that in which scales, float zero points, biases and norm weights move.
         batch: samples a step.
         code_lr: the largest step of a position, in codes.
+        code_wait: the part of ``code_steps`` before the first position moves.
         lr: the largest step of a scale's multiplier, and of biases and norms in units of their root mean square.
         norms: let biases and norm weights move.
         check_every: steps between two looks at all samples.
@@ -41,7 +42,8 @@ class LearnedOptions:
     code_steps: int = 100
     scale_steps: int = 60
     batch: int = 8
-    code_lr: float = 0.02
+    code_lr: float = 0.005
+    code_wait: float = 0.1
     lr: float = 2e-3
     norms: bool = True
     check_every: int = 20
@@ -51,6 +53,7 @@ class LearnedOptions:
         _check("scale_steps", self.scale_steps, self.scale_steps >= 0, "a whole number of at least 0")
         _check("batch", self.batch, self.batch >= 1, "a whole number of at least 1")
         _check("code_lr", self.code_lr, 0 < self.code_lr < 1, "a number between 0 and 1")
+        _check("code_wait", self.code_wait, 0 <= self.code_wait < 1, "a number from 0 to below 1")
         _check("lr", self.lr, 0 < self.lr < 1, "a number between 0 and 1")
         _check("check_every", self.check_every, self.check_every >= 1, "a whole number of at least 1")
 
@@ -101,9 +104,10 @@ def _phase(
         adam, batches = Adam(), draw_batches(range(loss.count), options.batch, generator)
         for step in range(steps):
             loss.backward(next(batches))
-            rate = learning_rate(step, steps)
+            code_rate = options.code_lr * learning_rate(step, steps, wait=options.code_wait)
             adam.begin()
-            adam.update(block.values, block.gradients(), {"": options.lr * rate, "position": options.code_lr * rate})
+            rates = {"": options.lr * learning_rate(step, steps), "position": code_rate}
+            adam.update(block.values, block.gradients(), rates)
             block.refresh()
             if (step + 1) % options.check_every and step + 1 < steps:
                 continue

@@ -41,6 +41,7 @@ class LogitsOptions:
         codes_up_to: learn the codes too, by rounding positions that move, where the blocks have at most so many
             weights; 0: never. It takes some twenty bytes of memory a weight.
         code_lr: the largest step of a position, in codes.
+        code_wait: the part of the steps before the first position moves: what is not an integer is tuned alone then.
         warmup: the part of the steps in which the step size grows.
         held_back: the part of the windows that is never trained on: the best iterate is that of least divergence there.
         check_every: steps between two looks at the windows held back.
@@ -50,7 +51,8 @@ class LogitsOptions:
     batch: int = 8
     lr: float = 5e-3
     codes_up_to: int = 50_000_000
-    code_lr: float = 0.005
+    code_lr: float = 0.004
+    code_wait: float = 0.3
     warmup: float = 0.1
     held_back: float = 0.125
     check_every: int = 10
@@ -61,6 +63,7 @@ class LogitsOptions:
         _check("lr", self.lr, 0 < self.lr < 1, "a number between 0 and 1")
         _check("codes_up_to", self.codes_up_to, self.codes_up_to >= 0, "a whole number of at least 0")
         _check("code_lr", self.code_lr, 0 < self.code_lr < 1, "a number between 0 and 1")
+        _check("code_wait", self.code_wait, 0 <= self.code_wait < 1, "a number from 0 to below 1")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "a number from 0 to below 1")
         _check("held_back", self.held_back, 0 < self.held_back < 1, "a number between 0 and 1")
         _check("check_every", self.check_every, self.check_every >= 1, "a whole number of at least 1")
@@ -144,7 +147,6 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.resident: dict[int, TunedBlock] = {}
         self.adam, self.generator = Adam(), torch.Generator().manual_seed(seed)
-        self.rates = {"": options.lr, "position": options.code_lr}
         held = max(1, round(options.held_back * len(task.windows)))
         order = torch.randperm(len(task.windows), generator=self.generator).tolist()
         self.judged, self.trained = sorted(order[:held]), sorted(order[held:])
@@ -164,7 +166,7 @@ class _Run:
             batch = next(batches)
             if step < self.adam.count:
                 continue  # done before an interruption; the order of the samples is the same
-            self.step(batch, learning_rate(step, self.options.steps, warmup=self.options.warmup))
+            self.step(batch, self._rates(step))
             if (step + 1) % self.options.check_every and step + 1 < self.options.steps:
                 continue
             divergence = self.judge()
@@ -175,7 +177,13 @@ class _Run:
                 on_check(self._state(start, least), divergence)
         return self._updates(start, least) if least < start else None
 
-    def step(self, batch: Sequence[int], rate: float) -> None:
+    def _rates(self, step: int) -> dict[str, float]:
+        options = self.options
+        rate = learning_rate(step, options.steps, warmup=options.warmup)
+        code_rate = learning_rate(step, options.steps, warmup=options.warmup, wait=options.code_wait)
+        return {"": options.lr * rate, "position": options.code_lr * code_rate}
+
+    def step(self, batch: Sequence[int], rates: Mapping[str, float]) -> None:
         """One step of Adam; each block moves as soon as its gradients are known."""
         calls = self._calls(len(batch))
         hidden, inputs = torch.cat([self.inputs[index] for index in batch]), []
@@ -187,7 +195,6 @@ class _Run:
         top = hidden.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(self._loss(top, batch), top)
         self.adam.begin()
-        rates = {part: rate * size for part, size in self.rates.items()}
         for number in reversed(range(len(self.names))):
             with self._open(number) as block:
                 entering = inputs.pop().detach().requires_grad_(number > 0)

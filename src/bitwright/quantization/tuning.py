@@ -186,8 +186,16 @@ class Adam:
                 (self.first if kind == "first" else self.second)[rest] = value.clone()
 
 
-def learning_rate(step: int, steps: int, *, warmup: float = 0.1) -> float:
-    """The part of the full step size in ``step`` (0-based) of ``steps``: a linear start, then half a cosine to 0."""
+def learning_rate(step: int, steps: int, *, warmup: float = 0.1, wait: float = 0.0) -> float:
+    """The part of the full step size in ``step`` (0-based) of ``steps``: a linear start, then half a cosine to 0.
+
+    ``wait`` is the part of all steps in which nothing moves yet. Adam's first steps follow single batches, and codes
+    that lie beside their rounding boundary would follow them over it; once its sums have settled they do not.
+    """
+    waiting = round(wait * steps)
+    if step < waiting:
+        return 0.0
+    step, steps = step - waiting, steps - waiting
     start = max(1, round(warmup * steps))
     if step < start:
         return (step + 1) / start
