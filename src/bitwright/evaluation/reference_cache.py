@@ -154,7 +154,7 @@ def open_cache(
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _key(facts: Mapping[str, object]) -> str:
