@@ -36,7 +36,7 @@ def fold_everything(model: nn.Module, generator: torch.Generator) -> int:
     return count
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_folding_leaves_the_logits_alone(name: str, dtype: torch.dtype) -> None:  # E13

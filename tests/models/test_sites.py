@@ -73,7 +73,7 @@ def sites_of(name: str, dtype: torch.dtype = torch.float32, without: str = "") -
     return prefix, block, list(sites)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != MIXTURE])
 def test_the_sites_of_every_architecture_are_found_without_names(name: str, dtype: torch.dtype) -> None:
     prefix, _, sites = sites_of(name, dtype)
