@@ -42,7 +42,7 @@ class LearnedOptions:
     code_steps: int = 100
     scale_steps: int = 60
     batch: int = 8
-    code_lr: float = 0.005
+    code_lr: float = 0.01
     code_wait: float = 0.1
     lr: float = 2e-3
     norms: bool = True

@@ -51,7 +51,7 @@ class LogitsOptions:
     batch: int = 8
     lr: float = 5e-3
     codes_up_to: int = 50_000_000
-    code_lr: float = 0.004
+    code_lr: float = 0.01
     code_wait: float = 0.3
     warmup: float = 0.1
     held_back: float = 0.125
