@@ -27,7 +27,7 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
     """The float model with ``weights`` (dequantized, by their names in the model) in place of its own.
 
     Raises:
-        ValueError: for a name that the model does not have, a missing linear weight or a value that is not finite.
+        ValueError: for a name that the model does not have, a missing or unchanged linear weight, or a value that is not finite.
     """
     model = float_model(material)
     state = model.state_dict()
@@ -35,6 +35,9 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
     missing = sorted(name for name in state if name.endswith("proj.weight") and name not in weights)
     if unknown or missing:
         raise ValueError(f"unknown weights {unknown[:3]}, missing weights {missing[:3]}")
+    kept = [name for name in weights if name.endswith("proj.weight") and torch.equal(weights[name], state[name])]
+    if kept:
+        raise ValueError(f"{len(kept)} layers are left as they were, {kept[0]} among them")
     for name, value in weights.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} is not finite")
