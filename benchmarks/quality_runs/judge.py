@@ -27,7 +27,8 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
     """The float model with ``weights`` (dequantized, by their names in the model) in place of its own.
 
     Raises:
-        ValueError: for a name that the model does not have, a missing or unchanged linear weight, or a value that is not finite.
+        ValueError: for a name that the model does not have, for a linear weight that is missing or as it was, and for a
+            value that is not finite.
     """
     model = float_model(material)
     state = model.state_dict()
