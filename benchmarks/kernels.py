@@ -3,7 +3,8 @@
     python -m benchmarks.kernels --threads 2 --json benchmarks/results/kernels.json
 
 Decoding (few tokens) is measured in bytes a second against a loop that only reads; prefill (many) in products a second
-against a loop that only multiplies. Times are medians, and the least, of several rounds in which all take turns.
+against a loop that only multiplies. Times are medians, and the least, of several rounds in which all take turns. On a
+machine with other work, `--processor-time` (one thread) leaves out what others took.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -49,21 +52,21 @@ class Row:
     speedup: float
 
 
-def measure(runs: dict[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
+def measure(runs: dict[str, Run], rounds: int, seconds: float, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds a call of each, taking turns, so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     calls: dict[str, int] = {}
     for name, run in runs.items():
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        calls[name] = max(1, round(seconds / max(1e-6, clock() - start)))
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]):
                 run()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append((clock() - start) / calls[name])
     return times
 
 
@@ -158,17 +161,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.05, help="of each kernel in each round")
+    parser.add_argument("--processor-time", action="store_true", help="count the processor's time; one thread")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows_count, columns = map(int, args.shape.split("x"))
     shape = (rows_count, columns)
+    if args.processor_time and args.threads != 1:
+        parser.error("--processor-time needs --threads 1")
+    clock = time.thread_time if args.processor_time else time.perf_counter
     torch.set_num_threads(args.threads)
     rows: list[Row] = []
     best: dict[str, float] = {}
     for tokens in args.tokens:
         runs, sizes = kernel_runs(shape, tokens)
-        times = measure(ceilings(args.threads) | runs, args.rounds, args.seconds)
+        times = measure(ceilings(args.threads) | runs, args.rounds, args.seconds, clock)
         rows += rows_of(shape, tokens, times, sizes, args.threads)
         best["read GB/s"] = max(best.get("read GB/s", 0.0), (256 << 20) / min(times["read"]) / 1e9)
         for name, (_, per_round) in ROUTES.items():
@@ -177,7 +184,7 @@ def main() -> None:
     print(render(rows, best))
     if args.json:
         record = {
-            "command": f"python -m benchmarks.kernels --shape {args.shape} --threads {args.threads}",
+            "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
             "processor": platform.processor() or platform.machine(),
             "instruction_set": native_library.instruction_set(),
             "load_average": os.getloadavg()[0],

@@ -16,7 +16,7 @@ struct Entry {
 
 bool always() { return true; }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BITWRIGHT_PLAIN)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -28,7 +28,7 @@ bool has_bfloat16() { return has_vnni() && __builtin_cpu_supports("avx512bf16");
 
 constexpr Entry ENTRIES[] = {
     {&bw_scalar_table, always},
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BITWRIGHT_PLAIN)
     {&bw_avx2_table, has_avx2},
     {&bw_avx512_table, has_avx512},
     {&bw_avx512_vnni_table, has_vnni},
