@@ -19,10 +19,10 @@ from tests.models.architectures import ARCHITECTURES, MIXTURE, build, sample_ids
 from tests.quantization.tiny import TEXT, save_model
 
 ALGORITHMS = {
-    "awq": {"grid": 4},
-    "teq": {"steps": 2},
-    "awq+gptq": {"grid": 4},
-    "teq+gptq": {"steps": 2},
+    "awq": {"grid": 4, "folding": False},
+    "teq": {"steps": 2, "folding": False},
+    "awq+gptq": {"grid": 4, "folding": False},
+    "teq+gptq": {"steps": 2, "folding": False},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERY = list(product(ARCHITECTURES, ALGORITHMS, DTYPES))
@@ -64,7 +64,9 @@ def test_experts_that_no_token_reached_are_equalized_with_the_others() -> None:
         expert.register_forward_pre_hook(lambda _, __, n=number: reached.add(n))
         for number, expert in enumerate(model.model.layers[0].mlp.experts)
     ]
-    prepared = bitwright.prepare(model, scheme="w8g16", algorithm="awq", options={"grid": 4, "clip": False})
+    prepared = bitwright.prepare(
+        model, scheme="w8g16", algorithm="awq", options={"grid": 4, "clip": False, "folding": False}
+    )
     norm = model.model.layers[0].post_attention_layernorm.weight.detach().clone()
     with torch.no_grad():
         same = torch.full((1, 12), 7)  # tokens that are all alike go to the same two experts
@@ -89,7 +91,7 @@ def test_what_was_folded_or_multiplied_is_stored(tmp_path: Path, family: str) ->
     model = save_model(tmp_path / "model", family)
     (tmp_path / "text").write_text(TEXT)
     ids, errors = torch.arange(24).reshape(2, 12) % 31, {}
-    for algorithm, options in (("rtn", {}), ("awq", {"grid": 4})):
+    for algorithm, options in (("rtn", {}), ("awq", {"grid": 4, "folding": False})):
         run = {"calibration": tmp_path / "text", "samples": 4, "seqlen": 32, "options": options}
         stream(tmp_path / "model", tmp_path / algorithm, scheme="w3g16", algorithm=algorithm, **run)
         loaded = load(tmp_path / algorithm)

@@ -92,7 +92,7 @@ def test_the_scale_of_one_layer_is_the_true_minimum_of_the_grid() -> None:
     best = min(range(len(losses)), key=losses.__getitem__)
     scale = candidates_plainly(x.abs().mean(0), weight.abs().mean(0))[best]
     assert best > 0 and losses[best] < 0.95 * losses[0]
-    multipliers = scale_by_activation(task, AwqScaleOptions())
+    multipliers = scale_by_activation(task, AwqScaleOptions(folding=False))
     torch.testing.assert_close(1 / multipliers[name].double(), scale, rtol=1e-5, atol=0)
     torch.testing.assert_close(linear_weight(task.layers[name]).double(), weight * scale, rtol=1e-5, atol=1e-7)
 
@@ -119,7 +119,7 @@ def test_the_scale_of_a_site_is_the_minimum_of_what_its_scope_makes() -> None:
         made = [bench.scope(*a, **k)[0] for a, k in bench.calls]
         losses.append(sum(float((a - b).square().sum()) for a, b in zip(made, outputs, strict=True)))
     best = min(range(len(losses)), key=losses.__getitem__)
-    scale_by_activation(task, AwqScaleOptions())
+    scale_by_activation(task, AwqScaleOptions(folding=False))
     assert best > 0
     torch.testing.assert_close(before / norm.weight.double(), candidates_plainly(x, w)[best], rtol=1e-5, atol=0)
 
@@ -141,10 +141,10 @@ def test_no_site_is_worse_than_rounded_to_nearest(name: str, scheme: str) -> Non
         losses = []
         for options in ({"scale": False, "clip": False}, {"clip": False}, {}):
             scaled, whole = (one_site(name, scheme, site) for _ in range(2))
-            multipliers = clip_and_scale(scaled, AwqOptions(**{**options, "clip": False}))
+            multipliers = clip_and_scale(scaled, AwqOptions(**{"folding": False, **options, "clip": False}))
             for layer, multiplier in multipliers.items():
                 scaled.layers[layer].register_forward_pre_hook(lambda _, x, m=multiplier: (x[0] * m,))
-            clip_and_scale(whole, AwqOptions(**options))
+            clip_and_scale(whole, AwqOptions(**{"folding": False, **options}))
             bench = open_bench(scaled, site, range(len(SAMPLES)))  # what it made before anything was clipped
             assert bench is not None
             fit = FitOptions() if "scale" in options else None  # plain rounding, against the better of two ranges
@@ -230,7 +230,7 @@ def test_multiplied_inputs_leave_the_output_alone(name: str) -> None:  # W31
     model = build(name)
     before = model(SAMPLES[0], use_cache=False).logits
     task = make_task(model, SAMPLES, "w3g32")
-    multipliers = scale_by_activation(task, AwqScaleOptions())
+    multipliers = scale_by_activation(task, AwqScaleOptions(folding=False))
     assert [each.rpartition(".")[2] for each in multipliers] == [{"gpt2": "c_proj", "phi": "fc2"}[name]]
     assert not torch.allclose(model(SAMPLES[0], use_cache=False).logits, before, atol=1e-3)
     for layer, multiplier in multipliers.items():
@@ -286,7 +286,7 @@ def test_a_float_layer_beside_quantized_ones_follows_the_norm() -> None:
     before = model(SAMPLES[0], use_cache=False).logits
     key = model.model.layers[0].self_attn.k_proj.weight.clone()
     task = make_task(model, SAMPLES, "w2g32", excluded=["k_proj"])
-    clip_and_scale(task, AwqOptions(clip=False))
+    clip_and_scale(task, AwqOptions(folding=False, clip=False))
     assert not torch.equal(model.model.layers[0].self_attn.k_proj.weight, key)
     torch.testing.assert_close(model(SAMPLES[0], use_cache=False).logits, before, atol=1e-4, rtol=0)
 

@@ -109,7 +109,7 @@ def test_the_ranges_of_groups_are_what_their_scales_are_proportional_to(scheme: 
 def test_the_loss_falls_in_most_steps_and_scales_stay_positive(name: str) -> None:  # W32
     task = make_task(build(name), SAMPLES, "w3g32")
     before = {key: value.clone() for key, value in task.block.state_dict().items()}
-    trained = train_scales(task, TeqOptions(steps=26))
+    trained = train_scales(task, TeqOptions(folding=False, steps=26))
     losses = [*trained.losses, trained.best]
     falls = [after < first for first, after in zip(trained.losses, trained.losses[1:], strict=False)]
     assert sum(falls) >= 0.8 * len(falls), losses
@@ -151,12 +151,12 @@ def test_it_never_loses_and_the_seed_decides(batch: int) -> None:
     results = []
     for seed in (0, 0, 1):
         task = make_task(build("llama"), SAMPLES, "w4g32", seed=seed)
-        results.append(train_scales(task, TeqOptions(steps=3, lr=0.9, batch=batch)))
+        results.append(train_scales(task, TeqOptions(folding=False, steps=3, lr=0.9, batch=batch)))
     first, again, other = results
     assert all(torch.equal(a, b) for a, b in zip(first.scales, again.scales, strict=True))
     assert batch == 8 or first.losses != other.losses
     task = make_task(build("llama"), SAMPLES, "w4g32")
-    nearest = train_scales(task, TeqOptions(steps=1, lr=1e-12)).losses[0]
+    nearest = train_scales(task, TeqOptions(folding=False, steps=1, lr=1e-12)).losses[0]
     if batch == 8:
         assert first.best <= nearest
 
@@ -178,13 +178,13 @@ def test_training_in_batches_lowers_the_loss_of_all(batch: int) -> None:
             return found
 
         before = error()
-        assert scale_by_training(task, TeqOptions(steps=20, batch=batch)) == {}
+        assert scale_by_training(task, TeqOptions(folding=False, steps=20, batch=batch)) == {}
         assert error() < before
         torch.testing.assert_close(task.run(0), floats[0], atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_folded_is_multiplied_or_left_out_openly() -> None:
-    multipliers = scale_by_training(make_task(build("gpt2"), SAMPLES, "w3g32"), TeqOptions(steps=4))
+    multipliers = scale_by_training(make_task(build("gpt2"), SAMPLES, "w3g32"), TeqOptions(folding=False, steps=4))
     assert [name.rpartition(".mlp.")[2] for name in multipliers] == ["c_proj"]
     assert all((multiplier > 0).all() for multiplier in multipliers.values())
     with pytest.warns(Notice, match=r"only folds are allowed.*mlp\.c_proj"):
@@ -205,7 +205,7 @@ def test_invalid_options_are_refused(field: str, value: object) -> None:
 def test_a_range_that_a_scheme_cannot_take_is_refused() -> None:
     task = make_task(build("llama"), SAMPLES, "w4g32-asym")
     with pytest.raises(BitwrightError) as caught:
-        train_scales(task, TeqOptions(range="centred"))
+        train_scales(task, TeqOptions(folding=False, range="centred"))
     assert caught.value.code == "BW201" and "w4g32-asym" in caught.value.what
 
 
@@ -214,5 +214,5 @@ def test_layers_of_other_schemes_train_together() -> None:
     assert isinstance(next(iter(task.linears.values())), LayerScheme)
     mixed = {name: parse(ROUNDED[number % len(ROUNDED)]) for number, name in enumerate(task.linears)}
     object.__setattr__(task, "linears", mixed)
-    trained = train_scales(task, TeqOptions(steps=2))
+    trained = train_scales(task, TeqOptions(folding=False, steps=2))
     assert len(trained.losses) == 2 and trained.best <= trained.losses[0]

@@ -70,7 +70,7 @@ class AwqScaleOptions:
     """
 
     scale: bool = True
-    folding: bool = False
+    folding: bool = True
     grid: int = 20
     tokens: int = 4096
     range: EitherRange = "restricted"

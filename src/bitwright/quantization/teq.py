@@ -46,7 +46,7 @@ class TeqOptions:
     lr: float = 1e-3
     warmup: float = 0.05
     batch: int = 8
-    folding: bool = False
+    folding: bool = True
     range: Range = "restricted"
     search: bool = False
 
