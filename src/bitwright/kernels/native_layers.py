@@ -70,8 +70,9 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor) -> Tensor
     _check("cosine and sine", [cosine, sine], torch.float32, cosine.shape)
     if positions.dtype != torch.int32 or positions.shape != x.shape[:1] or not positions.is_contiguous():
         raise ArgumentError("BW201", f"positions are {positions.dtype} {list(positions.shape)}", why="int32 [tokens]")
+    tokens, heads, dimension = x.shape
     _native.rotate(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, cosine.data_ptr(), sine.data_ptr(), positions.data_ptr(),
+        x.data_ptr(), DTYPES[x.dtype], tokens, heads, dimension, cosine.data_ptr(), sine.data_ptr(), positions.data_ptr(),
         cosine.shape[0], torch.get_num_threads(),
     )  # fmt: skip
     return x
