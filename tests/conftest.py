@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Before anything imports torch: test processes that run side by side do not spin for each other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from bitwright.kernels import native, native_library
+
+MISSING = native_library.missing()
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # third-party models and texts lie beside the repository, and may be absent
 
@@ -51,6 +55,22 @@ def _present(folder: Path) -> Path:
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's own cache of reference logits."""
     monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "bitwright-cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _reference_kernels() -> Iterator[None]:
+    """Whatever is not about the native kernels is tested on the reference, whose sums do not depend on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_library, "_MISSING", "left aside in the tests of everything else")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _native_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own tests have them, for layers of any size."""
+    if request.path.name.startswith("test_native"):
+        monkeypatch.setattr(native_library, "_MISSING", MISSING)
+        monkeypatch.setattr(native, "MOST_PADDING", math.inf)
 
 
 @pytest.fixture(autouse=True, scope="session")

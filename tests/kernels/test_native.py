@@ -252,3 +252,16 @@ def test_packed_tensors_of_another_layer_are_refused() -> None:
         cut = {**packed.tensors, name: packed.tensors[name][:-1]}
         with pytest.raises(ValueError, match="not those of the layer"):
             native.run(torch.randn(1, 64), replace(packed, tensors=cut), None)
+
+
+@pytest.mark.parametrize(("scheme", "shape"), [("w4g32", (40, 256)), ("w5g32", (256, 256)), ("nf4g64-dq", (256, 256))])
+def test_an_operand_that_would_be_larger_than_what_is_stored_is_refused(
+    scheme: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W38: of the size of what is stored, and a tenth more."""
+    monkeypatch.setattr(native, "MOST_PADDING", 1.1)
+    layer, tensor = parse(scheme), QuantizedTensor.quantize(torch.randn(*shape), parse(scheme).weight)
+    spec = KernelSpec(scheme=layer, shape=shape, device=torch.device("cpu"))
+    operand = sum(part.nbytes for part in native.pack(tensor, layer).tensors.values())
+    is_larger = operand * 8 > max(1.1 * tensor.stored_bits(), tensor.stored_bits() + 128)
+    assert (native.refuse(spec) is not None) == is_larger

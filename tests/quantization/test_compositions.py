@@ -142,7 +142,7 @@ def test_options_that_cannot_be_placed_are_refused(toy: Callable[..., Toy], valu
 
 
 def test_layers_may_have_algorithms_of_their_own(place: Path, toy: Callable[..., Toy]) -> None:
-    first, second = toy("first"), toy("second")
+    first, second = toy("first", tune=()), toy("second")
     layer = "self_attn.o_proj" if (place / "model/config.json").read_text().count("llama") else "attn.c_proj"
     rules = [f".*{layer}=w4g32@second", Override(pattern=r".*\.1\..*mlp.*", scheme=None)]
     output = run(place, algorithm="first", overrides=rules)

@@ -84,9 +84,10 @@ def test_the_source_is_left_alone_unless_it_may_be_changed(family: str, algorith
 
 
 def few_steps(algorithm: str) -> dict[str, int]:
-    """Options with which an algorithm that trains takes little time."""
+    """Options with which an algorithm that trains takes little time, and what cannot be folded is no notice."""
     fields = {field.name for stage in ALGORITHMS[algorithm].stages for field in dataclasses.fields(stage.options)}
-    return dict.fromkeys(fields & {"steps", "iters", "code_steps", "scale_steps"}, 2)
+    steps = dict.fromkeys(fields & {"steps", "iters", "code_steps", "scale_steps"}, 2)
+    return steps | dict.fromkeys(fields & {"folding"}, False)
 
 
 def test_preparing_changes_no_output() -> None:

@@ -23,8 +23,8 @@ class Override:
     """A rule for some layers: ``scheme`` is ``None`` to leave them in floating point.
 
     ``pattern`` is an exact layer name or a regular expression that must match the whole name; with ``is_type`` it is
-    the class name of a layer (``Linear``, ``Conv1D``). ``algorithm``, with its ``options``, is the recipe's own unless
-    given.
+    the class name of a layer (``Linear``, ``Conv1D``). ``algorithm`` is the recipe's own, with its options, unless
+    another one is given, which has its own ``options``.
     """
 
     pattern: str
@@ -94,7 +94,7 @@ class Recipe:
         rule = sorted(matching, key=rank)[-1]
         if rule.scheme is None:
             return None
-        if rule.algorithm is None:
+        if rule.algorithm is None or (rule.algorithm == self.algorithm and not rule.options):
             return Choice(rule.scheme, self.algorithm, self.options)
         return Choice(rule.scheme, rule.algorithm, rule.options)
 

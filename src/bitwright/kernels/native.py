@@ -23,6 +23,7 @@ if native_library.missing() is None:
 __all__ = ["KERNEL", "pack", "refuse", "run", "unpack"]
 
 PANEL = 64
+MOST_PADDING, SPARE_BYTES = 1.1, 16  # an operand of a larger multiple of what is stored is refused, tiny ones apart
 BLOCK = 32
 MAX_GROUP = 65536
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -45,7 +46,29 @@ def refuse(spec: KernelSpec) -> str | None:
     found = next((reason for applies, reason in reasons if applies), None)
     if found is None:
         native_library.instruction_set()
+        operand, stored = _operand_bits(scheme, spec.shape), _stored_bits(scheme, spec.shape)
+        if operand > max(MOST_PADDING * stored, stored + 8 * SPARE_BYTES):
+            found = f"its operand would take {operand / stored:.2f} times what is stored"
     return found
+
+
+def _stored_bits(scheme: QuantScheme, shape: tuple[int, int]) -> int:
+    """What the layer takes when it is packed densely."""
+    rows, columns = shape
+    groups = -(-columns // min(scheme.group or columns, columns))
+    nested = scheme.scale_scheme
+    scale_bits = nested.bits if nested is not None else 8 * scheme.scale_dtype.itemsize
+    zero_bits = 0 if scheme.symmetric else scheme.bits if scheme.zero == "integer" else scale_bits
+    return rows * (columns * scheme.bits + groups * (scale_bits + zero_bits))
+
+
+def _operand_bits(scheme: QuantScheme, shape: tuple[int, int]) -> int:
+    """What the operand of the layer takes: whole panels of rows and blocks of columns, and scales that can be read."""
+    rows, (slots, group) = shape[0], _layout(scheme, shape)
+    nested = scheme.scale_scheme
+    scale_bits = 32 + nested.bits if nested is not None else 8 * scheme.scale_dtype.itemsize
+    zero_bits = 0 if scheme.symmetric else 8 if scheme.zero == "integer" else 8 * scheme.scale_dtype.itemsize
+    return -(-rows // PANEL) * PANEL * (slots * _container_bits(scheme) + -(-slots // group) * (scale_bits + zero_bits))
 
 
 def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:

@@ -72,8 +72,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor) -> Tensor
         raise ArgumentError("BW201", f"positions are {positions.dtype} {list(positions.shape)}", why="int32 [tokens]")
     tokens, heads, dimension = x.shape
     _native.rotate(
-        x.data_ptr(), DTYPES[x.dtype], tokens, heads, dimension, cosine.data_ptr(), sine.data_ptr(), positions.data_ptr(),
-        cosine.shape[0], torch.get_num_threads(),
+        x.data_ptr(), DTYPES[x.dtype], tokens, heads, dimension, cosine.data_ptr(), sine.data_ptr(),
+        positions.data_ptr(), cosine.shape[0], torch.get_num_threads(),
     )  # fmt: skip
     return x
 

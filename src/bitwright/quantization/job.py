@@ -27,7 +27,7 @@ from bitwright.quantization.capture import Captured, capture, observe_head
 from bitwright.quantization.events import Event, EventSink, Stopped
 from bitwright.quantization.finishing import Finish, block_shard
 from bitwright.quantization.journal import Journal, UnitRecord
-from bitwright.quantization.plan import FINISH, Plan, Unit
+from bitwright.quantization.plan import FINISH, Plan, Unit, head_note
 from bitwright.quantization.report import versions
 from bitwright.quantization.rows import layer_row
 from bitwright.quantization.sources import Source
@@ -164,7 +164,7 @@ class Job:
         rows: dict[str, Mapping[str, Any]] = {}
         for name, made in rounded.items():
             row = layer_row(layers[name], made.tensor, unit.layers[name], statistics.get(name))
-            rows[name] = {**row, **made.notes}
+            rows[name] = {**row, **head_note(self.plan.methods[name]), **made.notes}
         self.source.release(names)
         return {name: made.tensor for name, made in rounded.items()}, rows
 

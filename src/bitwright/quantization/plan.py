@@ -21,7 +21,7 @@ from bitwright.quantization.algorithms import Method, make_method
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stages import Finisher, Stage
 
-__all__ = ["FINISH", "GroupFallback", "Plan", "Unit", "make_plan"]
+__all__ = ["FINISH", "GroupFallback", "Plan", "Unit", "head_note", "make_plan"]
 
 GroupFallback = Literal["error", "pad", "per-channel", "skip"]
 GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
@@ -141,7 +141,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         notices += more
     head_quantized = head is not None and head[0] in schemes
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
-    together = max(getattr(o, "n_blocks", 1) for method in methods.values() for o in method.options.values())
+    together = _blocks_together(methods)
     units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
     return Plan(
         units=units,
@@ -165,6 +165,31 @@ def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         found |= linears(block, name)
     head = output_head(model)
     return found if head is None else found | {head[0]: head[1]}
+
+
+def head_note(method: Method) -> dict[str, str]:
+    """The report's word on an output head whose algorithm does more to blocks than to it."""
+    if not (method.algorithm.equalize or method.algorithm.tune):
+        return {}
+    return {"rounded_by": method.algorithm.round.name, "reason": "equalizing and tuning end with the blocks"}
+
+
+def _blocks_together(methods: Mapping[str, Method]) -> int:
+    """How many blocks are worked on together; what several algorithms in one model would do to each other is refused."""
+    together = max(
+        getattr(options, "n_blocks", 1) for method in methods.values() for options in method.options.values()
+    )
+    distinct = {id(method): method for method in methods.values()}.values()
+    equalizing = next((method.name for method in distinct if method.algorithm.equalize), None)
+    if together > 1 and equalizing is not None:
+        what = f"n_blocks is {together}, and {equalizing} works on one block at a time"
+        raise BitwrightError("BW201", what, suggestion="n_blocks=1")
+    for kind in ("tune", "finish"):
+        several = [method.name for method in distinct if getattr(method.algorithm, kind)]
+        if len(several) > 1:
+            what = f"{' and '.join(several)} would both {kind} the same model"
+            raise BitwrightError("BW201", what, suggestion="one algorithm of that kind, and plain ones beside it")
+    return int(together)
 
 
 def _methods(recipe: Recipe, choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, Method]:

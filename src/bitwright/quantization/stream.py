@@ -127,7 +127,7 @@ def quantize_block(work: BlockWork) -> BlockResult:
                     multiplied.enter_context(_multiplied_input(work.layers[name], scale))
                     scales[name] = scale * scales[name] if name in scales else scale
                 # The inputs of the sites are scaled now; what was measured before no longer describes them.
-                observed = _observe(work, sites=observed.sites)[0]
+                observed = _observe(work, sites=_split_sites(observed.sites, scales))[0]
         tensors: dict[str, QuantizedTensor] = {}
         rows: dict[str, Mapping[str, Any]] = {}
         for method, names in work.by_method():
@@ -333,6 +333,16 @@ def _measure(
 
 def _sizes(layers: Mapping[str, nn.Module]) -> dict[str, int]:
     return {name: linear_weight(layer).numel() for name, layer in layers.items()}
+
+
+def _split_sites(sites: Sequence[Sequence[str]], scales: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layers whose inputs are multiplied by different vectors no longer read the same."""
+    parts: dict[tuple[int, bytes], list[str]] = {}
+    for number, site in enumerate(sites):
+        for name in site:
+            scale = scales.get(name)
+            parts.setdefault((number, b"" if scale is None else scale.numpy().tobytes()), []).append(name)
+    return list(parts.values())
 
 
 def _note_of(method: Method, work: BlockWork) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""What reviews found in runs of several algorithms and in compositions: each fault once, so that it stays mended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.errors import BitwrightError
+from bitwright.core.recipe import Recipe, parse_override
+from bitwright.core.scheme_names import parse
+from bitwright.models.blocks import linear_weight
+from bitwright.quantization.algorithms import ALGORITHMS
+from bitwright.quantization.api import quantize
+from bitwright.quantization.plan import make_plan
+from bitwright.quantization.rtn import RTN, RtnOptions
+from bitwright.quantization.session import convert, prepare
+from bitwright.quantization.sources import MemorySource
+from bitwright.quantization.stages import Algorithm, BlockTask, Stage
+from tests.quantization.tiny import TEXT, Plain, build_model, save_model
+
+
+def refusal(**changes: object) -> BitwrightError:
+    with pytest.raises(BitwrightError) as caught:
+        recipe = Recipe(scheme=parse("w4g32"), **changes)  # type: ignore[arg-type]
+        make_plan(MemorySource(build_model("llama")), recipe, format=None, group_fallback="error")
+    return caught.value
+
+
+def test_equalizers_are_not_given_several_blocks_at_once() -> None:
+    found = refusal(algorithm="autoround", options={"n_blocks": 2}, overrides=(parse_override(".*q_proj=w4g32@awq"),))
+    assert found.code == "BW201" and "awq" in found.what and "n_blocks" in found.what
+
+
+@pytest.mark.parametrize(("algorithm", "other"), [("gptq+learned", "autoround"), ("gptq+logits", "autoround+logits")])
+def test_two_algorithms_do_not_tune_one_model(algorithm: str, other: str) -> None:
+    found = refusal(algorithm=algorithm, overrides=(parse_override(f".*k_proj=w4g32@{other}"),))
+    assert found.code == "BW201" and algorithm in found.what and other in found.what
+
+
+def test_an_override_with_the_same_algorithm_keeps_its_options() -> None:
+    rules = (parse_override(".*q_proj=w3g32@gptq"), parse_override(".*k_proj=w3g32@rtn"))
+    recipe = Recipe(scheme=parse("w4g32"), algorithm="gptq", options={"act_order": True}, overrides=rules)
+    same, other = (recipe.choice_for(name, "Linear") for name in ("a.q_proj", "a.k_proj"))
+    assert same is not None and dict(same.options) == {"act_order": True}
+    assert other is not None and other.algorithm == "rtn" and not other.options
+
+
+def test_the_report_says_what_an_algorithm_leaves_out_at_the_head(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    (tmp_path / "text").write_text(TEXT)
+    run = {"calibration": tmp_path / "text", "samples": 4, "seqlen": 16, "overrides": ["lm_head=w8"]}
+    report = quantize(tmp_path / "model", tmp_path / "out", scheme="w4g32", algorithm="awq", **run)  # type: ignore[arg-type]
+    head = report.layers["lm_head"]
+    assert head["rounded_by"] == "rtn" and "blocks" in head["reason"]
+
+
+def test_layers_whose_inputs_are_multiplied_differently_have_statistics_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two readers of one input, of which only the first is scaled."""
+    power: dict[str, Tensor] = {}
+
+    def scale_first(task: BlockTask, options: RtnOptions) -> Mapping[str, Tensor]:
+        name = next(name for name in task.layers if name.endswith("first"))
+        vector = 1.0 + torch.arange(32)
+        linear_weight(task.layers[name]).div_(vector)
+        return {name: vector}
+
+    def look(task: BlockTask, tensors: Mapping[str, object], options: RtnOptions) -> Mapping[str, object]:
+        power.update({name: entry.sum_of_squares for name, entry in task.statistics.items()})
+        return tensors
+
+    row = Algorithm(
+        equalize=(Stage("scale", RtnOptions, scale_first),),
+        round=RTN,
+        tune=(Stage("look", RtnOptions, look),),  # type: ignore[arg-type]
+        calibrated=True,
+    )
+    monkeypatch.setitem(ALGORITHMS, "toy", row)
+    model = Plain(32)
+    for block in model.blocks:
+        block.up = Twins(32)
+    prepared = prepare(model, scheme="w4g32", algorithm="toy")
+    prepared(torch.randn(6, 8))
+    convert(prepared)
+    first, second = (power[f"blocks.0.up.{name}"] for name in ("first", "second"))
+    torch.testing.assert_close(first, second * (1.0 + torch.arange(32)).double().square(), rtol=1e-4, atol=1e-6)
+
+
+class Twins(nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
