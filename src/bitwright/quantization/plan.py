@@ -175,7 +175,7 @@ def head_note(method: Method) -> dict[str, str]:
 
 
 def _blocks_together(methods: Mapping[str, Method]) -> int:
-    """How many blocks are worked on together; what several algorithms in one model would do to each other is refused."""
+    """How many blocks are worked on together. Algorithms that would spoil each other's work are refused."""
     together = max(
         getattr(options, "n_blocks", 1) for method in methods.values() for options in method.options.values()
     )
