@@ -181,10 +181,10 @@ def test_a_prepared_model_is_finished_to_the_same_numbers(place: Path, register:
     "batches",
     [
         [{"inputs_embeds": torch.zeros(1, 8, 32)}] * 2,
-        [{"input_ids": torch.ones(1, 8, dtype=torch.int64), "attention_mask": torch.tensor([[0] + [1] * 7])}] * 2,
+        [{"input_ids": torch.ones(1, 8, dtype=torch.int64), "attention_mask": torch.tensor([[1, 0] + [1] * 6])}] * 2,
         [{"input_ids": torch.ones(1, length, dtype=torch.int64)} for length in (8, 9)],
     ],
-    ids=["embeddings", "padded", "two lengths"],
+    ids=["embeddings", "masked", "two lengths"],
 )
 def test_batches_that_are_no_windows_are_refused(register: Callable[..., None], batches: list[Any]) -> None:
     register(tune_logits, LogitsOptions)

@@ -13,6 +13,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Recipe, parse_override
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight
+from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.api import quantize
 from bitwright.quantization.plan import make_plan
@@ -20,6 +21,7 @@ from bitwright.quantization.rtn import RTN, RtnOptions
 from bitwright.quantization.session import convert, prepare
 from bitwright.quantization.sources import MemorySource
 from bitwright.quantization.stages import Algorithm, BlockTask, Stage
+from tests.quantization.few_steps import few_steps
 from tests.quantization.tiny import TEXT, Plain, build_model, save_model
 
 
@@ -89,6 +91,19 @@ def test_layers_whose_inputs_are_multiplied_differently_have_statistics_of_their
     convert(prepared)
     first, second = (power[f"blocks.0.up.{name}"] for name in ("first", "second"))
     torch.testing.assert_close(first, second * (1.0 + torch.arange(32)).double().square(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [name for name, row in ALGORITHMS.items() if row.calibrated])
+def test_codes_do_not_depend_on_how_texts_are_put_into_batches(algorithm: str) -> None:
+    ids = torch.randint(0, 32, (8, 16), generator=torch.Generator().manual_seed(3))
+    made = []
+    for size in (1, 8):
+        prepared = prepare(build_model("llama"), scheme="w3g32-asym", algorithm=algorithm, options=few_steps(algorithm))
+        for batch in ids.split(size):
+            prepared(input_ids=batch)
+        layers = [module for module in convert(prepared).modules() if isinstance(module, QuantizedLinear)]
+        made.append(torch.cat([layer.unpack().codes.flatten() for layer in layers]))
+    assert torch.equal(*made)
 
 
 class Twins(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from bitwright.quantization.rtn import RTN, RtnOptions
 from bitwright.quantization.session import convert, prepare, quantize_module
 from bitwright.quantization.stages import Algorithm, BlockTask, Stage
 from bitwright.quantization.statistics import SiteStatistics, collect_statistics
+from tests.quantization.few_steps import few_steps
 from tests.quantization.tiny import Plain, PlainBlock, build_model
 
 WIDTH = 32
@@ -81,13 +81,6 @@ def test_the_source_is_left_alone_unless_it_may_be_changed(family: str, algorith
     inplace(input_ids=ids)
     inplace(input_ids=ids)
     assert convert(inplace) is model and same_state(model, converted)
-
-
-def few_steps(algorithm: str) -> dict[str, int]:
-    """Options with which an algorithm that trains takes little time, and what cannot be folded is no notice."""
-    fields = {field.name for stage in ALGORITHMS[algorithm].stages for field in dataclasses.fields(stage.options)}
-    steps = dict.fromkeys(fields & {"steps", "iters", "code_steps", "scale_steps"}, 2)
-    return steps | dict.fromkeys(fields & {"folding"}, False)
 
 
 def test_preparing_changes_no_output() -> None:
@@ -223,8 +216,10 @@ def test_batches_may_be_padded_and_keep_their_cache(family: str, observed: list[
         hook = quantized.get_submodule(task.name).register_forward_pre_hook(look, with_kwargs=True)
         with torch.no_grad():
             for batch in batches:
-                quantized(**batch, use_cache=False)
+                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                    quantized(ids[mask.bool()][None], use_cache=False)
         hook.remove()
+        assert [len(given) for given in task.inputs] == [1] * 7
         for found, given in zip(seen, task.inputs, strict=True):
             torch.testing.assert_close(found, given, atol=1e-6, rtol=1e-5)
 

@@ -28,6 +28,9 @@ from bitwright.quantization.stream import BlockWork, Flow, block_seed, quantize_
 __all__ = ["Prepared", "convert", "prepare", "quantize_module"]
 
 
+Batch = tuple[tuple[Any, ...], dict[str, Any]]  # what a model was called with: arguments and keywords
+
+
 class Prepared(nn.Module):
     """A model that notes every batch it is run on, as calibration data for :func:`convert`.
 
@@ -39,7 +42,7 @@ class Prepared(nn.Module):
         super().__init__()
         self.model = model
         self.recipe, self.group_fallback = recipe, group_fallback
-        self.batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.batches: list[Batch] = []
         self.source: Source | None = None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
@@ -103,7 +106,8 @@ def convert(prepared: Prepared) -> nn.Module:
             f"{recipe.algorithm} needs calibration data, and the prepared model was never run",
             suggestion="run the prepared model on some batches before converting it",
         )
-    forwards: list[Callable[[], object]] = [partial(model, *batch[0], **batch[1]) for batch in prepared.batches]
+    batches = [text for batch in prepared.batches for text in _texts(batch)]
+    forwards: list[Callable[[], object]] = [partial(model, *arguments, **keywords) for arguments, keywords in batches]
     originals: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.schemes}
     modes = {module: module.training for module in model.modules()}
     model.train(False)  # dropout would make other statistics at every pass
@@ -120,6 +124,46 @@ def convert(prepared: Prepared) -> nn.Module:
             module.training = modes.get(module, modes[model])
     attach_saving(model)
     return model
+
+
+def _texts(batch: Batch) -> list[Batch]:
+    """The texts of a batch of token ids one by one, without what they are padded with; other batches as they are.
+
+    What is drawn, judged or trained on then does not depend on how texts were put together.
+    """
+    arguments, keywords = batch
+    ids = keywords.get("input_ids", arguments[0] if arguments else None)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return [batch]
+    texts = []
+    for row in range(ids.shape[0]):
+        alone = partial(_row_of, row=row, count=ids.shape[0])
+        texts.append(_unpadded((tuple(map(alone, arguments)), {name: alone(part) for name, part in keywords.items()})))
+    return texts
+
+
+def _row_of(value: Any, *, row: int, count: int) -> Any:
+    is_batched = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == count
+    return value[row : row + 1] if is_batched else value
+
+
+def _unpadded(text: Batch) -> Batch:
+    """One text without the tokens that its mask hides, if those lie before or behind it."""
+    arguments, keywords = text
+    mask = keywords.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.any()):
+        return text
+    kept = mask[0].nonzero().flatten()
+    first, end = int(kept[0]), int(kept[-1]) + 1
+    if len(kept) != end - first or (first, end) == (0, mask.shape[1]):
+        return text
+
+    def cut(value: Any) -> Any:
+        is_long = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == mask.shape[1]
+        return value[:, first:end] if is_long else value
+
+    rest = {name: cut(part) for name, part in keywords.items() if name != "attention_mask"}
+    return tuple(map(cut, arguments)), rest
 
 
 def _rotate(model: nn.Module, recipe: Recipe) -> None:
@@ -224,7 +268,7 @@ def _finish(
     """The pass over the whole model, with every row of the batches a window."""
     assert plan.finish is not None
     model, (stage, options) = prepared.model, plan.finish
-    windows = [row for batch in prepared.batches for row in _token_rows(batch)]
+    windows = [row for batch in prepared.batches for text in _texts(batch) for row in _token_rows(text)]
     rows = [row.unsqueeze(0) for reference in references for row in reference]
     if len({len(window) for window in windows}) != 1:
         raise BitwrightError(
@@ -262,7 +306,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _token_rows(batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def _token_rows(batch: Batch) -> Tensor:
     """The ids ``[windows, length]`` of a batch that is nothing but whole windows.
 
     Raises:
