@@ -115,3 +115,16 @@ class Twins(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("algorithm", ["autoround", "gptq+learned", "gptq"])
+def test_a_block_whose_output_is_not_finite_is_named(algorithm: str) -> None:
+    """In float16, where the last block's sum is beyond the largest number."""
+    model = Plain(32).half()
+    torch.nn.init.constant_(model.blocks[2].down.weight, 300.0)
+    torch.nn.init.constant_(model.blocks[2].up.bias, 300.0)
+    prepared = prepare(model, scheme="w4g32", algorithm=algorithm, options=few_steps(algorithm))
+    prepared(torch.ones(4, 8).half())
+    with pytest.raises(BitwrightError) as caught:
+        convert(prepared)
+    assert caught.value.code == "BW601" and "blocks.2" in caught.value.what

@@ -290,7 +290,15 @@ def _float_outputs(work: BlockWork) -> tuple[Tensor, ...] | None:
     """What the float blocks make of the float model's hidden states, where some algorithm wants those."""
     if work.flow is None or work.flow.references is None:
         return None
-    return tuple(work.run_on(hidden, sample) for sample, hidden in enumerate(work.flow.references))
+    outputs = tuple(work.run_on(hidden, sample) for sample, hidden in enumerate(work.flow.references))
+    _refuse_nonfinite(outputs, work.flow.numbers, f"at the output of {work.name}")
+    return outputs
+
+
+def _refuse_nonfinite(outputs: Sequence[Tensor], numbers: Sequence[int], where: str) -> None:
+    for position, (output, number) in enumerate(zip(outputs, numbers, strict=True)):
+        if not torch.isfinite(output).all():
+            raise NonFiniteActivations(position, number, where)
 
 
 def _outputs(work: BlockWork) -> tuple[Tensor, ...]:
@@ -299,10 +307,7 @@ def _outputs(work: BlockWork) -> tuple[Tensor, ...]:
         return ()
     with decoded(work.model, {name: linear_weight(layer).dtype for name, layer in work.layers.items()}):
         outputs = tuple(map(work.run, range(len(work.flow.inputs))))
-    for output, number in zip(outputs, work.flow.numbers, strict=True):
-        if not torch.isfinite(output).all():
-            position = work.flow.numbers.index(number)
-            raise NonFiniteActivations(position, number, f"at the output of the quantized {work.name}")
+    _refuse_nonfinite(outputs, work.flow.numbers, f"at the output of the quantized {work.name}")
     return outputs
 
 
