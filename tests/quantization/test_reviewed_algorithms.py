@@ -128,3 +128,28 @@ def test_a_block_whose_output_is_not_finite_is_named(algorithm: str) -> None:
     with pytest.raises(BitwrightError) as caught:
         convert(prepared)
     assert caught.value.code == "BW601" and "blocks.2" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheme", "options"),
+    [
+        ("autoround", "nf4g32", {}),
+        ("hqq", "nf4g32", {}),
+        ("gptq", "w8g32", {"fp8_aware": True}),
+    ],
+)
+def test_what_an_algorithm_cannot_make_is_refused_in_the_plan(
+    algorithm: str, scheme: str, options: dict[str, bool]
+) -> None:
+    recipe = Recipe(scheme=parse(scheme), algorithm=algorithm, options=options)
+    with pytest.raises(BitwrightError, match=f"{algorithm} cannot use {scheme}, the scheme of model.layers.0"):
+        make_plan(MemorySource(build_model("llama")), recipe, format=None, group_fallback="error")
+
+
+def test_one_sample_is_too_few_to_train_and_judge_by_logits(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    (tmp_path / "text").write_text(TEXT)
+    with pytest.raises(BitwrightError, match="two calibration samples"):
+        run = {"calibration": tmp_path / "text", "samples": 1, "seqlen": 16}
+        quantize(tmp_path / "model", tmp_path / "out", scheme="w4g32", algorithm="gptq+logits", **run)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

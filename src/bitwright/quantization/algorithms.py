@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import LayerScheme
 from bitwright.quantization.autoround import AUTOROUND
 from bitwright.quantization.awq import AWQ, AWQ_ROUND, AWQ_SCALE
 from bitwright.quantization.choice import CHOICE
@@ -22,7 +23,7 @@ from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 from bitwright.quantization.teq import TEQ
 
-__all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_options"]
+__all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_options", "refuse_schemes"]
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
@@ -71,6 +72,21 @@ def make_method(name: str, values: Mapping[str, Any]) -> Method:
         BitwrightError: as :func:`parse_options`.
     """
     return Method(name, get_algorithm(name), parse_options(name, values))
+
+
+def refuse_schemes(methods: Mapping[str, Method], schemes: Mapping[str, LayerScheme]) -> None:
+    """Ask every stage of every layer's algorithm whether it can make what the layer is to store.
+
+    Raises:
+        BitwrightError: BW201 naming the first layer for which one cannot.
+    """
+    for name, method in methods.items():
+        for stage in method.algorithm.stages:
+            scheme = schemes[name].weight
+            reason = stage.refuse(scheme, method.options[stage.name])
+            if reason is not None:
+                what = f"{stage.name} cannot use {scheme.name}, the scheme of {name}: {reason}"
+                raise BitwrightError("BW201", what, suggestion="another scheme, or another algorithm for such layers")
 
 
 def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,9 @@ def quantize(
         if plan.is_calibrated and calibration is None:
             calibration = "calibration"
         tokens = None if calibration is None else _calibration(source, calibration, samples, seqlen, seed)
+        if plan.finish is not None and tokens is not None and len(tokens.windows) < 2:
+            what = f"{algorithm} needs two calibration samples at least: one to train on and one to judge by"
+            raise BitwrightError("BW401", what, suggestion="more --samples, or a longer text")
         return _run(source, name, plan, recipe, tokens, samples, request)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.grid import FitOptions
 from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import QuantScheme
 from bitwright.models.blocks import linear_weight
 from bitwright.quantization.block_loss import BlockLoss
 from bitwright.quantization.fake_quant import OffsetWeight, can_follow
@@ -89,7 +90,9 @@ def learn_rounding(
         return tensors
     if not task.inputs:
         raise BitwrightError("BW401", f"autoround needs calibration samples for {task.name}")
-    _refuse(task)
+    for name, scheme in task.linears.items():
+        if (reason := _refuse(scheme.weight, options)) is not None:
+            raise BitwrightError("BW201", f"autoround cannot use {scheme.weight.name}, the scheme of {name}: {reason}")
     fit = FitOptions(symmetric_range="full" if options.full_range else "restricted")
     with gradients_enabled():
         loss = BlockLoss(task, on_float_inputs=not options.quantized_input)
@@ -101,9 +104,6 @@ def learn_rounding(
             found = _descend(loss, layers, weights, options, task.seed)
             start_error, error = (_error_of(loss, layers, candidate) for candidate in (tensors, found))
     return found if error < start_error else tensors
-
-
-AUTOROUND: Stage[Tuner] = Stage("autoround", AutoRoundOptions, learn_rounding)
 
 
 def _descend(
@@ -166,17 +166,16 @@ def _batches(count: int, options: AutoRoundOptions, generator: torch.Generator) 
             start = (start + size) % count
 
 
-def _refuse(task: BlockTask) -> None:
-    for name, scheme in task.linears.items():
-        if not can_follow(scheme.weight):
-            raise BitwrightError(
-                "BW201",
-                f"autoround cannot use {scheme.weight.name}, the scheme of {name}",
-                why="it learns the rounding to counted codes on scales that are plain numbers",
-                suggestion="an integer scheme of at least two bits, without double quantization: w4g128, w2g64-asym",
-            )
+def _refuse(scheme: QuantScheme, options: AutoRoundOptions) -> str | None:
+    """Why the rounding to the codes of ``scheme`` cannot be learned, or ``None``."""
+    if can_follow(scheme):
+        return None
+    return "it learns the rounding to counted codes, of two bits or more, on scales that are plain numbers"
 
 
 def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
     if not is_valid:
         raise ArgumentError("BW201", f"autoround option {field} is {value!r}", suggestion=accepted)
+
+
+AUTOROUND: Stage[Tuner] = Stage("autoround", AutoRoundOptions, learn_rounding, _refuse)

@@ -259,4 +259,8 @@ def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
         raise ArgumentError("BW201", f"{field} is {value!r}", suggestion=f"accepted: {accepted}")
 
 
-GPTQ: Stage[Rounder] = Stage("gptq", GptqOptions, round_by_error_feedback)
+def _refuse(scheme: QuantScheme, options: GptqOptions) -> str | None:
+    return fp8.refuse_scheme(scheme) if options.fp8_aware else None
+
+
+GPTQ: Stage[Rounder] = Stage("gptq", GptqOptions, round_by_error_feedback, _refuse)

@@ -219,4 +219,9 @@ def _check(field: str, value: float, is_valid: bool, accepted: str) -> None:
         raise ArgumentError("BW201", f"hqq option {field} is {value!r}", suggestion=f"accepted: {accepted}")
 
 
-HQQ: Stage[Rounder] = Stage("hqq", HqqOptions, solve_half_quadratic)
+def _refuse(scheme: QuantScheme, options: HqqOptions) -> str | None:
+    """Why there is no zero point to move, or ``None``."""
+    return f"the levels of {scheme.code} are a table and have no zero point to move" if scheme.is_codebook else None
+
+
+HQQ: Stage[Rounder] = Stage("hqq", HqqOptions, solve_half_quadratic, _refuse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from bitwright.formats import compressed_tensors
 from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.table import FORMATS, get_format
 from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
-from bitwright.quantization.algorithms import Method, make_method
+from bitwright.quantization.algorithms import Method, make_method, refuse_schemes
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stages import Finisher, Stage
 
@@ -186,17 +186,17 @@ def _blocks_together(methods: Mapping[str, Method]) -> int:
         raise BitwrightError("BW201", what, suggestion="n_blocks=1")
     for kind in ("tune", "finish"):
         several = [method.name for method in distinct if getattr(method.algorithm, kind)]
-        if len(several) > 1:
+        if len(several) > 1 and set(several) != {"autoround"}:  # which changes nothing but codes
             what = f"{' and '.join(several)} would both {kind} the same model"
             raise BitwrightError("BW201", what, suggestion="one algorithm of that kind, and plain ones beside it")
     return int(together)
 
 
-def _methods(recipe: Recipe, choices: Mapping[str, Choice], names: Iterable[str]) -> dict[str, Method]:
+def _methods(recipe: Recipe, choices: Mapping[str, Choice], schemes: Mapping[str, LayerScheme]) -> dict[str, Method]:
     """Each layer's algorithm; layers of the same algorithm and options share one record."""
     made: dict[str, Method] = {}
     methods = {}
-    for name in names:
+    for name in schemes:
         choice = choices[name]
         key = f"{choice.algorithm} {sorted(choice.options.items())!r}"
         if key not in made:
@@ -205,6 +205,7 @@ def _methods(recipe: Recipe, choices: Mapping[str, Choice], names: Iterable[str]
                 what = f"{name}: {choice.algorithm} rotates the whole model, and is given for some layers only"
                 raise BitwrightError("BW201", what, suggestion=f"--algorithm {choice.algorithm} for all layers")
         methods[name] = made[key]
+    refuse_schemes(methods, schemes)
     return methods
 
 

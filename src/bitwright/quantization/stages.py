@@ -70,13 +70,21 @@ Rotator = Callable[[nn.Module, Any, int], None]  # rotates a module in memory: o
 Work = TypeVar("Work")
 
 
+def _accept(scheme: QuantScheme, options: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Stage(Generic[Work]):
-    """One step of an algorithm: its name, the frozen dataclass of its options, and what it does."""
+    """One step of an algorithm: its name, the frozen dataclass of its options, and what it does.
+
+    ``refuse`` says, before any work, why it cannot be used for a scheme, or ``None``.
+    """
 
     name: str
     options: type
     run: Work
+    refuse: Callable[[QuantScheme, Any], str | None] = _accept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
