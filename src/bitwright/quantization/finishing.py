@@ -74,12 +74,13 @@ class Finish:
     windows: Sequence[Tensor]
     references: Sequence[Tensor]
     as_tuple: bool
+    should_stop: Callable[[], bool]
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(self) -> None:
         """Do what the journal does not have yet of the pass.
 
         Raises:
-            Stopped: after a step of it, if ``should_stop`` says so.
+            Stopped: after a step of it, or a look at its result, if ``should_stop`` says so.
         """
         names = self.plan.unit_names
         for index in range(len(self.journal.done), len(names)):
@@ -89,7 +90,7 @@ class Finish:
             record = self._tune() if names[index] == FINISH else self._write_block(names[index])
             self.journal.append(replace(record, seconds=round(time.perf_counter() - started, 3)))
             trim_memory()
-            if should_stop() and index + 1 < len(names):
+            if self.should_stop() and index + 1 < len(names):
                 raise Stopped(index + 1, len(names))
 
     def _tune(self) -> UnitRecord:
@@ -227,6 +228,8 @@ class Finish:
         write_file(self.journal.work / STATE, serialize(dict(state)))
         place = {"unit": FINISH, "divergence": divergence}
         self.sink(Event("progress", f"{FINISH}: divergence {divergence:.5f}", place))
+        if self.should_stop():
+            raise Stopped(len(self.journal.done), len(self.plan.unit_names))
 
 
 def _read_if_there(checkpoint: Checkpoint, name: str) -> Tensor | None:

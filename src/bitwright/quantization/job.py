@@ -134,7 +134,8 @@ class Job:
             windows=[self.calibration.windows[number] for number in self.inputs],
             references=tuple(self.references.values()),
             as_tuple=self.captured is not None and self.captured.as_tuple,
-        ).run(self.should_stop)
+            should_stop=self.should_stop,
+        ).run()
 
     def _compute(self, index: int, unit: Unit) -> _Work:
         file = block_shard(self.plan, index)
