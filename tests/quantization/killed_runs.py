@@ -61,7 +61,9 @@ def run_again(arguments: dict[str, Any], expected: dict[str, str]) -> bool:
     """
     output = Path(arguments["output"])
     finished = (output / INDEX).exists() and not (output / WORK_DIRECTORY / WORK_JOURNAL).exists()
-    return finish(start(arguments)) == (2 if finished else 0) and digests(output) == expected
+    status, found = finish(start(arguments)), digests(output)
+    found.pop(f"{WORK_DIRECTORY}/lock", None)  # what a kill leaves in the moment between the journal's end and its own
+    return status == (2 if finished else 0) and found == expected
 
 
 def kill_at_random(arguments: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
