@@ -17,7 +17,7 @@ from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load
 from bitwright.models.loading import check_vocabulary, load_with_tokenizer
 from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "generate", "generate_tokens", "stream_text"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "end_tokens", "generate", "generate_tokens", "stream_text"]
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -116,7 +116,7 @@ def generate_tokens(model: PreTrainedModel, tokens: list[int], *, limit: int, sa
     """At most ``limit`` tokens that continue ``tokens``, one at a time; the token that ends a text is the last."""
     generator = torch.Generator().manual_seed(sampling.seed)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     cache: object = None
     recent = list(tokens)
     for _ in range(limit):
@@ -169,7 +169,7 @@ def stream_text(
     """
     limit = _room(model, len(tokens), max_tokens)
     detokenizer = Detokenizer(tokenizer, tokens)
-    all_ends = _end_tokens(model) | {tokenizer.eos_token_id, *ends}
+    all_ends = end_tokens(model) | {tokenizer.eos_token_id, *ends}
     for token in generate_tokens(model, tokens, limit=limit, sampling=sampling):
         if token in all_ends:
             break
@@ -181,7 +181,7 @@ def stream_text(
         yield rest
 
 
-def _end_tokens(model: PreTrainedModel) -> set[int]:
+def end_tokens(model: PreTrainedModel) -> set[int]:
     """The tokens that end a text, from the model's generation settings and its configuration.
 
     Raises:

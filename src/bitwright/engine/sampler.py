@@ -1,0 +1,146 @@
+"""The next token of one request, from its logits: penalties, then what is left out, then a number by chance.
+
+Each request has random numbers of its own, one for each token, so that its answer is the same alone and in company.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.core.errors import BitwrightError
+from bitwright.engine.options import RequestOptions
+
+__all__ = ["Logprobs", "Sampler"]
+
+Floats: TypeAlias = NDArray[np.float32]
+Doubles: TypeAlias = NDArray[np.float64]
+FIRST = 1024  # of the likeliest tokens, among which a top_p nearly always ends
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """The log-probability that the model gave a token, and those of the likeliest ones, best first.
+
+    They are the model's own: before penalties, temperature and whatever is left out.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Chooses the tokens of one request, and remembers those it has chosen.
+
+    Args:
+        options: of the request.
+        prompt: its tokens, for the repetition penalty.
+        seed: of its random numbers.
+    """
+
+    def __init__(self, options: RequestOptions, prompt: Sequence[int], seed: int) -> None:
+        self._options, self._random = options, random.Random(seed)
+        self._in_prompt = frozenset(prompt) if options.repetition_penalty != 1 else frozenset()
+        self._answer: Counter[int] = Counter()
+        self._bias_tokens = np.array(list(options.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(options.logit_bias.values()), dtype=np.float32)
+        self._is_plain = (
+            options.repetition_penalty == 1
+            and options.presence_penalty == 0
+            and options.frequency_penalty == 0
+            and not options.logit_bias
+        )
+
+    def choose(self, logits: Floats) -> tuple[int, Logprobs | None]:
+        """A token from its ``logits [vocabulary]``, and its log-probability if the request wants it.
+
+        Raises:
+            BitwrightError: BW601 if a logit is NaN or the largest is infinite.
+        """
+        if not np.isfinite(logits.max()):  # NaN, if there is one, is the maximum
+            advice = "the weights or the activations are broken; evaluate the model it was made from"
+            raise BitwrightError("BW601", "the model gives logits that are not numbers", suggestion=advice)
+        wanted = logits if self._is_plain else self._penalized(logits)
+        options = self._options
+        if options.temperature == 0 or options.top_k == 1:
+            token = int(wanted.argmax())
+        else:
+            token = self._draw(wanted)
+        self._answer[token] += 1
+        return token, None if options.logprobs is None else _logprobs(logits, token, options.logprobs)
+
+    def _penalized(self, logits: Floats) -> Floats:
+        options, logits = self._options, logits.copy()
+        if options.repetition_penalty != 1:
+            seen = np.fromiter(self._in_prompt | self._answer.keys(), dtype=np.int64)
+            values = logits[seen]
+            penalty = np.float32(options.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if self._answer and (options.presence_penalty or options.frequency_penalty):
+            tokens = np.fromiter(self._answer.keys(), dtype=np.int64)
+            counts = np.fromiter(self._answer.values(), dtype=np.float32)
+            logits[tokens] -= np.float32(options.presence_penalty) + np.float32(options.frequency_penalty) * counts
+        logits[self._bias_tokens] += self._bias
+        return logits
+
+    def _draw(self, logits: Floats) -> int:
+        """One token by chance: the first of the candidates, likeliest first, at which their sum passes the number."""
+        options = self._options
+        number = self._random.random()
+        count = min(options.top_k or len(logits), len(logits))
+        # Without top_k, so many candidates are enough unless they hold too little of the whole.
+        tokens = _largest(logits, min(count, FIRST))
+        largest = float(logits[tokens[0]])
+        scaled = _scaled(logits[tokens], largest, options.temperature)
+        if options.top_k and options.top_k <= len(tokens):
+            whole = float(scaled.sum())
+        elif options.top_k:
+            tokens = _largest(logits, count)
+            scaled = _scaled(logits[tokens], largest, options.temperature)
+            whole = float(scaled.sum())
+        else:
+            whole = float(_scaled(logits, largest, options.temperature).sum())
+        bound = min(options.top_p, 1.0) * whole
+        if scaled.sum() < bound or (options.top_p == 1 and len(tokens) < count):
+            tokens = _largest(logits, count)
+            scaled = _scaled(logits[tokens], largest, options.temperature)
+        inside = (scaled.cumsum() - scaled < bound) & (scaled >= options.min_p * scaled[0])
+        inside[0] = True
+        sums = np.where(inside, scaled, 0.0).cumsum()
+        position = int(np.searchsorted(sums, number * sums[-1], side="right"))
+        return int(tokens[min(position, int(np.flatnonzero(inside)[-1]))])
+
+
+def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
+    """The tokens of the ``count`` largest logits, largest first; of equal ones the first."""
+    if count < len(logits):
+        bound = np.partition(logits, len(logits) - count)[len(logits) - count]
+        tokens = np.flatnonzero(logits >= bound)
+    else:
+        tokens = np.arange(len(logits))
+    order = np.argsort(-logits[tokens], kind="stable")
+    return tokens[order][:count]
+
+
+def _scaled(logits: Floats, largest: float, temperature: float) -> Doubles:
+    """Probabilities up to a common factor: the largest logit's is 1."""
+    differences: Doubles = logits.astype(np.float64) - largest
+    with np.errstate(under="ignore", over="ignore"):  # a tiny temperature makes differences infinite, which is right
+        return np.asarray(np.exp(differences / temperature), dtype=np.float64)
+
+
+def _logprobs(logits: Floats, token: int, count: int) -> Logprobs:
+    values = logits.astype(np.float64)
+    largest = values.max()
+    with np.errstate(under="ignore"):
+        total = largest + np.log(np.exp(values - largest).sum())
+    best = _largest(logits, count) if count else np.array([], dtype=np.int64)
+    top = tuple((int(each), float(values[each] - total)) for each in best)
+    return Logprobs(token, float(values[token] - total), top)
