@@ -253,12 +253,13 @@ def _parse_one(name: str, text: str) -> KVScheme:
         return NAMED_KV[name]
     match = SCHEME_NAME.fullmatch(name)
     assert match is not None  # whatever is left is taken by "both"
-    extent = {each: int(match[each] or 0) for each in ("window", "sinks")}
+    extent: Mapping[str, Any] = {each: int(match[each] or 0) for each in ("window", "sinks")}
     if match["both"] is None:
         return _pair(_parse_code(match["key"], text), _parse_code(match["value"], text), **extent)
     named = NAMED_KV.get(match["both"])
     if named is not None and any(extent.values()):
-        return replace(named, **{each: count for each, count in extent.items() if match[each]})
+        given: Mapping[str, Any] = {each: count for each, count in extent.items() if match[each]}
+        return replace(named, **given)
     return _pair(_parse_code(match["both"], text), **extent)
 
 
