@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.options import RequestOptions
 
 __all__ = ["Logprobs", "Sampler"]
@@ -68,11 +68,11 @@ class Sampler:
             advice = "the weights or the activations are broken; evaluate the model it was made from"
             raise BitwrightError("BW601", "the model gives logits that are not numbers", suggestion=advice)
         wanted = logits if self._is_plain else self._penalized(logits)
+        if not np.isfinite(wanted.max()):
+            raise ArgumentError("BW201", "logit_bias leaves no token", suggestion="allow at least one")
         options = self._options
-        if options.temperature == 0 or options.top_k == 1:
-            token = int(wanted.argmax())
-        else:
-            token = self._draw(wanted)
+        is_greedy = options.temperature == 0 or options.top_k == 1
+        token = int(wanted.argmax()) if is_greedy else self._draw(wanted)
         self._answer[token] += 1
         return token, None if options.logprobs is None else _logprobs(logits, token, options.logprobs)
 
@@ -91,30 +91,23 @@ class Sampler:
         return logits
 
     def _draw(self, logits: Floats) -> int:
-        """One token by chance: the first of the candidates, likeliest first, at which their sum passes the number."""
-        options = self._options
-        number = self._random.random()
+        """One token by chance: the first of those inside, likeliest first, at which their sum passes the number."""
+        options, number = self._options, self._random.random()
         count = min(options.top_k or len(logits), len(logits))
-        # Without top_k, so many candidates are enough unless they hold too little of the whole.
-        tokens = _largest(logits, min(count, FIRST))
-        largest = float(logits[tokens[0]])
-        scaled = _scaled(logits[tokens], largest, options.temperature)
-        if options.top_k and options.top_k <= len(tokens):
-            whole = float(scaled.sum())
-        elif options.top_k:
-            tokens = _largest(logits, count)
-            scaled = _scaled(logits[tokens], largest, options.temperature)
-            whole = float(scaled.sum())
-        else:
-            whole = float(_scaled(logits, largest, options.temperature).sum())
-        bound = min(options.top_p, 1.0) * whole
-        if scaled.sum() < bound or (options.top_p == 1 and len(tokens) < count):
-            tokens = _largest(logits, count)
-            scaled = _scaled(logits[tokens], largest, options.temperature)
-        inside = (scaled.cumsum() - scaled < bound) & (scaled >= options.min_p * scaled[0])
-        inside[0] = True
-        sums = np.where(inside, scaled, 0.0).cumsum()
-        position = int(np.searchsorted(sums, number * sums[-1], side="right"))
+        # A vocabulary is rarely sorted as a whole: what is chosen is nearly always among the first.
+        for size in sorted({min(count, max(options.top_k, FIRST)), count}):
+            tokens = _largest(logits, size)
+            scaled = _scaled(logits[tokens], logits[tokens[0]], options.temperature)
+            whole = scaled if options.top_k else _scaled(logits, logits[tokens[0]], options.temperature)
+            bound = options.top_p * float(whole.sum())
+            inside = (scaled.cumsum() - scaled < bound) & (scaled >= options.min_p)
+            inside[0] = True
+            sums = np.where(inside, scaled, 0.0).cumsum()
+            is_all = size == count or not inside[-1]
+            total = sums[-1] if is_all or options.top_p < 1 or options.min_p else bound
+            if is_all or (total == bound and number * total < sums[-1]):
+                break
+        position = int(np.searchsorted(sums, number * total, side="right"))
         return int(tokens[min(position, int(np.flatnonzero(inside)[-1]))])
 
 
@@ -129,9 +122,9 @@ def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
     return tokens[order][:count]
 
 
-def _scaled(logits: Floats, largest: float, temperature: float) -> Doubles:
+def _scaled(logits: Floats, largest: np.float32, temperature: float) -> Doubles:
     """Probabilities up to a common factor: the largest logit's is 1."""
-    differences: Doubles = logits.astype(np.float64) - largest
+    differences: Doubles = logits.astype(np.float64) - float(largest)
     with np.errstate(under="ignore", over="ignore"):  # a tiny temperature makes differences infinite, which is right
         return np.asarray(np.exp(differences / temperature), dtype=np.float64)
 
