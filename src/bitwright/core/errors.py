@@ -61,6 +61,11 @@ CATALOGUE: dict[str, Entry] = {
         "override matches nothing",
         "A per-layer override names no layer of the model. The message lists layers whose names are near.",
     ),
+    "BW209": Entry(
+        "the engine is closed",
+        "A request was made to an engine that is closed, or was still waiting for its answer when it was closed. What "
+        "had come of the answer until then can still be read.",
+    ),
     "BW301": Entry(
         "not a model directory",
         "The path is not a directory with a config.json and safetensors weights, and not the id of a model on the hub.",
@@ -156,6 +161,11 @@ CATALOGUE: dict[str, Entry] = {
         "smaller batch.",
     ),
     "BW504": Entry("no network", "The hub cannot be reached and the model is not in the local cache."),
+    "BW505": Entry(
+        "the engine has failed",
+        "Something went wrong in the engine that is not about one request. All requests end with this error, and the "
+        "engine takes no more. The message has the cause: make another engine, and report it.",
+    ),
     "BW601": Entry(
         "non-finite activations",
         "A calibration sample made NaN or infinity inside the model: the message names the sample, the block and the "

@@ -114,6 +114,10 @@ class PageAllocator:
                 else:
                     self._free.append(page)
 
+    def unshared(self, pages: Sequence[int]) -> list[int]:
+        """Those of ``pages`` to which there is one reference."""
+        return [page for page in pages if self._references[page] == 1]
+
     def forget(self, pages: Sequence[int]) -> None:
         """Let ``pages`` not be found any more."""
         for page in pages:
