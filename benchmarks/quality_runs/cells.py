@@ -69,9 +69,9 @@ FAMILIES: Mapping[tuple[str, str], str] = {
 }
 # Ours with options other than the defaults, as peers have them: the algorithm and the options.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "gptq-actorder": ("gptq", {"act_order": True}),
-    "gptq-static": ("gptq", {"act_order": True, "static_groups": True}),
-    "gptq-search": ("gptq", {"act_order": True, "search": "auto"}),
+    "gptq-columns": ("gptq", {"act_order": False}),
+    "gptq-actorder": ("gptq", {"static_groups": False}),
+    "gptq-search": ("gptq", {"static_groups": False, "search": "auto"}),
 }
 # Peer: the name of its environment.
 PEERS: Mapping[str, str] = {

@@ -81,7 +81,9 @@ def restate(
     power = 2.0 ** np.ceil(np.log2(float(weight.abs().max()) / 224)) if options.fp8_aware else None
     start = weight.float() if power is None else (weight.float() / power).to(torch.float8_e4m3fn).float() * power
     updated = start.double().numpy()[:, order]
-    static = options.static_groups or scheme.scale_scheme is not None
+    by_strength = not options.group_aware if options.act_order is None else options.act_order
+    static = by_strength if options.static_groups is None else options.static_groups
+    static = static or scheme.scale_scheme is not None
     fixed = _fixed_grids(start, scheme, options, importance, power) if static else None
     codes, values = np.zeros(weight.shape, dtype=np.int64), np.zeros(weight.shape)
     grids: dict[int, _Grid] = {}
@@ -109,7 +111,7 @@ def _order(importance: np.ndarray, scheme: QuantScheme, options: GptqOptions) ->
     width = importance.shape[0]
     size = width if scheme.group is None or scheme.axis == 0 else scheme.group
     natural = list(range(width))
-    if options.act_order:
+    if options.act_order or (options.act_order is None and not options.group_aware):
         order = sorted(natural, key=lambda column: -importance[column])
         return order, [place // size for place in natural]
     if options.group_aware:

@@ -32,7 +32,9 @@ def naive_scale(weight: Tensor) -> float:
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["even", "uneven"])
-@pytest.mark.parametrize("order", [{}, {"act_order": True}, {"group_aware": True, "static_groups": True}], ids=str)
+@pytest.mark.parametrize(
+    "order", [{"act_order": False}, {}, {"static_groups": False}, {"group_aware": True, "static_groups": True}], ids=str
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_is_an_exact_multiple(scheme: str, order: dict[str, bool], spread: float) -> None:
     for seed in range(3):
@@ -45,7 +47,7 @@ def test_every_weight_is_an_exact_multiple(scheme: str, order: dict[str, bool], 
         assert set(levels.unique().tolist()) <= E4M3 and float(levels.max()) <= 224
 
 
-@pytest.mark.parametrize("order", [{}, {"act_order": True}, {"static_groups": True}], ids=str)
+@pytest.mark.parametrize("order", [{"act_order": False}, {}, {"act_order": False, "static_groups": True}], ids=str)
 @pytest.mark.parametrize("scheme", ["w4g32", "w4g32-asym", "w3g40", "w4g12-axis0"])
 def test_codes_are_those_of_a_naive_restatement(scheme: str, order: dict[str, bool]) -> None:
     weight, site, options = weights(), correlated_site(96), GptqOptions(fp8_aware=True, **order)

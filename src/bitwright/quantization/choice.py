@@ -41,10 +41,10 @@ def _nearest(weight: Tensor, statistics: SiteStatistics | None, scheme: QuantSch
 # format can store the winner.
 CANDIDATES: dict[str, _Candidate] = {
     "rtn": _nearest,
-    "gptq": _gptq(),
-    "gptq-search": _gptq(search="importance"),
-    "gptq-ordered": _gptq(act_order=True, static_groups=True),
-    "gptq-ordered-search": _gptq(act_order=True, static_groups=True, search="importance"),
+    "gptq": _gptq(act_order=False),
+    "gptq-search": _gptq(act_order=False, search="importance"),
+    "gptq-ordered": _gptq(act_order=True),
+    "gptq-ordered-search": _gptq(act_order=True, search="importance"),
     "gptq-aware-search": _gptq(group_aware=True, search="importance"),
 }
 

@@ -41,11 +41,12 @@ class GptqOptions:
     """How columns are ordered and grouped, how ranges are chosen, how the Hessian is damped.
 
     Attributes:
-        act_order: round the columns with the strongest inputs first. Groups are then made of columns that are rounded
-            together, which the file has to say (``group_index``), unless ``static_groups`` are set.
+        act_order: round the columns with the strongest inputs first; ``None``: yes, unless ``group_aware``. Without
+            ``static_groups``, groups are then made of columns that are rounded together, which the file has to say
+            (``group_index``).
         group_aware: the same within each group, and groups by their strongest input: groups stay consecutive.
-        static_groups: fit all grids to the original weights, before anything is rounded. Double quantization does so
-            in any case.
+        static_groups: fit all grids to the original weights, before anything is rounded; ``None``: with ``act_order``,
+            so that groups stay consecutive. Double quantization does so in any case.
         true_sequential: round the sites of a block one after the other, each on inputs made by rounded predecessors.
         block_size: columns that are rounded before later ones get to know; changes the speed and not the result.
         damp: the fraction of the mean diagonal that is added to the Hessian. Where that does not make it positive
@@ -58,9 +59,9 @@ class GptqOptions:
         strict: fail where the Hessian cannot be factored, instead of rounding to nearest.
     """
 
-    act_order: bool = False
+    act_order: bool | None = None
     group_aware: bool = False
-    static_groups: bool = False
+    static_groups: bool | None = None
     true_sequential: bool = False
     block_size: int = 128
     damp: float = 0.01
@@ -76,15 +77,28 @@ class GptqOptions:
         _check("block_size", self.block_size, is_count, "a positive whole number")
         is_fraction = type(self.damp) in (int, float) and 0 <= self.damp <= 1
         _check("damp", self.damp, is_fraction, "a number from 0 to 1")
-        for name in ("act_order", "group_aware", "static_groups", "true_sequential", "fp8_aware", "strict"):
+        for name in ("group_aware", "true_sequential", "fp8_aware", "strict"):
             _check(name, getattr(self, name), type(getattr(self, name)) is bool, "True or False")
-        one_order = not (self.act_order and self.group_aware)
+        for name in ("act_order", "static_groups"):
+            value = getattr(self, name)
+            _check(name, value, value is None or type(value) is bool, "True, False or None")
+        one_order = not (self.by_strength and self.group_aware)
         _check("group_aware", self.group_aware, one_order, "False together with act_order: each is an order of its own")
+
+    @property
+    def by_strength(self) -> bool:
+        """What ``act_order`` comes to."""
+        return not self.group_aware if self.act_order is None else self.act_order
+
+    @property
+    def fits_first(self) -> bool:
+        """What ``static_groups`` comes to."""
+        return self.by_strength if self.static_groups is None else self.static_groups
 
     @property
     def reorders(self) -> bool:
         """Whether groups are not runs of consecutive columns; the plan of a run asks."""
-        return self.act_order and not self.static_groups
+        return self.by_strength and not self.fits_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ class _Problem:
 
     @property
     def is_static(self) -> bool:
-        return self.options.static_groups or self.scheme.scale_scheme is not None
+        return self.options.fits_first or self.scheme.scale_scheme is not None
 
     def parts(self) -> list[slice]:
         """The outputs, in parts for the threads there are; all of them where groups run across outputs."""
@@ -150,9 +164,9 @@ def round_by_error_feedback(
     order = arrange(
         importance,
         scheme,
-        act_order=options.act_order,
+        act_order=options.by_strength,
         group_aware=options.group_aware,
-        static_groups=options.static_groups or scheme.scale_scheme is not None,
+        static_groups=options.fits_first or scheme.scale_scheme is not None,
     )
     weight = weight if scale is None else fp8.through_fp8(weight.to(torch.float32), scale)
     problem = _Problem(weight, scheme, importance, order, options)
