@@ -58,18 +58,18 @@ def test_codes_are_those_of_a_naive_restatement(scheme: str, order: dict[str, bo
     np.testing.assert_array_equal(rounded.tensor.dequantize().double().numpy(), values)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", ["w4g32", "w4g32-asym"])
-def test_the_error_is_within_twice_that_without(scheme: str) -> None:
-    for seed in range(8):
-        weight, site = weights(seed), correlated_site(96, seed=seed)
-        errors = [
-            squared_error(
-                weight, round_by_error_feedback(weight, site, parse(scheme).weight, options).tensor.dequantize(), matrix
-            )
-            for matrix in (hessian(site),)
-            for options in (GptqOptions(), GptqOptions(fp8_aware=True))
-        ]
-        assert errors[1] < 2 * errors[0]
+def test_the_error_is_within_twice_that_without(scheme: str, act_order: bool) -> None:
+    def error(seed: int, fp8_aware: bool) -> float:
+        site, options = correlated_site(96, seed=seed), GptqOptions(act_order=act_order, fp8_aware=fp8_aware)
+        rounded = round_by_error_feedback(weights(seed), site, parse(scheme).weight, options)
+        return squared_error(weights(seed), rounded.tensor.dequantize(), hessian(site))
+
+    plain, aware = [error(seed, False) for seed in range(8)], [error(seed, True) for seed in range(8)]
+    assert sum(aware) < 2 * sum(plain)
+    # What an order by strength gains without fp8 it does not gain in every single case with it.
+    assert act_order or all(more < 2 * less for more, less in zip(aware, plain, strict=True))
 
 
 def test_rounding_through_fp8_is_rounding_to_the_nearest_of_its_numbers() -> None:
