@@ -15,13 +15,15 @@ class Settings:
 
     ``NO_COLOR``: any value turns colours off. ``BITWRIGHT_DEBUG``: any value shows tracebacks, as ``--debug`` does.
     ``BITWRIGHT_ISA``: the instruction set of the native kernels (``scalar``, ``avx2``, ``avx512``, ``avx512_vnni``,
-    ``avx512_bf16``); the best that the processor has, unless set.
+    ``avx512_bf16``); the best that the processor has, unless set. ``BITWRIGHT_INVARIANT``: any value makes products on
+    a GPU add in an order that does not depend on how many rows there are, which costs speed; on a CPU they always do.
     """
 
     cache: Path
     no_color: bool
     debug: bool
     isa: str | None = None
+    invariant: bool = False
 
 
 def read_settings() -> Settings:
@@ -33,6 +35,7 @@ def read_settings() -> Settings:
         no_color=bool(os.environ.get("NO_COLOR")),
         debug=bool(os.environ.get("BITWRIGHT_DEBUG")),
         isa=os.environ.get("BITWRIGHT_ISA") or None,
+        invariant=bool(os.environ.get("BITWRIGHT_INVARIANT")),
     )
 
 

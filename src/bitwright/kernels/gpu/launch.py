@@ -1,0 +1,79 @@
+"""How a product is cut into programs: plain functions of its sizes and of the GPU, and what was tuned, by GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from bitwright.kernels.gpu.library import GpuFacts
+
+__all__ = ["FEW_ROWS", "LARGE_ROWS", "LinearLaunch", "cut_columns", "launch_linear", "tuned"]
+
+FEW_ROWS = 16  # up to so many rows a product is bound by reading the weight
+LARGE_ROWS = 1024  # from so many rows on, unpacking once and a dense product are faster
+WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
+MOST_SPLITS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLaunch:
+    """A tile is ``block_n`` output features by ``block_m`` rows; ``split`` programs share its columns."""
+
+    block_n: int
+    block_m: int
+    split: int
+    warps: int
+    stages: int
+
+
+@cache
+def tuned() -> dict[str, Any]:
+    """The table of tuned configurations: GPU name -> kernel -> rows -> fields of a launch, beside ``fallback``."""
+    text = (resources.files(__package__) / "tuned.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    assert isinstance(table, dict)
+    return table
+
+
+def cut_columns(chunks: int, split: int) -> tuple[int, int]:
+    """``split`` as it can be had, and the chunks of each: no program is without any."""
+    each = -(-chunks // max(1, min(split, chunks)))
+    return -(-chunks // each), each
+
+
+def launch_linear(
+    *, rows: int, out: int, chunks: int, bits: int, itemsize: int, facts: GpuFacts, invariant: bool = False
+) -> LinearLaunch:
+    """How ``rows`` rows times a weight ``[out, ...]`` of ``chunks`` chunks are computed on a GPU.
+
+    With ``invariant`` the order of sums does not depend on ``rows``: the split is that of one row, and the tile too.
+    """
+    row = _tuned_row(1 if invariant else rows, bits, facts)
+    block_n, block_m = int(row["block_n"]), int(row["block_m"])
+    if itemsize == 4:
+        block_n, block_m = min(block_n, 32), 16  # float32 tiles are multiplied without matrix units, from registers
+    tiles = -(-out // block_n) * -(-(1 if invariant else rows) // block_m)
+    wanted = WAVES * facts.processors
+    split = 1 if rows > FEW_ROWS and not invariant else max(1, min(MOST_SPLITS, wanted // tiles))
+    split, _ = cut_columns(chunks, int(row.get("split", split)))
+    return LinearLaunch(
+        block_n=block_n, block_m=block_m, split=split, warps=int(row["warps"]), stages=_stages(row, facts)
+    )
+
+
+def _stages(row: dict[str, Any], facts: GpuFacts) -> int:
+    """Loads in flight; before Ampere there are no asynchronous copies to overlap."""
+    return int(row["stages"]) if facts.capability >= (8, 0) else 1
+
+
+def _tuned_row(rows: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
+    """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded."""
+    table = tuned()
+    generation = "matrix" if facts.capability >= (8, 0) else "turing" if facts.capability >= (7, 5) else "volta"
+    entry = table["gpus"].get(facts.name, table["fallback"][generation])
+    found = next(row for row in entry["linear"] if rows <= row["rows"])
+    assert isinstance(found, dict)
+    return found | found.get(f"bits{bits}", {})

@@ -1,0 +1,106 @@
+"""Whether Triton and a GPU can be used, what the GPU can do, and the programs, loaded when first needed.
+
+Importing Triton takes a second, so nobody pays for it who has no layer on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from bitwright.core.settings import read_settings
+
+__all__ = [
+    "FP8_MATRIX",
+    "INT8_MATRIX",
+    "OLDEST",
+    "GpuFacts",
+    "describe",
+    "is_invariant",
+    "missing",
+    "program",
+    "refuse_device",
+]
+
+OLDEST = (7, 0)  # Volta
+INT8_MATRIX = (7, 5)  # Turing: the first with int8 matrix units
+FP8_MATRIX = (8, 9)  # Ada and Hopper: the first with fp8 ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """What kernels are chosen by. ``capability`` is NVIDIA's number of the generation: (9, 0) for Hopper."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    shared_bytes: int
+
+    @property
+    def has_bfloat16(self) -> bool:
+        return self.capability >= (8, 0)
+
+
+# What an unknown device is taken for where none can be asked: under the interpreter, and in a dry run.
+UNKNOWN = GpuFacts(name="unknown", capability=(9, 0), processors=4, shared_bytes=48 << 10)
+
+
+def missing() -> str | None:
+    """Why there are no GPU kernels; ``None`` if Triton is installed."""
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed (bitwright[gpu])"
+
+
+@cache
+def program(name: str) -> ModuleType:
+    """The module of programs called ``name``.
+
+    Raises:
+        ModuleNotFoundError: without Triton.
+    """
+    return importlib.import_module(f"bitwright.kernels.gpu.programs.{name}")
+
+
+def describe(device: torch.device) -> GpuFacts:
+    """The facts of a device; of a CPU, on which only the interpreter runs, those of an unknown one."""
+    if device.type != "cuda":
+        return UNKNOWN
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _describe_cuda(index)
+
+
+@cache
+def _describe_cuda(index: int) -> GpuFacts:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 48 << 10)
+    return GpuFacts(
+        name=found.name,
+        capability=(found.major, found.minor),
+        processors=found.multi_processor_count,
+        shared_bytes=shared,
+    )
+
+
+def refuse_device(device: torch.device, oldest: tuple[int, int] = OLDEST, what: str = "") -> str | None:
+    """Why no program runs on ``device``, or ``None``; ``what`` names that for which ``oldest`` is needed."""
+    if device.type != "cuda":
+        return f"runs on an NVIDIA GPU, not on {device.type}"
+    if missing() is not None:
+        return missing()
+    if torch.version.hip is not None:
+        return "tried on NVIDIA GPUs alone"
+    facts = describe(device)
+    if facts.capability < oldest:
+        reason = f"needs compute capability {oldest[0]}.{oldest[1]}"
+        return f"{reason}{what and ' for ' + what}; {facts.name} has {facts.capability[0]}.{facts.capability[1]}"
+    return None
+
+
+@cache
+def is_invariant() -> bool:
+    """Whether a row's result must not depend on the other rows (``BITWRIGHT_INVARIANT``, read once)."""
+    return read_settings().invariant

@@ -1,0 +1,54 @@
+"""Triton's interpreter, taught to compute with bfloat16: it keeps those numbers as their bits, and would add the bits.
+
+Import this before any program is loaded: what Triton compiles and what it interprets is settled when a program is
+defined.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+from triton import language as tl
+from triton.runtime import interpreter
+
+__all__ = ["narrow", "teach_bfloat16", "widen"]
+
+
+def widen(bits: Any) -> Any:
+    """The float32 numbers of bfloat16 bits (uint16)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(numbers: Any) -> Any:
+    """The bits (uint16) of float32 numbers rounded to bfloat16, half to even."""
+    bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
+
+
+def teach_bfloat16() -> None:
+    """Let sums, products, comparisons and matrix products of bfloat16 be those of the numbers."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "knows_bfloat16", False):
+        return
+    binary, dot = builder.binary_op, builder.create_dot
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        result = op(widen(lhs.data), widen(rhs.data))
+        if result.dtype == np.bool_:
+            return interpreter.TensorHandle(result, tl.int1)
+        return interpreter.TensorHandle(narrow(result), tl.bfloat16)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return dot(self, a, b, d, input_precision, imprecise)
+        a, b = (interpreter.TensorHandle(widen(each.data), tl.float32) for each in (a, b))
+        return dot(self, a, b, d, input_precision, imprecise)
+
+    builder.binary_op, builder.create_dot, builder.knows_bfloat16 = binary_op, create_dot, True
