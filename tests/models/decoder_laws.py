@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitwright.core.kv_scheme import parse_kv
 from bitwright.models.decoder import Decoder, Step
 from bitwright.models.paged_cache import PAGE, PagedCache
 
@@ -18,6 +19,7 @@ __all__ = [
     "does_not_depend_on_chunks",
     "does_not_depend_on_company",
     "does_not_depend_on_pages",
+    "gives_no_logits",
     "random_text",
     "run",
 ]
@@ -47,6 +49,13 @@ def random_text(length: int, vocabulary: int, pages: list[int], seed: int = 0) -
 
 def run(decoder: Decoder, cache: PagedCache, pieces: list[Piece]) -> list[Tensor]:
     """One step; the logits ``[count, vocabulary]`` of each piece."""
+    step = _step(pieces, outputs=True)
+    logits = decoder.forward(step, cache)
+    assert logits.dtype == torch.float32 and logits.shape == (len(step.tokens), decoder.shape.vocabulary)
+    return list(torch.split(logits, [piece.count for piece in pieces]))
+
+
+def _step(pieces: list[Piece], *, outputs: bool) -> Step:
     tokens, positions, starts, lengths = [], [], [0], []
     most = max(len(piece.text.pages) for piece in pieces)
     pages = torch.zeros(len(pieces), most, dtype=torch.int32)
@@ -59,17 +68,25 @@ def run(decoder: Decoder, cache: PagedCache, pieces: list[Piece]) -> list[Tensor
         lengths.append(end)
         pages[row, : len(text.pages)] = torch.tensor(text.pages, dtype=torch.int32)
         text.done = end
-    step = Step(
+    return Step(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int32),
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor(lengths, dtype=torch.int32),
         pages=pages,
-        outputs=torch.arange(len(tokens), dtype=torch.int32),
+        outputs=torch.arange(len(tokens) if outputs else 0, dtype=torch.int32),
     )
-    logits = decoder.forward(step, cache)
-    assert logits.dtype == torch.float32 and logits.shape == (len(tokens), decoder.shape.vocabulary)
-    return list(torch.split(logits, [piece.count for piece in pieces]))
+
+
+def gives_no_logits(decoder: Decoder) -> None:
+    """A step may be all pieces of prompts, after which nobody wants logits; what comes later is the same."""
+    vocabulary = decoder.shape.vocabulary
+    first, again = decoder.new_cache(3), decoder.new_cache(3)
+    expected = _in_chunks(decoder, first, random_text(40, vocabulary, [0, 1]), [40])[-1:]
+    text = random_text(40, vocabulary, [0, 1])
+    step = _step([Piece(text, 39)], outputs=False)
+    assert decoder.forward(step, again).shape == (0, vocabulary)
+    assert torch.equal(run(decoder, again, [Piece(text, 1)])[0], expected)
 
 
 def _in_chunks(decoder: Decoder, cache: PagedCache, text: Text, chunks: list[int]) -> Tensor:
@@ -88,11 +105,12 @@ def agrees_with_transformers(decoder: Decoder, model: PreTrainedModel, tolerance
     assert error <= tolerance * scale, f"differs by {error:.2e} of {scale:.2e}"
 
 
-def does_not_depend_on_chunks(decoder: Decoder, length: int = 75) -> None:
-    vocabulary = decoder.shape.vocabulary
-    first = _in_chunks(decoder, decoder.new_cache(5), random_text(length, vocabulary, [3, 1, 4]), [length])
+def does_not_depend_on_chunks(decoder: Decoder, kv: str = "none") -> None:
+    length = 75
+    vocabulary, scheme = decoder.shape.vocabulary, parse_kv(kv)
+    first = _in_chunks(decoder, decoder.new_cache(5, scheme), random_text(length, vocabulary, [3, 1, 4]), [length])
     for chunks in ([1] * length, [31, 1, 1, 32, length - 65], [5, 40, length - 45]):
-        again = _in_chunks(decoder, decoder.new_cache(5), random_text(length, vocabulary, [3, 1, 4]), chunks)
+        again = _in_chunks(decoder, decoder.new_cache(5, scheme), random_text(length, vocabulary, [3, 1, 4]), chunks)
         assert torch.equal(first, again), f"other logits in chunks of {chunks}"
 
 

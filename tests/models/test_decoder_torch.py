@@ -60,6 +60,12 @@ def test_a_row_depends_on_its_text_alone(name: str, model: PreTrainedModel) -> N
     decoder_laws.does_not_depend_on_chunks(decoder)
     decoder_laws.does_not_depend_on_company(decoder)
     decoder_laws.does_not_depend_on_pages(decoder)
+    decoder_laws.gives_no_logits(decoder)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4", "int4-rotated", "k8v4", "fp8", "int4-g16", "none/1:int8-sym"])
+def test_coded_keys_and_values_depend_on_the_text_alone(kv: str) -> None:
+    decoder_laws.does_not_depend_on_chunks(TorchDecoder(build("qwen3")), kv)
 
 
 def test_the_laws_can_fail() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bitwright.core.kv_scheme import KVScheme
 from bitwright.models.hf import PreTrainedModel, context_length
 from bitwright.models.paged_cache import PagedCache
 
@@ -64,7 +65,7 @@ class Step:
         starts: int32 ``[sequences + 1]``, where each sequence's tokens begin in ``tokens``.
         lengths: int32 ``[sequences]``, of the context after this step.
         pages: int32 ``[sequences, most pages]``, where each sequence's keys and values lie; unused entries are 0.
-        outputs: int32 ``[m]``, ascending: which of the ``n`` rows want logits.
+        outputs: int32 ``[m]``, ascending: which of the ``n`` rows want logits; perhaps none.
     """
 
     tokens: Tensor
@@ -82,7 +83,7 @@ class Decoder(Protocol):
     @property
     def shape(self) -> DecoderShape: ...
 
-    def new_cache(self, page_count: int, scheme: object | None = None) -> PagedCache:
+    def new_cache(self, page_count: int, scheme: KVScheme | None = None) -> PagedCache:
         """Room for ``page_count`` pages of keys and values, stored as ``scheme`` says (``None``: as computed)."""
         ...
 
@@ -116,7 +117,6 @@ def read_shape(model: PreTrainedModel) -> DecoderShape:
     config: Any = model.config
     rotary: Any = model.model.rotary_emb
     embedding = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)
     first: Any = model.model.layers[0].self_attn
     frequencies = rotary.inv_freq.to("cpu", torch.float32).contiguous()
@@ -134,7 +134,7 @@ def read_shape(model: PreTrainedModel) -> DecoderShape:
         positions=context_length(config) or 1 << 30,
         windows=_windows(config, len(model.model.layers)),
         qk_norm=hasattr(first, "q_norm"),
-        tied=getattr(head, "weight", None) is embedding.weight,
+        tied=getattr(model.lm_head, "weight", None) is embedding.weight,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError
+from bitwright.core.kv_scheme import KVScheme
 from bitwright.models.decoder import DecoderShape, Step, read_shape, refuse_architecture
 from bitwright.models.hf import PreTrainedModel
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
@@ -53,13 +54,12 @@ class TorchDecoder:
         self._inner: Any = model.model
         self._dtype: torch.dtype = self._inner.embed_tokens.weight.dtype
 
-    def new_cache(self, page_count: int, scheme: object | None = None) -> PagedCache:
+    def new_cache(self, page_count: int, scheme: KVScheme | None = None) -> PagedCache:
         """Room for ``page_count`` pages; see :class:`bitwright.models.decoder.Decoder`."""
-        assert scheme is None
         shape = CacheShape(
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
-        return PagedCache(shape, page_count, self.device)
+        return PagedCache(shape, page_count, scheme, self.device)
 
     def weight_bytes(self) -> int:
         """How much memory the weights take, packed layers included."""
@@ -76,8 +76,9 @@ class TorchDecoder:
         hidden = tiles.scatter(embedded)
         for number, layer in enumerate(self._inner.layers):
             parts = [self._project(layer, x, *turn) for x, turn in zip(hidden, turns, strict=True)]
-            q, k, v = (tiles.gather([part[index] for part in parts]) for index in range(3))
-            cache.write(number, place.pages, place.offsets, k, v)
+            coded = zip(*[cache.encode(number, k, v) for _, k, v in parts], strict=True)
+            cache.write(number, place.pages, place.offsets, [tiles.gather(list(part)) for part in coded])
+            q = tiles.gather([part[0] for part in parts])
             attend = _attend_exactly if self.exact else _attend_fast
             mixed = attend(q, step, cache, number, self.shape)
             hidden = [self._mix(layer, x, y) for x, y in zip(hidden, tiles.scatter(mixed), strict=True)]

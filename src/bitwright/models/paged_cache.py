@@ -10,56 +10,157 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PAGE", "CacheShape", "PagedCache"]
+from bitwright.core.errors import ArgumentError
+from bitwright.core.kv_codes import Coded, decode_kv, encode_kv, refuse_head
+from bitwright.core.kv_scheme import KVCode, KVScheme, code_bytes
+
+__all__ = ["PAGE", "CacheShape", "PagedCache", "refuse_scheme"]
 
 PAGE = 32  # tokens of a page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
-    """What a page holds of each token: ``layers`` times keys and values of ``kv_heads`` heads of ``head_dim``."""
+    """What a page holds of each token: ``layers`` times keys and values of ``kv_heads`` heads of ``head_dim``.
+
+    ``dtype`` is that of numbers which are kept as computed.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
 
-    def page_bytes(self, page: int = PAGE) -> int:
-        """How many bytes keys and values of ``page`` tokens take in all layers."""
-        return 2 * self.layers * self.kv_heads * page * self.head_dim * self.dtype.itemsize
+
+def refuse_scheme(scheme: KVScheme, head_dim: int) -> str | None:
+    """Why a paged cache cannot store keys and values so, or ``None``: a page holds whole tokens, each by itself."""
+    for each in (scheme, *scheme.overrides.values()):
+        if each.window or each.sinks:
+            return "tokens that stay in floating point for a while have no place in its pages"
+        for code in (each.key, each.value):
+            if not code.is_float and code.grain != "token_head":
+                return f"{code.name} codes are not those of one token by itself"
+            reason = None if code.is_float else refuse_head(code, head_dim)
+            if reason is not None:
+                return reason
+    return None
 
 
 class PagedCache:
     """The storage of ``page_count`` pages.
 
     Attributes:
-        keys, values: for each layer, ``[page_count, kv_heads, page, head_dim]`` of the shape's dtype.
         page: tokens of a page.
+        keys, values: for each layer, as computed, ``[page_count, kv_heads, page, head_dim]`` of the shape's dtype.
+        key_codes, value_codes: for each layer, uint8 ``[page_count, kv_heads, page, bytes]``: with 4 bits the even
+            channel is in the low half of a byte.
+        key_scale, value_scale: for each layer, float32 ``[page_count, kv_heads, page, n]``: the scales of a token's
+            groups of channels, then their offsets unless the codes are symmetric. Without groups: scale, offset.
+
+        Where a layer has the one, its entry of the other has no elements.
+
+    Raises:
+        ArgumentError: BW201 if :func:`refuse_scheme` says why the scheme cannot be stored.
     """
 
     page: int = PAGE
 
-    def __init__(self, shape: CacheShape, page_count: int, device: torch.device | None = None) -> None:
-        self.shape, self.page_count = shape, page_count
-        size = (page_count, shape.kv_heads, PAGE, shape.head_dim)
-        # Zeros: what lies behind the end of a sequence is multiplied by zero, and must be finite for that.
-        self.keys = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
-        self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+    def __init__(
+        self, shape: CacheShape, page_count: int, scheme: KVScheme | None = None, device: torch.device | None = None
+    ) -> None:
+        self.shape, self.page_count, self.scheme = shape, page_count, scheme or KVScheme()
+        reason = refuse_scheme(self.scheme, shape.head_dim)
+        if reason is not None:
+            what = f"a paged cache cannot store {self.scheme.name}: {reason}"
+            raise ArgumentError("BW201", what, suggestion="kv_cache: none, int8, int4, int4-rotated, k8v4 or fp8")
+        self._device = device
+        codes = [(self.scheme.at(layer).key, self.scheme.at(layer).value) for layer in range(shape.layers)]
+        self.keys, self.key_codes, self.key_scale = self._room([key for key, _ in codes])
+        self.values, self.value_codes, self.value_scale = self._room([value for _, value in codes])
 
-    def write(self, layer: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put one token a row, ``[n, kv_heads, head_dim]``, at ``offsets [n]`` in ``pages [n]`` (int64)."""
-        self.keys[layer][pages, :, offsets] = keys.to(self.shape.dtype)
-        self.values[layer][pages, :, offsets] = values.to(self.shape.dtype)
+    def _room(self, codes: list[KVCode]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Numbers, codes and scales of each layer, of keys or of values.
+
+        All zero: what lies behind the end of a sequence is multiplied by zero, and must be finite for that.
+        """
+        shape, numbers, packed, scales = self.shape, [], [], []
+        for code in codes:
+            groups = shape.head_dim // code.group if code.group else 1
+            width = -(-shape.head_dim * code.bits // 8)
+            numbers.append(self._zeros(shape.head_dim if code.is_float else 0, shape.dtype))
+            packed.append(self._zeros(0 if code.is_float else width, torch.uint8))
+            scales.append(self._zeros(0 if code.is_float else groups * (2 - code.symmetric), torch.float32))
+        return numbers, packed, scales
+
+    def _zeros(self, width: int, dtype: torch.dtype) -> Tensor:
+        count = self.page_count if width else 0
+        return torch.zeros((count, self.shape.kv_heads, PAGE, width), dtype=dtype, device=self._device)
+
+    def encode(self, layer: int, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """What is stored of tokens, one a row (``[n, kv_heads, head_dim]``): tensors ``[n, kv_heads, ...]``."""
+        own = self.scheme.at(layer)
+        parts: list[Tensor] = []
+        for code, rows in ((own.key, keys), (own.value, values)):
+            if code.is_float:
+                parts.append(rows.to(self.shape.dtype))
+                continue
+            coded = encode_kv(rows.transpose(0, 1)[None], code)
+            assert coded.scale is not None
+            scale = coded.scale if coded.low is None else torch.cat([coded.scale, coded.low], dim=-1)
+            parts += [coded.codes[0].transpose(0, 1), scale[0].transpose(0, 1)]
+        return parts
+
+    def write(self, layer: int, pages: Tensor, offsets: Tensor, parts: list[Tensor]) -> None:
+        """Put what :meth:`encode` gave at ``offsets [n]`` in ``pages [n]`` (int64)."""
+        for place, part in zip(self._places(layer), parts, strict=True):
+            place[pages, :, offsets] = part
+
+    def _places(self, layer: int) -> list[Tensor]:
+        own = self.scheme.at(layer)
+        keys = [self.keys] if own.key.is_float else [self.key_codes, self.key_scale]
+        values = [self.values] if own.value.is_float else [self.value_codes, self.value_scale]
+        return [tensors[layer] for tensors in (*keys, *values)]
 
     def read(self, layer: int, page: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a page, float32 ``[kv_heads, page, head_dim]``."""
-        return self.keys[layer][page].to(torch.float32), self.values[layer][page].to(torch.float32)
+        own = self.scheme.at(layer)
+        keys = self._decode(own.key, self.keys, self.key_codes, self.key_scale, layer, page)
+        return keys, self._decode(own.value, self.values, self.value_codes, self.value_scale, layer, page)
+
+    def _decode(
+        self, code: KVCode, numbers: list[Tensor], codes: list[Tensor], scales: list[Tensor], layer: int, page: int
+    ) -> Tensor:
+        if code.is_float:
+            return numbers[layer][page].to(torch.float32)
+        scale = scales[layer][page][None]
+        scale, low = (scale, None) if code.symmetric else scale.chunk(2, dim=-1)
+        return decode_kv(Coded(codes[layer][page][None], scale, low), code, self.shape.head_dim)[0]
 
     def clear(self, pages: list[int]) -> None:
         """Set pages to zero, as after a step that made numbers that are not finite."""
-        for tensor in (*self.keys, *self.values):
-            tensor[pages] = 0
+        for layer in range(self.shape.layers):
+            for place in self._places(layer):
+                place[pages] = 0
+
+    def page_bytes(self, tokens: int = PAGE) -> int:
+        """How many bytes keys and values of so many tokens take, in all layers."""
+        codes = [code for layer in range(self.shape.layers) for code in self._codes(layer)]
+        return sum(
+            code_bytes(
+                code,
+                tokens=tokens,
+                heads=self.shape.kv_heads,
+                head_dim=self.shape.head_dim,
+                float_bytes=self.shape.dtype.itemsize,
+            )
+            for code in codes
+        )
+
+    def _codes(self, layer: int) -> tuple[KVCode, KVCode]:
+        own = self.scheme.at(layer)
+        return own.key, own.value
 
     def bytes(self) -> int:
         """How much memory all pages take."""
-        return self.page_count * self.shape.page_bytes()
+        every = [self.keys, self.values, self.key_codes, self.value_codes, self.key_scale, self.value_scale]
+        return sum(tensor.nbytes for tensors in every for tensor in tensors)
