@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from bitwright.core.qtensor import QuantizedTensor
     from bitwright.core.scheme import LayerScheme, QuantScheme
     from bitwright.core.scheme_names import parse
+    from bitwright.engine.engine import Engine
     from bitwright.evaluation.comparison import evaluate as eval
     from bitwright.models.generation import generate
+    from bitwright.models.kv_cache import QuantizedCache
     from bitwright.models.loading import load
     from bitwright.quantization.api import quantize
     from bitwright.quantization.session import convert, prepare, quantize_module
@@ -32,8 +34,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitwrightError",
+    "Engine",
     "LayerScheme",
     "QuantScheme",
+    "QuantizedCache",
     "QuantizedTensor",
     "__version__",
     "convert",
@@ -53,8 +57,10 @@ __all__ = [
 # Where each public name lives: module and, if it is called otherwise there, its name.
 SOURCES = {
     "BitwrightError": "core.errors",
+    "Engine": "engine.engine",
     "LayerScheme": "core.scheme",
     "QuantScheme": "core.scheme",
+    "QuantizedCache": "models.kv_cache",
     "QuantizedTensor": "core.qtensor",
     "convert": "quantization.session",
     "demo": "cli.demo",

@@ -115,7 +115,7 @@ def test_tokens_are_coded_alone(name: str, dtype: torch.dtype) -> None:
     parts = [encode_kv(x[:, :, start : start + 4], code) for start in (0, 4)]
     assert_equal(join(parts), whole)
     assert_equal(whole.each(lambda part: part[1:]), encode_kv(x[1:], code))
-    assert_equal(whole.first(4, code.group if code.grain == "channel" else 1), parts[0])
+    assert_equal(whole.span(0, 4, code.group if code.grain == "channel" else 1), parts[0])
 
 
 @pytest.mark.parametrize("name", [*ONLINE, "int2-g8"])

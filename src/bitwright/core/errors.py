@@ -146,6 +146,12 @@ CATALOGUE: dict[str, Entry] = {
         "The prompt and the tokens to generate are longer together than the model's context. Nothing is truncated "
         "silently: shorten the prompt or ask for fewer tokens.",
     ),
+    "BW404": Entry(
+        "no calibrated cache ranges",
+        "The cache scheme stores keys and values with scales that come from calibration, and the model directory has "
+        "none, or has those of other weights. Run bitwright calibrate on the directory, after its weights were "
+        "quantized, or choose a scheme that needs no calibration: int8, int4-rotated.",
+    ),
     "BW501": Entry(
         "disk full or not writable",
         "There is not enough room for the output, or a write failed. Finished blocks are kept: make room and run the "

@@ -63,11 +63,13 @@ class Coded:
         scale, low = (None if part is None else change(part) for part in (self.scale, self.low))
         return Coded(change(self.codes), scale, low)
 
-    def first(self, tokens: int, group: int = 1) -> Coded:
-        """The first ``tokens``, whole groups of ``group``; a copy, so that the others can be forgotten."""
-        parts = [self.codes[:, :, :tokens].clone()]
-        parts += [part[:, :, : tokens // group].clone() for part in (self.scale, self.low) if part is not None]
-        return Coded(*parts)
+    def span(self, start: int, end: int, group: int = 1) -> Coded:
+        """The tokens from ``start`` up to ``end``, whole groups of ``group``; copied, so that the others can go."""
+        scale, low = (
+            None if part is None else part[:, :, start // group : end // group].clone()
+            for part in (self.scale, self.low)
+        )
+        return Coded(self.codes[:, :, start:end].clone(), scale, low)
 
 
 def join(parts: list[Coded]) -> Coded:
@@ -164,7 +166,7 @@ def hadamard_block(head_dim: int) -> int:
 
 def refuse_head(code: KVCode, head_dim: int) -> str | None:
     """Why heads of this size cannot be stored so, or ``None``."""
-    if code.grain == "token_head" and code.group and head_dim % code.group:
+    if code.grain == "token_head" and code.group and head_dim % min(code.group, head_dim):
         return f"groups of {code.group} channels do not divide a head of {head_dim}"
     if code.rotated and hadamard_block(head_dim) == 1:
         return f"a head of {head_dim} channels, an odd number, has no Hadamard matrix to be rotated with"
@@ -237,7 +239,7 @@ def _to_groups(x: Tensor, code: KVCode) -> Tensor:
         if tokens % code.group:
             raise ValueError(f"{tokens} tokens are not whole groups of {code.group}")
         return x.view(batch, heads, tokens // code.group, code.group, width).transpose(3, 4).contiguous()
-    return x.reshape(batch, heads, tokens, -1, code.group or width)
+    return x.reshape(batch, heads, tokens, -1, min(code.group or width, width))
 
 
 def _from_groups(groups: Tensor, code: KVCode) -> Tensor:

@@ -15,13 +15,17 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint
 from bitwright.formats.directory import locate_file
 
-__all__ = ["VERSION", "PreTrainedModel", "Tokenizer", "context_length", "empty_model", "load_tokenizer", "read_config"]
+__all__ = [
+    "VERSION", "Cache", "CacheLayerMixin", "PreTrainedModel", "PretrainedConfig", "Tokenizer", "context_length",
+    "empty_model", "load_tokenizer", "read_config",
+]  # fmt: skip
 
 VERSION = transformers.__version__
 LAYER_COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
