@@ -87,7 +87,7 @@ class RequestHandle:
         'length'
     """
 
-    def __init__(self, number: int, cancel: Callable[[], None]) -> None:
+    def __init__(self, number: int, cancel: Callable[[int], None]) -> None:
         self.number = number
         self._cancel = cancel
         self._changed = threading.Condition()
@@ -103,7 +103,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Call the request off; its answer then is what has come until the engine's next step."""
-        self._cancel()
+        self._cancel(self.number)
 
     def next(self, timeout: float | None = None) -> Delta | None:
         """What has come since the last call, waiting for it at most ``timeout`` seconds; ``None`` for nothing.

@@ -47,10 +47,11 @@ class EngineLoop:
             self._arrived.append(request)
             self._changed.notify_all()
 
-    def cancel(self, request: Request) -> None:
-        """Have ``request`` end before the next step."""
+    def cancel(self, number: int) -> None:
+        """Have a request end before the next step, if it has not ended."""
         with self._changed:
-            request.is_cancelled = True
+            for request in (*self._scheduler.requests, *self._arrived):
+                request.is_cancelled |= request.number == number
             self._changed.notify_all()
 
     def refuse_if_ended(self) -> None:

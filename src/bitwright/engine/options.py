@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bitwright.core.errors import ArgumentError
@@ -48,8 +48,8 @@ class RequestOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
     ignore_end: bool = False
     seed: int | None = None
     logprobs: int | None = None
