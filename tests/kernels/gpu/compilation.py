@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitwright.kernels.gpu import library
+from tests.kernels.gpu.compilation_facts import GENERATIONS
 
 __all__ = ["Recorder", "compile_launch", "facts_of", "record"]
 
@@ -30,7 +31,7 @@ TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8",
     torch.uint8: "u8", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-NAMES = {(7, 0): "V100", (7, 5): "T4", (8, 0): "A100", (8, 9): "L40", (9, 0): "H200"}
+
 
 
 class Recorder:
@@ -53,8 +54,8 @@ class Recorder:
 
 def facts_of(capability: tuple[int, int]) -> library.GpuFacts:
     """Plausible facts of a GPU that is not here."""
-    shared = {(7, 0): 96 << 10, (7, 5): 64 << 10, (8, 0): 163 << 10, (8, 9): 99 << 10}.get(capability, 227 << 10)
-    return library.GpuFacts(name=NAMES[capability], capability=capability, processors=132, shared_bytes=shared)
+
+    return GENERATIONS[capability[0] * 10 + capability[1]]
 
 
 def record(capability: tuple[int, int], work: Any) -> list[Any]:

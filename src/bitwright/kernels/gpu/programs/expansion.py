@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from bitwright.kernels.gpu.programs.linear import codes_of_runs, columns_of_slots, zero_points
-from bitwright.kernels.gpu.programs.weights import as_numbers, high_half, low_half
+from bitwright.kernels.gpu.programs.weights import as_numbers, half_of_pair, with_exponents
 
 __all__ = ["expand"]
 
@@ -28,10 +28,8 @@ def expand(words, scale, zero, remainder, levels, order, dense, first, last, n_o
         if run % 2 == 0:
             codes = codes_of_runs(words, at, rows_in, run, P0, P1, P2, RUN, CHUNK)
             codes = codes << 1 if ZERO == "doubled" else codes
-            half = low_half(codes)
-        else:
-            half = high_half(codes)
-        numbers = as_numbers(half, offset, levels, KIND, BITS, tl.float32)
+            codes = with_exponents(codes, KIND, BITS, tl.float32)
+        numbers = as_numbers(half_of_pair(codes, run % 2 == 1), offset, levels, KIND, BITS, tl.float32)
         if ZERO == "float":
             numbers -= tl.load(remainder + group, mask=rows_in, other=0.0)[:, None]
         column, inside = columns_of_slots(order, slot, slots, ORDERED, RUN)

@@ -8,7 +8,13 @@ they are, and the sums of a group (or of as much of it as lies in one chunk) by 
 import triton
 import triton.language as tl
 
-from bitwright.kernels.gpu.programs.weights import as_numbers, high_half, load_words, low_half, pair_of_runs
+from bitwright.kernels.gpu.programs.weights import (
+    as_numbers,
+    half_of_pair,
+    load_words,
+    pair_of_runs,
+    with_exponents,
+)
 
 __all__ = ["codes_of_runs", "columns_of_slots", "linear", "zero_points"]
 
@@ -118,10 +124,8 @@ def linear(x, words, scale, zero, remainder, levels, order, bias, y, partials, c
             if run % 2 == 0:
                 codes = codes_of_runs(words, at, rows_in, run, P0, P1, P2, RUN, CHUNK)
                 codes = codes << 1 if ZERO == "doubled" else codes
-                half = low_half(codes)
-            else:
-                half = high_half(codes)
-            numbers = as_numbers(half, offset, levels, KIND, BITS, x.dtype.element_ty)
+                codes = with_exponents(codes, KIND, BITS, x.dtype.element_ty)
+            numbers = as_numbers(half_of_pair(codes, run % 2 == 1), offset, levels, KIND, BITS, x.dtype.element_ty)
             here = _activations(x, order, slot, slots, at_rows, in_rows, ORDERED, RUN)
             part = tl.dot(numbers, here, part, input_precision="ieee")
             if ZERO == "float":

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["as_numbers", "high_half", "load_words", "low_half", "pair_of_runs"]
+__all__ = ["as_numbers", "half_of_pair", "load_words", "pair_of_runs", "with_exponents"]
 
 
 @triton.jit
@@ -21,30 +21,38 @@ def pair_of_runs(words, SLOT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def low_half(pair):
-    return pair & 0xFFFF
+def with_exponents(pair, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Both codes of a pair set into the mantissas of 16-bit powers of two, where ``DTYPE`` has room for them."""
+    if KIND == "integer" and DTYPE == tl.float16:
+        pair = pair | 0x64006400  # 1024 + code
+    elif KIND == "integer" and DTYPE == tl.bfloat16 and BITS < 8:
+        pair = pair | 0x43004300  # 128 + code
+    return pair
 
 
 @triton.jit
-def high_half(pair):
-    return (pair >> 16) & 0xFFFF
+def half_of_pair(pair, HIGH: tl.constexpr):
+    """The low or high 16 bits, as uint16."""
+    return (pair >> 16).to(tl.uint16) if HIGH else pair.to(tl.uint16)
 
 
 @triton.jit
-def as_numbers(codes, zero, levels, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """``codes - zero`` (``zero`` float32 ``[BLOCK_N, 1]``, whole), or the levels of codes, or fp8 numbers, as ``DTYPE``.
+def as_numbers(half, zero, levels, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """``code - zero`` (``zero`` float32 ``[BLOCK_N, 1]``, whole), or the levels of codes, or fp8 numbers, as ``DTYPE``.
 
-    A code set into the mantissa of a power of two becomes a number without a conversion, and the difference is exact.
+    ``half`` is that of a pair :func:`with_exponents`: so a code is a number without a conversion, and the difference
+    is exact.
     """
     if KIND == "table":
-        numbers = tl.load(levels + codes).to(DTYPE)
+        numbers = tl.load(levels + half.to(tl.int32)).to(DTYPE)
     elif KIND == "fp8":
-        bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)  # e4m3 lies in the top of float16, 2^8 times smaller
-        numbers = (bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
+        bits = ((half & 0x80) << 8) | ((half & 0x7F) << 7)  # e4m3 lies in the top of float16, 2^8 times smaller
+        numbers = (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
     elif DTYPE == tl.float16:
-        numbers = (codes | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
+        numbers = half.to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
     elif DTYPE == tl.bfloat16 and BITS < 8:
-        numbers = (codes | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
+        numbers = half.to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
     else:
-        numbers = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)).to(DTYPE)
+        wide = (half.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
+        numbers = (wide - (zero + 8388608.0)).to(DTYPE)
     return numbers

@@ -1,0 +1,13 @@
+"""GPUs that are not here, as the launching code would describe them."""
+
+from __future__ import annotations
+
+from bitwright.kernels.gpu.library import GpuFacts
+
+__all__ = ["AMPERE", "GENERATIONS", "HOPPER", "TURING", "VOLTA"]
+
+VOLTA = GpuFacts(name="Tesla V100", capability=(7, 0), processors=80, shared_bytes=96 << 10)
+TURING = GpuFacts(name="Tesla T4", capability=(7, 5), processors=40, shared_bytes=64 << 10)
+AMPERE = GpuFacts(name="NVIDIA A100", capability=(8, 0), processors=108, shared_bytes=163 << 10)
+HOPPER = GpuFacts(name="NVIDIA H200", capability=(9, 0), processors=132, shared_bytes=227 << 10)
+GENERATIONS = {70: VOLTA, 75: TURING, 80: AMPERE, 90: HOPPER}

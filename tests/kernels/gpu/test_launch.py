@@ -1,0 +1,61 @@
+"""Launches: plain functions of sizes, checked for every size that matters; the table of tuned ones, for its form."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, launch_linear, tuned
+from tests.kernels.gpu.compilation_facts import GENERATIONS, HOPPER, VOLTA
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 16, 86])
+@pytest.mark.parametrize("split", [1, 2, 3, 8, 200])
+def test_every_chunk_has_one_program_and_no_program_is_idle(chunks: int, split: int) -> None:
+    parts, each = cut_columns(chunks, split)
+    assert 1 <= parts <= max(1, split)
+    assert (parts - 1) * each < chunks <= parts * each
+
+
+def test_few_rows_fill_the_gpu_by_splitting_columns_and_many_do_not_split() -> None:
+    one = launch_linear(rows=1, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
+    assert one.block_m == 16 and 64 * one.split >= 2 * HOPPER.processors
+    many = launch_linear(rows=200, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
+    assert many.split == 1 and many.block_m >= 64
+    wide = launch_linear(rows=1, out=128256, chunks=16, bits=4, itemsize=2, facts=HOPPER)
+    assert wide.split == 1
+
+
+def test_the_order_of_sums_does_not_depend_on_the_rows_where_that_is_asked_for() -> None:
+    launches = {
+        launch_linear(rows=rows, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER, invariant=True)
+        for rows in (1, 5, 16, 17, 300, 5000)
+    }
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("facts", GENERATIONS.values(), ids=[str(number) for number in GENERATIONS])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 1 << 20])
+def test_launches_are_what_a_gpu_can_do(facts: object, rows: int) -> None:
+    assert facts in GENERATIONS.values()
+    for itemsize in (2, 4):
+        found = launch_linear(rows=rows, out=4096, chunks=16, bits=4, itemsize=itemsize, facts=facts)  # type: ignore[arg-type]
+        assert {found.block_n, found.block_m, found.warps} <= {1 << power for power in range(9)}
+        assert 1 <= found.split <= MOST_SPLITS and found.block_n >= 16 and found.block_m >= 16
+        assert found.stages == 1 or facts.capability >= (8, 0)  # type: ignore[attr-defined]
+
+
+def test_the_tuned_table_is_whole() -> None:
+    table = tuned()
+    for entry in (*table["fallback"].values(), *table["gpus"].values()):
+        for rows in entry.values():
+            bounds = [row["rows"] for row in rows]
+            assert bounds == sorted(bounds) and (not bounds or bounds[-1] >= 1 << 29)
+            assert all({"block_n", "block_m", "warps", "stages"} <= set(row) for row in rows)
+
+
+def test_a_known_gpu_has_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"rows": 1 << 30, "block_n": 32, "block_m": 16, "split": 3, "warps": 2, "stages": 4, "bits8": {"block_n": 64}}
+    monkeypatch.setitem(tuned()["gpus"], VOLTA.name, {"linear": [row]})
+    four = launch_linear(rows=1, out=64, chunks=16, bits=4, itemsize=2, facts=VOLTA)
+    assert (four.block_n, four.split, four.warps, four.stages) == (32, 3, 2, 1)
+    assert launch_linear(rows=1, out=64, chunks=16, bits=8, itemsize=2, facts=VOLTA).block_n == 64
