@@ -10,10 +10,11 @@ from typing import Any
 
 from bitwright.kernels.gpu.library import GpuFacts
 
-__all__ = ["FEW_ROWS", "LARGE_ROWS", "LinearLaunch", "cut_columns", "launch_linear", "tuned"]
+__all__ = ["DENSE_INTEGER_ROWS", "FEW_ROWS", "LARGE_ROWS", "LinearLaunch", "cut_columns", "launch_integer", "launch_linear", "tuned"]
 
 FEW_ROWS = 16  # up to so many rows a product is bound by reading the weight
 LARGE_ROWS = 1024  # from so many rows on, unpacking once and a dense product are faster
+DENSE_INTEGER_ROWS = 512  # from so many on, the vendor's int8 product
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
 MOST_SPLITS = 16
 
@@ -64,6 +65,19 @@ def launch_linear(
     )
 
 
+def launch_integer(*, rows: int, out: int, chunks: int, single: bool, facts: GpuFacts) -> LinearLaunch:
+    """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers and may be split
+    without any loss; with several, columns are split for a few rows alone."""
+    row = next(row for row in _entry(facts)["integer"] if rows <= row["rows"])
+    block_n, block_m = int(row["block_n"]), int(row["block_m"])
+    tiles = -(-out // block_n) * -(-rows // block_m)
+    split = max(1, min(MOST_SPLITS, WAVES * facts.processors // tiles)) if single or rows <= FEW_ROWS else 1
+    split, _ = cut_columns(chunks, int(row.get("split", split)))
+    return LinearLaunch(
+        block_n=block_n, block_m=block_m, split=split, warps=int(row["warps"]), stages=_stages(row, facts)
+    )
+
+
 def _stages(row: dict[str, Any], facts: GpuFacts) -> int:
     """Loads in flight; before Ampere there are no asynchronous copies to overlap."""
     return int(row["stages"]) if facts.capability >= (8, 0) else 1
@@ -71,9 +85,14 @@ def _stages(row: dict[str, Any], facts: GpuFacts) -> int:
 
 def _tuned_row(rows: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
     """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded."""
-    table = tuned()
-    generation = "matrix" if facts.capability >= (8, 0) else "turing" if facts.capability >= (7, 5) else "volta"
-    entry = table["gpus"].get(facts.name, table["fallback"][generation])
-    found = next(row for row in entry["linear"] if rows <= row["rows"])
+    found = next(row for row in _entry(facts)["linear"] if rows <= row["rows"])
     assert isinstance(found, dict)
     return found | found.get(f"bits{bits}", {})
+
+
+def _entry(facts: GpuFacts) -> dict[str, Any]:
+    table = tuned()
+    generation = "matrix" if facts.capability >= (8, 0) else "turing" if facts.capability >= (7, 5) else "volta"
+    fallback = table["fallback"][generation]
+    assert isinstance(fallback, dict)
+    return fallback | table["gpus"].get(facts.name, {})

@@ -23,7 +23,7 @@ from bitwright.kernels.gpu import launch, library
 from bitwright.kernels.gpu.operand import WordLayout, join_codes, order_columns, split_codes, word_layout
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
-__all__ = ["KERNEL", "expand", "multiply", "pack", "pack_weight", "refuse", "refuse_weight", "run", "unpack"]
+__all__ = ["KERNEL", "expand", "multiply", "new_counters", "pack", "pack_weight", "refuse", "refuse_weight", "run", "unpack"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_TILE = 16  # output features; every tile of a launch has at least as many
@@ -79,10 +79,13 @@ def pack_weight(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
         tensors |= _pack_zero(tensor.zero, weight)
     if weight.is_codebook and weight.bits == 4:
         tensors["levels"] = levels(weight.code).to(codes.device)
-    # How many programs of a tile are done; each launch leaves zeros. One layer runs on one stream at a time.
-    tiles = -(-tensor.shape[0] // SMALLEST_TILE) * -(-launch.FEW_ROWS // SMALLEST_TILE)
-    tensors["counters"] = torch.zeros(tiles, dtype=torch.int32, device=codes.device)
+    tensors["counters"] = new_counters(tensor.shape[0], codes.device)
     return PackedWeight(scheme=scheme, shape=tensor.shape, tensors=tensors)
+
+
+def new_counters(out: int, device: torch.device) -> Tensor:
+    """How many programs of each tile are done; a launch leaves zeros. So one layer runs on one stream at a time."""
+    return torch.zeros(-(-out // SMALLEST_TILE), dtype=torch.int32, device=device)
 
 
 def unpack(weight: PackedWeight) -> QuantizedTensor:
