@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bitwright.core.errors import BitwrightError
 from bitwright.kernels import native, reference
+from bitwright.kernels.gpu import integer as gpu_integer
+from bitwright.kernels.gpu import linear as gpu_linear
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
 __all__ = ["KERNELS", "Kernel", "KernelSpec", "PackedWeight", "explain", "select"]
 
-KERNELS: tuple[Kernel, ...] = (native.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (gpu_linear.KERNEL, gpu_integer.KERNEL, native.KERNEL, reference.KERNEL)
 
 
 def select(spec: KernelSpec) -> Kernel:
@@ -28,7 +30,7 @@ def explain(spec: KernelSpec) -> list[tuple[str, str | None]]:
     """Each kernel's name and why it refuses ``spec`` (``None``: it accepts), in order of preference.
 
     Example:
-        >>> explain(KernelSpec(scheme=parse("w4g128"), shape=(64, 256), device=torch.device("cpu")))
-        [('native', None), ('reference', None)]
+        >>> explain(KernelSpec(scheme=parse("w4g128"), shape=(64, 256), device=torch.device("cpu")))[-1]
+        ('reference', None)
     """
     return [(kernel.name, kernel.refuse(spec)) for kernel in KERNELS]

@@ -33,7 +33,6 @@ TYPES = {
 }  # fmt: skip
 
 
-
 class Recorder:
     """Stands for a module of programs; ``launches`` keeps what would have been launched."""
 

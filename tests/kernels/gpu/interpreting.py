@@ -35,7 +35,16 @@ def teach_bfloat16() -> None:
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "knows_bfloat16", False):
         return
-    binary, dot = builder.binary_op, builder.create_dot
+    binary, dot, cast = builder.binary_op, builder.create_dot, builder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == dst_type.scalar:
+            return cast(self, src, dst_type)
+        if src.dtype.scalar == tl.bfloat16:
+            src = interpreter.TensorHandle(widen(src.data), tl.float32)
+        if dst_type.scalar == tl.bfloat16:  # it would cut the lower bits off
+            return interpreter.TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, src, dst_type)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if lhs.dtype.scalar != tl.bfloat16:
@@ -51,4 +60,5 @@ def teach_bfloat16() -> None:
         a, b = (interpreter.TensorHandle(widen(each.data), tl.float32) for each in (a, b))
         return dot(self, a, b, d, input_precision, imprecise)
 
-    builder.binary_op, builder.create_dot, builder.knows_bfloat16 = binary_op, create_dot, True
+    builder.binary_op, builder.create_dot, builder.cast_impl = binary_op, create_dot, cast_impl
+    builder.knows_bfloat16 = True

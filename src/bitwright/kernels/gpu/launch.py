@@ -10,7 +10,16 @@ from typing import Any
 
 from bitwright.kernels.gpu.library import GpuFacts
 
-__all__ = ["DENSE_INTEGER_ROWS", "FEW_ROWS", "LARGE_ROWS", "LinearLaunch", "cut_columns", "launch_integer", "launch_linear", "tuned"]
+__all__ = [
+    "DENSE_INTEGER_ROWS",
+    "FEW_ROWS",
+    "LARGE_ROWS",
+    "LinearLaunch",
+    "cut_columns",
+    "launch_integer",
+    "launch_linear",
+    "tuned",
+]
 
 FEW_ROWS = 16  # up to so many rows a product is bound by reading the weight
 LARGE_ROWS = 1024  # from so many rows on, unpacking once and a dense product are faster
@@ -66,8 +75,8 @@ def launch_linear(
 
 
 def launch_integer(*, rows: int, out: int, chunks: int, single: bool, facts: GpuFacts) -> LinearLaunch:
-    """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers and may be split
-    without any loss; with several, columns are split for a few rows alone."""
+    """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers, split without
+    any loss; with several, columns are split for a few rows alone."""
     row = next(row for row in _entry(facts)["integer"] if rows <= row["rows"])
     block_n, block_m = int(row["block_n"]), int(row["block_m"])
     tiles = -(-out // block_n) * -(-rows // block_m)

@@ -23,7 +23,18 @@ from bitwright.kernels.gpu import launch, library
 from bitwright.kernels.gpu.operand import WordLayout, join_codes, order_columns, split_codes, word_layout
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
-__all__ = ["KERNEL", "expand", "multiply", "new_counters", "pack", "pack_weight", "refuse", "refuse_weight", "run", "unpack"]
+__all__ = [
+    "KERNEL",
+    "expand",
+    "multiply",
+    "new_counters",
+    "pack",
+    "pack_weight",
+    "refuse",
+    "refuse_weight",
+    "run",
+    "unpack",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_TILE = 16  # output features; every tile of a launch has at least as many

@@ -14,7 +14,7 @@ __all__ = ["integer", "scale_products"]
 
 @triton.jit
 def _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, groups, ZERO: tl.constexpr):
-    """Exact products of one group as float32, less the zero points, times the group's scale; 0 for a group of padding."""
+    """Exact products of a group as float32, less the zero points, times the group's scale; 0 for a group of padding."""
     at = group * n_out + n
     rows_in, in_rows = n < tl.where(group < groups, n_out, 0), m < tl.where(group < groups, rows, 0)
     if ZERO != "none":
@@ -111,7 +111,8 @@ def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, 
 
 @triton.jit
 def scale_products(products, token_scales, sums, scale, zero, remainder, bias, y, rows, n_out,
-                   ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                   ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Products (int32 ``[rows, n_out]``) of one group to numbers."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

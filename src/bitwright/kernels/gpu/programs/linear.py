@@ -62,7 +62,7 @@ def codes_of_runs(words, at, rows_in, RUN_INDEX: tl.constexpr, P0: tl.constexpr,
 @triton.jit
 def _finish(y, total, partials, counters, bias, n, m, n_out, rows, tile, split,
             SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Store a tile; where several programs have parts of it, the last to end adds them up, in the order of the parts."""
+    """Store a tile; where several programs have parts of it, the last to end adds them up, in the parts' order."""
     here = (n < n_out)[:, None] & (m < rows)[None, :]
     is_last = True
     if SPLIT > 1:

@@ -58,8 +58,9 @@ def quantize(x, order, codes, scales, sums, columns, present, slots, groups,
 
 @triton.jit
 def normalize(x, residual, weight, total, y, codes, scales, sums, columns, slots, groups, epsilon,
-              WIDTH: tl.constexpr, GROUP: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTIZED: tl.constexpr):  # fmt: skip
-    """The root mean square norm of one row of ``x`` (``+ residual``, whose sum goes to ``total``), to ``y`` or to codes.
+              WIDTH: tl.constexpr, GROUP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+              QUANTIZED: tl.constexpr):  # fmt: skip
+    """The root mean square norm of a row of ``x`` (``+ residual``, whose sum goes to ``total``), to ``y`` or to codes.
 
     In float32, rounded once to the dtype of ``x``, also before it is quantized.
     """
