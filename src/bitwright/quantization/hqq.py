@@ -1,4 +1,4 @@
-"""Half-quadratic quantization (Badri, Shaji 2023): a grid of small L_p error (p < 1), found from the weights alone.
+"""Half-quadratic quantization (Badri, Shaji 2023): a grid that outliers pull less at, found from the weights alone.
 
 The source is "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml.github.io/hqq_blog, 2023),
 sections "Half-Quadratic Solver" (1) and (2): with W_r = (W_q - z) s,
@@ -13,7 +13,7 @@ the scale instead, s <- <W - E, W_q - z> / <W_q - z, W_q - z>, and an integer ze
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,13 +41,14 @@ class HqqOptions:
     Attributes:
         norm: p of the error's L_p norm, above 0 and at most 1.
         beta: weight of the quadratic term at the first iteration.
-        kappa: factor of beta from one iteration to the next, at least 1.
+        kappa: factor of beta from one iteration to the next, at least 1. The paper has 1.01, the authors' own code leaves
+            beta as it is; so do we, by measurement.
         iterations: at most so many; a group whose grid no longer moves is finished before.
     """
 
     norm: float = 0.7
     beta: float = 10.0
-    kappa: float = 1.01
+    kappa: float = 1.0
     iterations: int = 20
 
     def __post_init__(self) -> None:
@@ -62,9 +63,9 @@ def solve_half_quadratic(
 ) -> QuantizedTensor:
     """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at.
 
-    Per group the best iterate is kept, by the L_p error of the grid as it is stored. The grid of rounding to nearest
-    with an integer zero point is among the candidates, so no group is worse than that. (With double quantization both
-    hold before the scales are rounded in their turn.)
+    Per group the iterate of least squared error is kept: chosen by their L_p error, iterates cost more where it counts,
+    in the model's predictions. The first is rounding to nearest, so no group is worse than that, before the scale and
+    the zero point are rounded to how they are stored.
 
     Raises:
         BitwrightError: BW201 for schemes with a table of levels, whose codes are not counted; BW602 for a weight that
@@ -79,15 +80,13 @@ def solve_half_quadratic(
     weight = weight.detach()
     rows = weight if scheme.axis == 1 else weight.t().contiguous()
     fitted = grid.fit(rows, scheme=scheme)
-    rounded = fitted if scheme.zero == "integer" else grid.fit(rows, scheme=replace(scheme, zero="integer"))
-    best = _Grids.copy(rounded)
-    start = _Grids.copy(fitted)
+    start, best = _Grids.copy(fitted), _Grids.copy(fitted)
 
     def work(part: _Part) -> None:
         lines, columns, groups = part
         values = rows[lines, columns].to(torch.float32)
         values = values.reshape((groups.stop - groups.start) * values.shape[0], -1)
-        found = _improve(values, start.at(lines, groups), best.at(lines, groups), fitted.scale.dtype, scheme, options)
+        found = _improve(values, start.at(lines, groups), fitted.scale.dtype, scheme, options)
         best.scale[lines, groups] = found.scale.view(lines.stop - lines.start, -1)
         best.zero[lines, groups] = found.zero.view(lines.stop - lines.start, -1)
 
@@ -99,7 +98,7 @@ def solve_half_quadratic(
 
 @dataclass(frozen=True, slots=True)
 class _Grids:
-    """Scale and zero point of some groups, float32, exact in the dtype that they are stored in."""
+    """Scale and zero point of some groups, float32: rounded to the dtype that they are stored in only at the end."""
 
     scale: Tensor
     zero: Tensor
@@ -130,13 +129,11 @@ def _parts(rows: int, columns: int, group: int | None, tile: int) -> Iterator[_P
             yield part, slice(full * size, columns), slice(full, full + 1)
 
 
-def _improve(
-    values: Tensor, start: _Grids, best: _Grids, dtype: torch.dtype, scheme: QuantScheme, options: HqqOptions
-) -> _Grids:
-    """Iterate from ``start`` on groups ``values`` (``[groups, size]`` float32); the best grids seen, or ``best``."""
+def _improve(values: Tensor, start: _Grids, dtype: torch.dtype, scheme: QuantScheme, options: HqqOptions) -> _Grids:
+    """Iterate from ``start`` on groups ``values`` (``[groups, size]`` float32); the best grids seen."""
     scale, zero, norm = start.scale, start.zero, options.norm
-    least = _rounding_error(values, best, scheme, norm)
-    best_scale, best_zero = best.scale.clone(), best.zero.clone()
+    least = torch.full_like(scale, torch.inf)
+    best_scale, best_zero = scale.clone(), zero.clone()
     moving: Tensor | slice = slice(None)  # which groups are still iterated on
     last_beta = options.beta * options.kappa**options.iterations
     for number in range(options.iterations + 1):
@@ -149,13 +146,13 @@ def _improve(
         is_least_squares = float(size.amax() * scale.abs().amax()) ** (2 - norm) * last_beta <= 1
         target = residual if is_least_squares else _unshrunk(residual, size, scale, norm, beta)
         moved = _move(target, position, scale, zero, dtype, scheme)
-        error = _error(size, scale, norm)
+        error = _error(size, scale)
         better = error < least[moving]
         least[moving] = torch.where(better, error, least[moving])
         best_scale[moving] = torch.where(better, scale, best_scale[moving])
         best_zero[moving] = torch.where(better, zero, best_zero[moving])
         if is_least_squares:  # then a grid that stays where it is will stay for good
-            going = ((moved.scale != scale) | (moved.zero != zero)).flatten().nonzero().flatten()
+            going = _has_moved(moved, scale, zero, torch.finfo(dtype).eps / 4).flatten().nonzero().flatten()
             if not len(going):
                 break
             if len(going) < DENSE * len(values):
@@ -163,6 +160,12 @@ def _improve(
                 values, moved = values[going], _Grids(moved.scale[going], moved.zero[going])
         scale, zero = moved.scale, moved.zero
     return _Grids(best_scale, best_zero)
+
+
+def _has_moved(moved: _Grids, scale: Tensor, zero: Tensor, step: float) -> Tensor:
+    """Whether grids have moved by more than ``step``, a quarter of what storing them can tell apart."""
+    has_moved = (moved.scale - scale).abs() > step * scale.abs()
+    return has_moved.logical_or_((moved.zero - zero).abs() > step * zero.abs().clamp_min_(1))
 
 
 def _positions(scaled: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
@@ -179,12 +182,12 @@ def _positions(scaled: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
 def _move(
     target: Tensor, position: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype, scheme: QuantScheme
 ) -> _Grids:
-    """The next grids, as they will be stored; ``target`` is ``W_q - z - (W - E) / s``."""
+    """The next grids, within what ``dtype`` can store; ``target`` is ``W_q - z - (W - E) / s``."""
     if scheme.zero == "float":
-        return _Grids(scale, (zero + target.mean(1, keepdim=True)).to(dtype).to(torch.float32))
+        return _Grids(scale, zero + target.mean(1, keepdim=True))
     square = position.square().sum(1, keepdim=True)
     factor = 1 - (target * position).sum(1, keepdim=True) / _divisor(square)
-    moved = (scale * factor).to(dtype).to(torch.float32)
+    moved = scale * factor
     limits = torch.finfo(dtype)
     scale = torch.where((moved.abs() >= limits.tiny) & (moved.abs() <= limits.max), moved, scale)
     if not scheme.symmetric:
@@ -198,16 +201,9 @@ def _unshrunk(residual: Tensor, size: Tensor, scale: Tensor, norm: float, beta: 
     return torch.minimum(size, limit).copysign_(residual)
 
 
-def _error(size: Tensor, scale: Tensor, norm: float) -> Tensor:
-    """The sum of ``|W - W_r|^p`` of each group, ``[groups, 1]``; ``size``, its ``|W - W_r| / s``, is overwritten."""
-    return size.pow_(norm).sum(1, keepdim=True) * _divisor(scale).abs().pow(norm)
-
-
-def _rounding_error(values: Tensor, grids: _Grids, scheme: QuantScheme, norm: float) -> Tensor:
-    """The error of rounding to nearest on grids of integer zero points."""
-    scaled = values / _divisor(grids.scale)
-    residual = _positions(scaled, grids.zero, replace(scheme, zero="integer")).sub_(scaled)
-    return _error(residual.abs_(), grids.scale, norm)
+def _error(size: Tensor, scale: Tensor) -> Tensor:
+    """The sum of ``(W - W_r)^2`` of each group, ``[groups, 1]``; ``size``, its ``|W - W_r| / s``, is overwritten."""
+    return size.square_().sum(1, keepdim=True) * _divisor(scale).square()
 
 
 def _divisor(scale: Tensor) -> Tensor:
