@@ -41,8 +41,8 @@ class HqqOptions:
     Attributes:
         norm: p of the error's L_p norm, above 0 and at most 1.
         beta: weight of the quadratic term at the first iteration.
-        kappa: factor of beta from one iteration to the next, at least 1. The paper has 1.01, the authors' own code leaves
-            beta as it is; so do we, by measurement.
+        kappa: factor of beta from one iteration to the next, at least 1. The paper has 1.01; the authors' own code
+            leaves beta as it is, and so do we, by measurement.
         iterations: at most so many; a group whose grid no longer moves is finished before.
     """
 
