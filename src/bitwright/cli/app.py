@@ -38,6 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic; as many as torch takes unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+KV_HELP = "How keys and values are stored: none, int8, int4-rotated, k8v4, int8-static (after calibrate) ..."
+KVCache = Annotated[str, typer.Option("--kv-cache", metavar="SCHEME", help=KV_HELP)]
 # The names in the table of algorithms, which is not imported here: help has to answer at once.
 ALGORITHM_NAMES = (
     "rtn", "hqq", "gptq", "gptq+learned", "autoround", "autoround+logits", "gptq+logits", "best", "choice", "awq",
@@ -180,6 +182,10 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens of the text.")] = None,
     probes: Annotated[bool, typer.Option(help="Also ask the embedded questions.")] = True,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option("--kv-cache", metavar="SCHEME,...", help="Measure each model with each of these cache schemes."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
     plain: Plain = False,
@@ -196,6 +202,7 @@ def evaluate(
         "seqlen": seqlen,
         "max_tokens": max_tokens,
         "probes": probes,
+        "kv_cache": kv_cache.split(",") if kv_cache is not None else (),
         "threads": threads,
     }
     run_eval(models, options, as_json=json, plain=plain)
@@ -213,13 +220,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw only among the likeliest tokens of this total probability.")] = 1.0,
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    kv_cache: KVCache = "none",
     json: Json = False,
 ) -> None:
     """Continue a text, printed as it is written."""
     from bitwright.cli.generation import run_generate
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
-    run_generate(model, prompt, options, as_json=json)
+    run_generate(model, prompt, options | {"kv_cache": kv_cache}, as_json=json)
 
 
 @app.command()

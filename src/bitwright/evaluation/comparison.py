@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
+from bitwright.core.kv_scheme import KVScheme, parse_kv
 from bitwright.core.memory import trim_memory
 from bitwright.core.settings import read_settings
 from bitwright.core.threads import thread_count
@@ -92,6 +93,7 @@ def evaluate(
     max_tokens: int | None = None,
     probes: bool | int = True,
     start: bool | None = None,
+    kv_cache: Sequence[str | int | KVScheme] = (),
     dtype: torch.dtype | None = torch.float32,
     tokenizer: str | Path | None = None,
     batch: int | None = None,
@@ -109,6 +111,8 @@ def evaluate(
         probes: also ask the embedded questions (a number: so many of each kind), where the tokenizer is theirs.
         start: begin every window with the token that the tokenizer puts before texts; ``None``: if it puts one there,
             as models are trained that have one (the result says which it is).
+        kv_cache: cache schemes (``none``, ``int8``, ``int4-rotated``, ...): each model is measured with each of them,
+            and beside the first model without, unless there is a ``reference``.
         dtype: of activations and of all that is not quantized; ``None``: as each model stores it, whose rounding then
             hides small differences. Models in memory are taken as they are.
         tokenizer: the model directory whose tokenizer reads the text, where only models in memory are measured.
@@ -124,7 +128,10 @@ def evaluate(
         >>> bitwright.eval(["out"], reference="demo:").rows[0].kl_mean
     """
     _check_counts(batch=batch, threads=threads)
-    subjects, beside = find_subjects(models, reference)
+    if isinstance(kv_cache, str):
+        raise ArgumentError("BW201", f"kv_cache is {kv_cache!r}", suggestion="a list of names of cache schemes")
+    schemes = [scheme if isinstance(scheme, KVScheme) else parse_kv(scheme) for scheme in kv_cache]
+    subjects, beside = find_subjects(models, reference, schemes)
     everyone = [*subjects, beside] if beside else subjects
     reader, is_embedded = check_tokenizers(everyone, tokenizer)
     first = _choose_start(reader, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.kv_scheme import KVScheme
+from bitwright.evaluation.kv_models import CachedModel
 from bitwright.evaluation.sizes import Size, checkpoint_size, module_size
 from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
 from bitwright.models.embedded_model import embedded_directory
-from bitwright.models.hf import Tokenizer, context_length, load_tokenizer, read_config
+from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer, read_config
 from bitwright.models.loading import load
 from bitwright.models.location import resolve_model
 
@@ -38,6 +40,7 @@ class Subject:
     module: nn.Module | None
     vocabulary: int
     context: int | None
+    scheme: KVScheme | None = None  # of the cache through which it reads; None: without any
 
     @property
     def directory(self) -> Path | None:
@@ -46,10 +49,17 @@ class Subject:
     def load(self, dtype: torch.dtype | None) -> nn.Module:
         """The model; one in memory is taken as it is."""
         if self.module is not None:
-            return self.module
+            return self._cached(self.module)
         assert self.directory is not None
-        model: nn.Module = load(self.directory, dtype=dtype)
-        return model
+        return self._cached(load(self.directory, dtype=dtype))
+
+    def _cached(self, model: nn.Module) -> nn.Module:
+        if self.scheme is None or self.scheme.is_float:
+            return model
+        if not isinstance(model, PreTrainedModel):
+            what = f"{self.name} is no model of transformers, and has no cache"
+            raise ArgumentError("BW201", what, suggestion="leave out the cache schemes")
+        return CachedModel(model, self.scheme)
 
     def size(self) -> Size:
         if self.checkpoint is not None:
@@ -58,8 +68,13 @@ class Subject:
         return module_size(self.module)
 
 
-def find_subjects(models: Sequence[ModelLike], reference: ModelLike | None) -> tuple[list[Subject], Subject | None]:
+def find_subjects(
+    models: Sequence[ModelLike], reference: ModelLike | None, schemes: Sequence[KVScheme] = ()
+) -> tuple[list[Subject], Subject | None]:
     """Open every checkpoint, so that what is wrong with the last one is known before the first is measured.
+
+    With cache ``schemes`` each model is there once for each, and unless there is a reference, the first model without
+    a quantized cache is it.
 
     Raises:
         BitwrightError: BW201 if there is no model; BW312 if a model predicts another number of tokens than the
@@ -68,7 +83,15 @@ def find_subjects(models: Sequence[ModelLike], reference: ModelLike | None) -> t
     if isinstance(models, str | Path) or not models:
         raise ArgumentError("BW201", f"models is {models!r}", suggestion="a list of at least one model")
     subjects = [_find_subject(model) for model in models]
-    beside = None if reference is None else _find_subject(reference)
+    own = schemes and reference is None
+    beside = subjects[0] if own else None if reference is None else _find_subject(reference)
+    if schemes:
+        subjects = [
+            replace(subject, name=f"{subject.name} kv={scheme.name}", scheme=scheme)
+            for subject in subjects
+            for scheme in schemes
+            if not (own and subject is beside and scheme.is_float)
+        ]
     for subject in subjects:
         if beside is not None and subject.vocabulary != beside.vocabulary:
             raise BitwrightError(

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.kv_scheme import KVScheme, parse_kv
 from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
+from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.loading import check_vocabulary, load_with_tokenizer
 from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
 
@@ -71,6 +73,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    kv_cache: str | int | KVScheme = "none",
     tokenizer: Tokenizer | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
@@ -83,6 +86,7 @@ def generate(
         top_p: sample among the fewest tokens that have this probability together.
         seed: equal seeds give equal texts.
         chat: put the prompt into the model's chat template, as a message of the user.
+        kv_cache: how keys and values are stored: ``none`` (as computed), ``int8``, ``int4-rotated``, ...
         tokenizer: instead of the one in the model's directory.
         on_text: called with each piece of text as it comes; a piece never ends within a character.
 
@@ -94,6 +98,7 @@ def generate(
         >>> bitwright.generate("demo:", "Once upon a time", max_tokens=40)
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ArgumentError("BW201", f"max_tokens is {max_tokens!r}", suggestion="a whole number, at least 1")
     if isinstance(model_or_path, str | Path):
@@ -105,20 +110,26 @@ def generate(
         check_vocabulary(model, tokenizer)
     tokens = encode_chat(tokenizer, prompt) if chat else encode_prompt(tokenizer, prompt)
     pieces: list[str] = []
-    for piece in stream_text(model, tokenizer, tokens, max_tokens=max_tokens, sampling=sampling):
+    cache = None if scheme.is_float else QuantizedCache(model, scheme)
+    for piece in stream_text(model, tokenizer, tokens, max_tokens=max_tokens, sampling=sampling, cache=cache):
         pieces.append(piece)
         if on_text is not None:
             on_text(piece)
     return "".join(pieces)
 
 
-def generate_tokens(model: PreTrainedModel, tokens: list[int], *, limit: int, sampling: Sampling) -> Iterator[int]:
-    """At most ``limit`` tokens that continue ``tokens``, one at a time; the token that ends a text is the last."""
+def generate_tokens(
+    model: PreTrainedModel, tokens: list[int], *, limit: int, sampling: Sampling, cache: object = None
+) -> Iterator[int]:
+    """At most ``limit`` tokens that continue ``tokens``, one at a time; the token that ends a text is the last.
+
+    ``cache`` is filled instead of a new one; if it has tokens, they are the first of ``tokens``, but not all of them.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ends = end_tokens(model)
-    cache: object = None
-    recent = list(tokens)
+    known = getattr(cache, "get_seq_length", int)()
+    recent = tokens[known:]
     for _ in range(limit):
         inputs = torch.tensor([recent], device=model.device)
         output = _run(model, input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True, **last_only)
@@ -159,10 +170,12 @@ def stream_text(
     max_tokens: int | None,
     sampling: Sampling,
     ends: Collection[int] = (),
+    cache: object = None,
 ) -> Iterator[str]:
     """The text that continues ``tokens``, in pieces that end between characters; see :func:`generate`.
 
-    It ends before the tokens with which the model ends a text, and before those of ``ends``.
+    It ends before the tokens with which the model ends a text, and before those of ``ends``. ``cache`` is filled
+    instead of a new one, see :func:`generate_tokens`.
 
     Raises:
         BitwrightError: BW403 with the first piece if the text does not fit the context, BW601 if the model gives NaN.
@@ -170,7 +183,7 @@ def stream_text(
     limit = _room(model, len(tokens), max_tokens)
     detokenizer = Detokenizer(tokenizer, tokens)
     all_ends = end_tokens(model) | {tokenizer.eos_token_id, *ends}
-    for token in generate_tokens(model, tokens, limit=limit, sampling=sampling):
+    for token in generate_tokens(model, tokens, limit=limit, sampling=sampling, cache=cache):
         if token in all_ends:
             break
         piece = detokenizer.add(token)

@@ -49,7 +49,7 @@ class PackedTensor(Tensor):
         assert isinstance(made, PackedTensor)
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor({self.side}, {self.view_of.codes[self.side].name}, shape={tuple(self.shape)})"
 
     def unpack(self) -> Tensor:
