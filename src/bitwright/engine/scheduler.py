@@ -17,6 +17,7 @@ from bitwright.models.paged_cache import PAGE
 
 __all__ = ["Scheduler", "Work", "pages_of"]
 
+RESERVE = 4  # so many running requests share one page that is not given to new ones
 Drafter = Callable[[Sequence[int], int], list[int]]
 
 
@@ -129,7 +130,7 @@ class Scheduler:
             found = self._allocator.find(hashes, (len(request.tokens) - 1) // PAGE)
             self._allocator.refer(found)
             missing = pages_of(len(request.tokens)) - len(found)
-            spare = len(self.running)  # each may need a page soon
+            spare = -(-len(self.running) // RESERVE)  # each may need a page soon, but not all at once
             pages = self._allocator.allocate(missing) if missing + spare <= self._allocator.available else None
             if pages is None:
                 self._allocator.release(found)

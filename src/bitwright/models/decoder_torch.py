@@ -66,7 +66,7 @@ class TorchDecoder:
         tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, step: Step, cache: PagedCache) -> Tensor:
         """Logits of the rows ``step.outputs``, float32 ``[m, vocabulary]`` on the CPU."""
         tiles = _arrange(step.positions, self.exact)
@@ -76,8 +76,7 @@ class TorchDecoder:
         hidden = tiles.scatter(embedded)
         for number, layer in enumerate(self._inner.layers):
             parts = [self._project(layer, x, *turn) for x, turn in zip(hidden, turns, strict=True)]
-            coded = zip(*[cache.encode(number, k, v) for _, k, v in parts], strict=True)
-            cache.write(number, place.pages, place.offsets, [tiles.gather(list(part)) for part in coded])
+            cache.write(number, place.pages, place.offsets, _encode(cache, number, tiles, parts))
             q = tiles.gather([part[0] for part in parts])
             attend = _attend_exactly if self.exact else _attend_fast
             mixed = attend(q, step, cache, number, self.shape)
@@ -128,6 +127,14 @@ class _Tiles:
         """The inverse."""
         flat = torch.cat(tiles)
         return flat[self.places.to(flat.device)]
+
+
+def _encode(cache: PagedCache, layer: int, tiles: _Tiles, parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """What the cache stores of the keys and values of each row; a rotation, which is a product, in tiles."""
+    if cache.is_rotated(layer):
+        coded = zip(*[cache.encode(layer, k, v) for _, k, v in parts], strict=True)
+        return [tiles.gather(list(part)) for part in coded]
+    return cache.encode(layer, tiles.gather([part[1] for part in parts]), tiles.gather([part[2] for part in parts]))
 
 
 def _arrange(positions: Tensor, exact: bool) -> _Tiles:
@@ -204,8 +211,8 @@ def _attend_pages(queries: Tensor, table: list[int], block: int, cache: PagedCac
     mixed = torch.zeros_like(queries)
     last = block * TILE // PAGE
     first = max(0, block * TILE - window + 1) // PAGE if window else 0
-    for number in range(first, last + 1):
-        keys, values = cache.read(layer, table[number])
+    pages = cache.read(layer, table[first : last + 1])
+    for number, keys, values in zip(range(first, last + 1), *pages, strict=True):
         scores = queries @ keys.transpose(1, 2)
         if number == last or window:
             at = torch.arange(number * PAGE, (number + 1) * PAGE, device=queries.device)
@@ -231,8 +238,7 @@ def _attend_fast(q: Tensor, step: Step, cache: PagedCache, layer: int, shape: De
     for sequence, (start, stop) in enumerate(pairwise(starts)):
         length = int(step.lengths[sequence])
         table = step.pages[sequence, : -(-length // PAGE)].tolist()
-        pairs = [cache.read(layer, page) for page in table]
-        keys, values = (torch.cat(side, dim=1)[:, :length] for side in zip(*pairs, strict=True))
+        keys, values = (side.transpose(0, 1).flatten(1, 2)[:, :length] for side in cache.read(layer, table))
         at = torch.arange(length, device=q.device)
         positions = step.positions[start:stop].to(q.device)[:, None]
         queries = q[start:stop].view(stop - start, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3)

@@ -96,6 +96,11 @@ class PagedCache:
         count = self.page_count if width else 0
         return torch.zeros((count, self.shape.kv_heads, PAGE, width), dtype=dtype, device=self._device)
 
+    def is_rotated(self, layer: int) -> bool:
+        """Whether a product is part of coding, whose sums may depend on how many rows it has."""
+        own = self.scheme.at(layer)
+        return own.key.rotated or own.value.rotated
+
     def encode(self, layer: int, keys: Tensor, values: Tensor) -> list[Tensor]:
         """What is stored of tokens, one a row (``[n, kv_heads, head_dim]``): tensors ``[n, kv_heads, ...]``."""
         own = self.scheme.at(layer)
@@ -121,20 +126,28 @@ class PagedCache:
         values = [self.values] if own.value.is_float else [self.value_codes, self.value_scale]
         return [tensors[layer] for tensors in (*keys, *values)]
 
-    def read(self, layer: int, page: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a page, float32 ``[kv_heads, page, head_dim]``."""
+    def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages, float32 ``[pages, kv_heads, page, head_dim]``, each page as if read alone."""
         own = self.scheme.at(layer)
-        keys = self._decode(own.key, self.keys, self.key_codes, self.key_scale, layer, page)
-        return keys, self._decode(own.value, self.values, self.value_codes, self.value_scale, layer, page)
+        keys = self._decode(own.key, self.keys, self.key_codes, self.key_scale, layer, pages)
+        return keys, self._decode(own.value, self.values, self.value_codes, self.value_scale, layer, pages)
 
     def _decode(
-        self, code: KVCode, numbers: list[Tensor], codes: list[Tensor], scales: list[Tensor], layer: int, page: int
+        self,
+        code: KVCode,
+        numbers: list[Tensor],
+        codes: list[Tensor],
+        scales: list[Tensor],
+        layer: int,
+        pages: list[int],
     ) -> Tensor:
         if code.is_float:
-            return numbers[layer][page].to(torch.float32)
-        scale = scales[layer][page][None]
+            return numbers[layer][pages].to(torch.float32)
+        if code.rotated and len(pages) > 1:  # a product's sums may depend on how many rows it has
+            return torch.cat([self._decode(code, numbers, codes, scales, layer, [page]) for page in pages])
+        scale = scales[layer][pages]
         scale, low = (scale, None) if code.symmetric else scale.chunk(2, dim=-1)
-        return decode_kv(Coded(codes[layer][page][None], scale, low), code, self.shape.head_dim)[0]
+        return decode_kv(Coded(codes[layer][pages], scale, low), code, self.shape.head_dim)
 
     def clear(self, pages: list[int]) -> None:
         """Set pages to zero, as after a step that made numbers that are not finite."""

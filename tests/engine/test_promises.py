@@ -1,0 +1,171 @@
+"""What the engine promises under pressure: the same answers with a quarter of the room, and no page lost."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from bitwright import Engine
+from bitwright.engine.drafting import look_up
+from bitwright.engine.handle import Completion, RequestHandle
+from bitwright.models.paged_cache import PAGE
+from bitwright.quantization.session import quantize_module
+
+Ask = tuple[list[int], dict[str, Any]]
+
+
+def mixed_requests(count: int, seed: int, vocabulary: int = 80) -> list[Ask]:
+    """Prompts of 1 to 48 tokens, some with equal beginnings; answers of 1 to 50, most of them greedy."""
+    chance = random.Random(seed)
+    common = chance.choices(range(1, vocabulary), k=40)
+    requests: list[Ask] = []
+    for number in range(count):
+        own = chance.choices(range(1, vocabulary), k=chance.randint(1, 28))
+        prompt = common[: chance.randint(1, 40)] + own[:8] if number % 4 == 0 else own
+        fields: dict[str, Any] = {"max_tokens": chance.randint(1, 50)}
+        if number % 5 == 0:
+            fields |= {"temperature": 0.9, "seed": number, "top_k": 20, "frequency_penalty": 0.3}
+        requests.append((prompt, fields))
+    return requests
+
+
+def alone(model: PreTrainedModel, requests: list[Ask], **engine: Any) -> list[Completion]:
+    """Each request by itself in an engine with room for everything, which reuses nothing."""
+    with Engine(model, max_batch=1, cache_tokens=4096, reuse=0, **engine) as single:
+        return [single.generate([prompt], **fields)[0] for prompt, fields in requests]
+
+
+def pages_needed(requests: list[Ask]) -> int:
+    return sum(-(-(len(prompt) + fields["max_tokens"]) // PAGE) for prompt, fields in requests)
+
+
+def under_pressure(engine: Engine, requests: list[Ask], seed: int, cancelled: set[int]) -> list[Completion]:
+    """All requests at mixed times from four threads, some of them called off while they run."""
+    handles: dict[int, RequestHandle] = {}
+
+    def client(numbers: list[int]) -> None:
+        chance = random.Random(seed + numbers[0])
+        for number in numbers:
+            prompt, fields = requests[number]
+            handles[number] = engine.submit(prompt, **fields)
+            if chance.random() < 0.5:
+                time.sleep(chance.random() * 0.02)
+            if number in cancelled and chance.random() < 0.7:
+                handles[number].next(0.05)
+            if number in cancelled:
+                handles[number].cancel()
+
+    threads = [threading.Thread(target=client, args=(list(range(n, len(requests), 4)),)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [handles[number].result(120) for number in range(len(requests))]
+
+
+def check_books(engine: Engine) -> None:
+    engine._loop._allocator.check()
+    assert engine.statistics().cache_used == 0 and engine.statistics().running == engine.statistics().waiting == 0
+
+
+@pytest.mark.parametrize(("kind", "count"), [("float32", 64), ("quantized, int4 cache, speculation", 24)])
+def test_requests_in_a_quarter_of_the_room(tiny: PreTrainedModel, kind: str, count: int) -> None:
+    plain = kind == "float32"
+    model: Any = tiny if plain else quantize_module(tiny, scheme="w4g32")
+    scheme = {} if plain else {"kv_cache": "int4"}
+    requests, cancelled = mixed_requests(count, seed=3), set(random.Random(4).sample(range(count), count // 5))
+    expected = alone(model, requests, **scheme)
+    room = pages_needed(requests) // 4 * PAGE
+    more: dict[str, Any] = {} if plain else {"speculate": 4}
+    with Engine(model, max_batch=64, cache_tokens=room, step_tokens=256, **scheme, **more) as engine:
+        answers = under_pressure(engine, requests, 5, cancelled)
+        statistics = engine.statistics()
+        assert statistics.preemptions > 0, "there was no pressure"
+        check_books(engine)
+    finished = [n for n, answer in enumerate(answers) if answer.finish_reason != "cancelled"]
+    assert len(finished) >= count - len(cancelled)
+    for number in finished:
+        assert answers[number].tokens == expected[number].tokens, f"request {number} has another answer in company"
+    for number in set(range(count)) - set(finished):
+        tokens = answers[number].tokens
+        assert tokens == expected[number].tokens[: len(tokens)]
+    assert statistics.finished + statistics.cancelled == count and statistics.failed == 0
+
+
+def test_the_oldest_is_never_overtaken(tiny: PreTrainedModel) -> None:
+    """With room for one and a half, whoever came first ends first."""
+    with Engine(tiny, cache_tokens=96, reuse=0) as engine:
+        handles = [engine.submit([n + 1] * 30, max_tokens=60) for n in range(4)]
+        answers = [handle.result(60) for handle in handles]
+    ends = [answer.seconds for answer in answers]
+    assert ends == sorted(ends) and answers[0].preemptions == 0
+
+
+def test_guesses_change_nothing(tiny: PreTrainedModel) -> None:
+    """Greedy or by chance, with penalties and stops: answers are the same with speculation, and guesses are right."""
+    requests = mixed_requests(12, seed=8)
+    expected = alone(tiny, requests)
+    with Engine(tiny, speculate=6) as engine:
+        answers = [engine.generate([prompt], **fields)[0] for prompt, fields in requests]
+        answers += [handle.result(60) for handle in [engine.submit(prompt, **fields) for prompt, fields in requests]]
+        statistics = engine.statistics()
+        check_books(engine)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected * 2]
+    assert 0 < statistics.accepted_tokens < statistics.drafted_tokens
+    assert statistics.steps < sum(len(answer.tokens) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "expected"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]), ([1, 2, 3, 4, 5], 4, []), ([7, 7, 7, 7], 3, [7]), ([5], 3, []),
+        ([1, 2, 8, 1, 2, 9, 1, 2], 1, [9]), ([], 2, []), ([4, 1, 2, 8, 3, 1, 2, 9, 4, 1, 2], 1, [8]),
+    ],
+)  # fmt: skip
+def test_looking_up(tokens: list[int], most: int, expected: list[int]) -> None:
+    """The longest ending counts, then the latest place."""
+    assert look_up(tokens, most) == expected
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "int4"])
+def test_equal_beginnings_are_reused(tiny: PreTrainedModel, kv: str) -> None:
+    """E37, in units of 128 tokens: of 300 equal ones 256 are found again; after their time is over, none."""
+    long = tiny.config.max_position_embeddings
+    common = random.Random(1).choices(range(1, 80), k=300)
+    try:
+        tiny.config.max_position_embeddings = 1024
+        with Engine(tiny, reuse=128, kv_cache=kv, reuse_seconds=30) as engine:
+            cold = engine.generate([[*common, 5, 6]], max_tokens=8)[0]
+            warm = engine.generate([[*common, 5, 6]], max_tokens=8)[0]
+            other = engine.generate([[*common, 7]], max_tokens=8)[0]
+            assert (cold.reused_tokens, warm.reused_tokens, other.reused_tokens) == (0, 256, 256)
+            assert warm.tokens == cold.tokens
+            engine._loop._allocator._ttl = 0.0
+            late = engine.generate([[*common, 5, 6]], max_tokens=8)[0]
+            assert late.reused_tokens == 0 and late.tokens == cold.tokens
+            assert engine.statistics().reused_tokens == 512
+    finally:
+        tiny.config.max_position_embeddings = long
+
+
+def test_an_answer_is_reused_as_the_beginning_of_a_conversation(tiny: PreTrainedModel) -> None:
+    with Engine(tiny) as engine:
+        first = engine.generate([[3] * 20], max_tokens=60)[0]
+        again = engine.generate([[3] * 20 + list(first.tokens) + [4]], max_tokens=4)[0]
+    assert again.reused_tokens == 64
+    assert again.tokens == alone(tiny, [([3] * 20 + list(first.tokens) + [4], {"max_tokens": 4})])[0].tokens
+
+
+@pytest.mark.slow
+def test_a_long_run_does_not_grow(tiny: PreTrainedModel) -> None:
+    """The soak of ``benchmarks/soak.py``, for 40 seconds."""
+    from benchmarks.soak import soak
+
+    growth = soak(tiny, seconds=40.0, vocabulary=80)
+    assert growth.rounds > 3 and growth.wrong == 0 and growth.lost_pages == 0
+    assert growth.bytes_per_round < 64 << 10
