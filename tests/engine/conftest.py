@@ -12,7 +12,7 @@ from tests.models.architectures import build
 
 @pytest.fixture(scope="session")
 def tiny() -> PreTrainedModel:
-    model = build("llama")
+    model = build("llama", num_hidden_layers=1)
     model.config.eos_token_id = None
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None

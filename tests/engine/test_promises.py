@@ -20,14 +20,14 @@ Ask = tuple[list[int], dict[str, Any]]
 
 
 def mixed_requests(count: int, seed: int, vocabulary: int = 80) -> list[Ask]:
-    """Prompts of 1 to 48 tokens, some with equal beginnings; answers of 1 to 50, most of them greedy."""
+    """Prompts of 1 to 48 tokens, some with equal beginnings; answers of 1 to 60, most of them greedy."""
     chance = random.Random(seed)
     common = chance.choices(range(1, vocabulary), k=40)
     requests: list[Ask] = []
     for number in range(count):
         own = chance.choices(range(1, vocabulary), k=chance.randint(1, 28))
         prompt = common[: chance.randint(1, 40)] + own[:8] if number % 4 == 0 else own
-        fields: dict[str, Any] = {"max_tokens": chance.randint(1, 50)}
+        fields: dict[str, Any] = {"max_tokens": chance.choice((1, 9, 40, 60))}
         if number % 5 == 0:
             fields |= {"temperature": 0.9, "seed": number, "top_k": 20, "frequency_penalty": 0.3}
         requests.append((prompt, fields))
