@@ -12,6 +12,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.evaluation.comparison import evaluate
 from bitwright.evaluation.kv_models import CachedModel
+from bitwright.evaluation.subjects import find_subjects
 from bitwright.models.generation import generate
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.loading import load
@@ -51,11 +52,12 @@ def test_what_is_no_list_of_schemes_is_refused(base: Path, text: Path, schemes: 
         evaluate([base], text=text, kv_cache=schemes)
 
 
-def test_a_model_without_a_cache_is_named(base: Path, text: Path) -> None:
+def test_a_model_without_a_cache_is_named(base: Path) -> None:
     bare = nn.Module()
     bare.config = load(base).config
-    with pytest.raises(BitwrightError, match="bare is no model of transformers"):
-        evaluate([("bare", bare)], text=text, kv_cache=["int8"], tokenizer=base, reference=base)
+    (subject,), _ = find_subjects([("bare", bare)], base, [parse_kv("int8")])
+    with pytest.raises(BitwrightError, match="bare kv=int8 is no model of transformers"):
+        subject.load(None)
 
 
 def test_generate_takes_a_scheme(base: Path) -> None:

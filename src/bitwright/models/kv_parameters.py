@@ -24,7 +24,7 @@ from bitwright.formats.storage import write_file
 from bitwright.models.kv_storage import SIDES, LayerParameters, Side
 
 __all__ = [
-    "PARAMETERS_FILE", "Range", "find_parameters", "has_parameters", "make_parameters", "read_ranges",
+    "PARAMETERS_FILE", "Range", "Ranges", "find_parameters", "has_parameters", "make_parameters", "read_ranges",
     "static_parameters", "weights_identity", "write_ranges",
 ]  # fmt: skip
 
@@ -73,17 +73,17 @@ def make_parameters(ranges: Mapping[int, Ranges], scheme: KVScheme) -> dict[int,
     return made
 
 
-def write_ranges(directory: Path, ranges: Mapping[int, Ranges], notes: Mapping[str, Any]) -> str:
-    """Write the ranges of all layers beside the weights that they belong to; returns the file's sha256."""
+def write_ranges(directory: Path, ranges: Mapping[int, Ranges], notes: Mapping[str, Any], *, weights: str) -> str:
+    """Write the ranges of all layers, of a model with ``weights`` (see :func:`weights_identity`); returns the name."""
     tensors = {
         f"layers.{layer}.{side}.{end}": getattr(found[side], end)
         for layer, found in ranges.items()
         for side in SIDES
         for end in ("low", "high")
     }
-    identity = weights_identity(open_checkpoint(directory))
-    metadata = {"version": VERSION, "weights": identity, "calibration": json.dumps(dict(notes), sort_keys=True)}
-    return write_file(directory / PARAMETERS_FILE, serialize(tensors, metadata))
+    metadata = {"version": VERSION, "weights": weights, "calibration": json.dumps(dict(notes), sort_keys=True)}
+    write_file(directory / PARAMETERS_FILE, serialize(tensors, metadata))
+    return PARAMETERS_FILE
 
 
 def has_parameters(directory: Path) -> bool:
@@ -91,8 +91,8 @@ def has_parameters(directory: Path) -> bool:
     return find_file(directory, PARAMETERS_FILE) is not None
 
 
-def read_ranges(directory: Path, layers: int) -> dict[int, Ranges]:
-    """What :func:`write_ranges` wrote.
+def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> dict[int, Ranges]:
+    """What :func:`write_ranges` wrote; ``model`` is where the weights are, if not there.
 
     Raises:
         BitwrightError: BW404 if there is nothing, if it belongs to other weights, or if a layer is missing.
@@ -103,7 +103,7 @@ def read_ranges(directory: Path, layers: int) -> dict[int, Ranges]:
     index = read_index(path)
     if index.metadata.get("version") != VERSION:
         raise _refusal(directory, f"{PARAMETERS_FILE} has version {index.metadata.get('version')!r}, not {VERSION!r}")
-    if index.metadata.get("weights") != weights_identity(open_checkpoint(directory)):
+    if index.metadata.get("weights") != weights_identity(open_checkpoint(model or directory)):
         why = "quantizing or smoothing weights rescales keys and values; old ranges would clip them"
         raise _refusal(directory, f"{PARAMETERS_FILE} was calibrated for other weights than those beside it", why)
     ranges: dict[int, Ranges] = {}
