@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.kv_scheme import parse_kv
 from bitwright.core.scheme_names import parse
-from bitwright.kernels.gpu import linear
+from bitwright.kernels.gpu import attention, integer, linear, tokens
 
 __all__ = ["CASES"]
 
@@ -23,6 +24,46 @@ def a16(scheme: str, rows: int, dtype: torch.dtype = torch.float16, *, expanded:
             linear.expand(weight, 0, OUT, dtype)
         else:
             linear.multiply(torch.zeros(rows, IN, dtype=dtype), weight)
+
+    return work
+
+
+def a8(scheme: str, rows: int, dtype: torch.dtype = torch.float16) -> Callable[[], None]:
+    def work() -> None:
+        layer = parse(scheme)
+        weight = integer.pack(QuantizedTensor.quantize(torch.randn(OUT, IN), layer.weight), layer)
+        integer.run(torch.zeros(rows, IN, dtype=dtype), weight)
+
+    return work
+
+
+def cached(name: str, new: int, length: int, dtype: torch.dtype = torch.float16) -> Callable[[], None]:
+    """Append ``new`` tokens to two sequences and attend, heads as those of Llama-3-8B."""
+
+    def work() -> None:
+        code = parse_kv(name).key
+        data = torch.zeros(
+            8, 8, 32, 128 if code.is_float else 16 * code.bits, dtype=dtype if code.is_float else torch.uint8
+        )
+        side = attention.stored_side(code, data, torch.zeros(8, 8, 32, 2 - code.symmetric))
+        blocks, rows = attention.arrange([0, new, 2 * new], 4)
+        numbers = (torch.tensor(each, dtype=torch.int32) for each in (blocks, [0, new, 2 * new], [length, length]))
+        batch = attention.AttentionBatch(*numbers, torch.zeros(2, 8, dtype=torch.int32), rows, length)
+        fresh, place = torch.zeros(2 * new, 8, 128, dtype=dtype), torch.zeros(2 * new, dtype=torch.int32)
+        turns = (torch.zeros(2 * new, 64), torch.zeros(2 * new, 64))
+        attention.append(fresh, fresh, place, place, side, side, turns)
+        attention.attend(attention.turn(torch.zeros(2 * new, 32, 128, dtype=dtype), turns), side, side, batch)
+
+    return work
+
+
+def normed(columns: int, dtype: torch.dtype = torch.float16) -> Callable[[], None]:
+    def work() -> None:
+        x, weight = torch.zeros(2, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
+        tokens.rms_norm(x, weight, 1e-5, x)
+        tokens.norm_tokens(
+            x, weight, 1e-5, tokens.TokenLayout(slots=columns, present=columns, group=128, groups=columns // 128)
+        )
 
     return work
 
@@ -42,4 +83,19 @@ CASES: dict[str, Callable[[], None]] = {
     "w4g128 float32 rows 1": a16("w4g128", 1, torch.float32),
     "w4g128 expanded": a16("w4g128", 1, expanded=True),
     "fp8 expanded": a16("fp8", 1, torch.float16, expanded=True),
+    "w8a8 rows 1": a8("w8a8", 1),
+    "w8a8 rows 300": a8("w8a8", 300),
+    "w4g128-a8 rows 1": a8("w4g128-a8", 1),
+    "A8W4 rows 300": a8("A8W4", 300),
+    "w4g32-asym-a8 rows 64": a8("w4g32-asym-a8", 64, torch.bfloat16),
+    "norm": normed(4096),
+    "float decode": cached("none", 1, 4096),
+    "float bf16 prompt": cached("none", 100, 4096, torch.bfloat16),
+    "int8 decode": cached("int8", 1, 4096),
+    "int8 prompt": cached("int8", 100, 4096),
+    "int4 decode": cached("int4", 1, 4096, torch.bfloat16),
+    "int4 prompt": cached("int4", 100, 4096),
+    "fp8 decode": cached("fp8", 1, 4096),
 }
+# What a generation cannot run: no int8 matrix units before Turing, no bfloat16 before Ampere.
+UNFIT = {70: ("a8", "w8a8", "A8", "bf16", "int4 decode"), 75: ("bf16", "int4 decode")}
