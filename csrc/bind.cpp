@@ -6,37 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-
-namespace nb = nanobind;
+#include "bind.h"
 
 namespace {
-
-template <class T> T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
-
-const char* reason(int status) {
-    switch (status) {
-        case BW_BAD_ARGUMENT: return "an argument is out of range";
-        case BW_NO_MEMORY: return "out of memory";
-        default: return "unknown status";
-    }
-}
-
-void check(int status) {
-    if (status == BW_NO_MEMORY) throw std::bad_alloc();
-    if (status != BW_OK) throw nb::value_error(reason(status));
-}
-
-struct Weight {
-    bw_weight record;
-
-    Weight(int64_t rows, int64_t columns, int64_t slots, int64_t group, int32_t bits, int32_t center,
-           int32_t scale_dtype, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t remainder, uintptr_t order,
-           uintptr_t levels)
-        : record{rows, columns, slots, group, bits, center, scale_dtype, 0, address<const uint8_t>(codes),
-                 address<const void>(scale), address<const uint8_t>(zero), address<const float>(remainder),
-                 address<const int32_t>(order), address<const float>(levels)} {}
-};
 
 /* False: a token that is to be rounded is not finite. */
 bool linear(const Weight& weight, uintptr_t x, int32_t dtype, int64_t tokens, uintptr_t bias, int32_t activation_bits,
@@ -86,6 +58,31 @@ void rotate(uintptr_t x, int32_t dtype, int64_t tokens, int64_t heads, int64_t d
                     address<const float>(sine), address<const int32_t>(positions), position_count, threads));
 }
 
+void pack_floats(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t slots, int32_t bits,
+                 uintptr_t packed, int32_t threads) {
+    nb::gil_scoped_release release;
+    check(bw_pack_floats(address<const void>(numbers), dtype, rows, columns, slots, bits, address<uint8_t>(packed), threads));
+}
+
+void look_up(const Weight& weight, uintptr_t ids, int64_t count, uintptr_t y, int32_t threads) {
+    nb::gil_scoped_release release;
+    check(bw_look_up(&weight.record, address<const int64_t>(ids), count, address<float>(y), threads));
+}
+
+/* -1: a logit is not a number, or the largest is infinite. */
+int64_t sample(uintptr_t logits, int64_t count, float temperature, int32_t top_k, float top_p, float min_p, double uniform) {
+    bw_sampling sampling{temperature, top_p, min_p, top_k};
+    int64_t token = -1;
+    int status;
+    {
+        nb::gil_scoped_release release;
+        status = bw_sample(address<const float>(logits), count, &sampling, uniform, &token);
+    }
+    if (status == BW_NOT_FINITE) return -1;
+    check(status);
+    return token;
+}
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (int i = 0; i < bw_isa_count(); i++)
@@ -105,6 +102,10 @@ NB_MODULE(_native, m) {
     m.def("rms_norm", rms_norm);
     m.def("silu_multiply", silu_multiply);
     m.def("rotate", rotate);
+    m.def("pack_floats", pack_floats);
+    m.def("look_up", look_up);
+    m.def("sample", sample);
+    bind_decoder(m);
     m.def("read_memory", [](uintptr_t memory, int64_t bytes, int32_t threads) {
         nb::gil_scoped_release release;
         return bw_read_memory(address<const void>(memory), bytes, threads);

@@ -27,9 +27,31 @@ typedef struct bw_linear_job {
     int32_t dtype;
 } bw_linear_job;
 
-/* One token of x to words, sums and scale; `row` is scratch of 3 * slots floats. Returns a bw_status. */
-typedef int (*bw_prepare)(const bw_weight* weight, const void* x, int32_t dtype, int64_t token, bw_tokens* tokens,
-                          float* row);
+/* Up to BW_ROWS consecutive rows (token after token of a sequence, within a token the query heads that read key head
+ * `head`), and the chunks [first_chunk, chunks) of the `context` tokens that they see. */
+typedef struct bw_tile {
+    int64_t sequence, head, first, rows, context, first_chunk, chunks;
+    int64_t first_piece; /* the number of its first chunk among those of all tiles */
+} bw_tile;
+
+typedef struct bw_attention_job {
+    const bw_pages* pages;
+    const bw_batch* batch;
+    const float* queries; /* [token][heads][dimension], as output is */
+    float* output;
+    int64_t heads, window;
+    float scale;
+    const bw_tile* tiles;
+    float* parts; /* of single chunks, where they are dealt out to threads */
+} bw_attention_job;
+
+/* What is dealt out: whole tiles; or single chunks of all tiles, and then tiles, whose chunks are put together. */
+enum bw_phase { BW_PHASE_WHOLE, BW_PHASE_PIECES, BW_PHASE_FOLDED };
+
+/* One token of x, times input_scale [columns] if it is not NULL, to words, sums and scale; `row` is scratch of columns +
+ * 3 * slots floats. Returns a bw_status. */
+typedef int (*bw_prepare)(const bw_weight* weight, const void* x, int32_t dtype, int64_t token, const float* input_scale,
+                          bw_tokens* tokens, float* row);
 /* Panels [first, last) of a product. */
 typedef void (*bw_panels)(const bw_linear_job* job, int64_t first, int64_t last);
 
@@ -42,6 +64,10 @@ typedef struct bw_isa_table {
     void (*silu_multiply)(const void* gate, const void* up, int32_t dtype, int64_t first, int64_t last, void* y);
     void (*rotate)(void* x, int32_t dtype, int64_t first, int64_t heads, int64_t dimension, const float* cosine,
                    const float* sine);
+    void (*write_token)(const bw_pages* pages, const float* keys, const float* values, int64_t page, int64_t offset);
+    void (*attend)(const bw_attention_job* job, enum bw_phase phase, int64_t first, int64_t last);
+    float (*largest)(const float* x, int64_t count, int64_t* index);
+    void (*weigh)(const float* x, int64_t count, float largest, float factor, float* y);
     uint32_t (*read_memory)(const void* memory, int64_t bytes);
     uint32_t (*multiply)(enum bw_route route, int64_t rounds);
 } bw_isa_table;
@@ -63,6 +89,9 @@ extern const bw_isa_table bw_neon_dotprod_table;
 /* The most tokens of one job: their sums of a panel stay in the second-level cache, beside the weights. */
 #define BW_TOKENS 240
 #define BW_TILE 6
+/* Tokens of a context whose scores are taken together, and rows of a tile of attention. */
+#define BW_CHUNK 128
+#define BW_ROWS 16
 #ifndef BW_AHEAD
 #define BW_AHEAD 2048 /* bytes */
 #endif

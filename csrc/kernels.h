@@ -24,7 +24,8 @@ enum bw_status { BW_OK = 0, BW_BAD_ARGUMENT = 1, BW_NOT_FINITE = 2, BW_NO_MEMORY
 
 /* A packed weight W [rows, columns].
  *
- * Number (row, slot) is worth (code - zero) * scale, or levels[code] * scale; code is unsigned.
+ * Number (row, slot) is worth (code - zero) * scale, or levels[code] * scale; code is unsigned, of 2 to 8 bits. Of 16 and
+ * 32 bits it is a bfloat16 or float32 number times its scale, without zeros.
  * codes: [panels][blocks][4][bits] vectors of 64 bytes; see csrc/ops/unpack.h.
  * scale, zero, remainder: [panels][groups][64]; zero may be NULL (then every zero is `center`), and so may remainder,
  * what a zero point is above the whole number in `zero`.
@@ -48,6 +49,13 @@ int bw_pack_codes(const uint8_t* codes, int64_t rows, int64_t columns, int64_t s
                   const int32_t* order, uint8_t* packed, int32_t threads);
 int bw_unpack_codes(const uint8_t* packed, int64_t rows, int64_t columns, int64_t slots, int32_t bits,
                     const int32_t* order, uint8_t* codes, int32_t threads);
+
+/* Numbers [rows, columns] of a bw_dtype as codes of 32 bits, or bfloat16 ones of 16. */
+int bw_pack_floats(const void* numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t slots, int32_t bits,
+                   uint8_t* packed, int32_t threads);
+
+/* y float32 [count, columns]: rows `ids` of a weight. */
+int bw_look_up(const bw_weight* weight, const int64_t* ids, int64_t count, float* y, int32_t threads);
 
 /* y[tokens, rows] = x[tokens, columns] W^T + bias; x, y and bias have one dtype; rows are contiguous.
  * activation_bits 16: sums in float32 of the activations as they are; 8: each token rounded to int8 by itself (one
@@ -74,6 +82,94 @@ int bw_silu_multiply(const void* gate, const void* up, int32_t dtype, int64_t co
  * [position_count, dimension / 2]; positions [tokens]. */
 int bw_rotate(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64_t dimension, const float* cosine,
               const float* sine, const int32_t* positions, int32_t position_count, int32_t threads);
+
+/* How numbers lie in pages: as a bw_dtype says, or as codes. */
+enum bw_code { BW_INT8 = 3, BW_INT4 = 4 };
+#define BW_MOST_DIMENSION 512
+
+/* Keys and values of one layer: [count][heads][page][dimension], `page` (16, 32, 64 or 128) tokens a page. What is
+ * rotated is multiplied by an orthonormal Hadamard matrix (of the largest power of two that divides the dimension) before
+ * it is stored; queries are too, then, and results are turned back.
+ * Codes are unsigned, number = code * scale + least, of int4 two a byte (the even one in the low half; the dimension is
+ * even); key_scale, value_scale: [count][heads][page][2], scale and least. Codes of keys and values: both the same, or
+ * int8 keys with int4 values. */
+typedef struct bw_pages {
+    int64_t count, page, heads, dimension;
+    int32_t key_code, value_code, key_rotated, value_rotated;
+    void *keys, *values;
+    float *key_scale, *value_scale;
+} bw_pages;
+
+/* Several sequences with new tokens: starts [sequences + 1] in the tokens; positions [tokens]; lengths [sequences] of
+ * the contexts with the new tokens; pages [sequences][most_pages], in which the contexts lie. */
+typedef struct bw_batch {
+    int64_t tokens, sequences, most_pages;
+    const int32_t *positions, *starts, *lengths, *pages;
+} bw_batch;
+
+/* Puts keys and values, float32 [tokens][heads][dimension], where their positions belong. */
+int bw_write_pages(const bw_pages* pages, const bw_batch* batch, const float* keys, const float* values, int32_t threads);
+
+/* output = softmax(scale * queries keys^T) values, float32 [tokens][heads][dimension]: `heads` query heads, a multiple of
+ * those of the pages; a token sees the positions up to its own, of those the last `window` (0: all). */
+int bw_attend(const bw_pages* pages, const bw_batch* batch, const float* queries, int64_t heads, float scale,
+              int64_t window, float* output, int32_t threads);
+
+/* A linear layer of a model: y = (x * input_scale) W^T + bias. activation_bits as in bw_linear. */
+typedef struct bw_dense {
+    const bw_weight* weight;
+    const float *bias, *input_scale; /* [rows], [columns]; or NULL */
+    int32_t activation_bits, reserved;
+} bw_dense;
+
+/* A block: x += attention(norm(x)), x += down(silu(gate(norm(x))) * up(norm(x))). */
+typedef struct bw_layer {
+    const float *attention_norm, *mlp_norm; /* [hidden] */
+    const float *query_norm, *key_norm;     /* [dimension], of each head before it is rotated; or NULL */
+    bw_dense query, key, value, output, gate, up, down;
+    int64_t window;
+} bw_layer;
+
+/* A decoder of such blocks. Embeddings are rows of `embedding`, or of embedding_rows [vocabulary, hidden] of a bw_dtype
+ * where `embedding` is NULL. Everything between products is float32; with `are_halves`, what enters products of 16-bit
+ * activations is rounded to bfloat16. */
+typedef struct bw_decoder {
+    int64_t layer_count, hidden, intermediate, heads, kv_heads, dimension, vocabulary;
+    float epsilon, score_scale;
+    int32_t are_halves, embedding_dtype;
+    const bw_layer* layers;
+    const bw_weight* embedding;
+    const void* embedding_rows;
+    const float* final_norm; /* [hidden] */
+    bw_dense head;
+} bw_decoder;
+
+/* What a decoder computes at once: the batch's new tokens `ids`, of which rows `outputs` want logits; cosine and sine
+ * [position_count, dimension / 2]; pages: one record a layer. */
+typedef struct bw_step {
+    bw_batch batch;
+    const int64_t* ids;
+    const int32_t* outputs;
+    int64_t output_count, position_count;
+    const float *cosine, *sine;
+    const bw_pages* pages;
+} bw_step;
+
+/* logits float32 [output_count, vocabulary]. A token whose numbers are not finite makes its own sequence's NaN, and no
+ * other's. */
+int bw_decode_step(const bw_decoder* decoder, const bw_step* step, float* logits, int32_t threads);
+
+/* How a token is chosen from logits: by chance exp(logit / temperature), among the top_k likeliest (0: all), of those
+ * among the fewest that have top_p of the chance together, of those among the ones of min_p times the likeliest's chance.
+ * Of equal logits the first counts as likelier. Temperature 0: the likeliest. */
+typedef struct bw_sampling {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+} bw_sampling;
+
+/* The token that `uniform` (0 up to, not including, 1) stands for. BW_NOT_FINITE: a logit is NaN, or the largest is not
+ * finite. */
+int bw_sample(const float* logits, int64_t count, const bw_sampling* sampling, double uniform, int64_t* token);
 
 /* The machine's ceilings: read whole MiB of memory; do `rounds` rounds of 16 vector products on every thread (route 0:
  * 1024 int8 multiply-adds a round, 1: 512 of bfloat16, where there are such products, 2: 256 of float32). */

@@ -102,7 +102,7 @@ void unpack_panels(void* context, int64_t first, int64_t last, int) {
 
 int run(Packing p, void (*body)(void*, int64_t, int64_t, int), int32_t threads) {
     bool has_codes = p.codes || p.out;
-    if (!has_codes || !p.packed || threads < 1 || !bw_codes_bytes(p.rows, p.slots, p.bits)) return BW_BAD_ARGUMENT;
+    if (!has_codes || !p.packed || threads < 1 || p.bits > 8 || !bw_codes_bytes(p.rows, p.slots, p.bits)) return BW_BAD_ARGUMENT;
     if (p.columns < 1 || (!p.order && p.slots < p.columns)) return BW_BAD_ARGUMENT;
     bitwright::parallel(threads, (p.rows + BW_PANEL - 1) / BW_PANEL, 4, body, &p);
     return BW_OK;
@@ -112,7 +112,7 @@ int run(Packing p, void (*body)(void*, int64_t, int64_t, int), int32_t threads) 
 
 size_t bw_codes_bytes(int64_t rows, int64_t slots, int32_t bits) {
     constexpr int64_t most = int64_t{1} << 40;
-    if (rows < 1 || slots < 1 || slots % BW_BLOCK || bits < 2 || bits > 8 || rows > most || slots > most / rows) return 0;
+    if (rows < 1 || slots < 1 || slots % BW_BLOCK || bits < 2 || (bits > 8 && bits != 16 && bits != 32) || rows > most || slots > most / rows) return 0;
     return static_cast<size_t>((rows + BW_PANEL - 1) / BW_PANEL * BW_PANEL * slots / 8 * bits);
 }
 

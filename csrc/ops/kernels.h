@@ -6,9 +6,12 @@
 #include "linear.h"
 #include "ceilings.h"
 #include "layers.h"
+#include "pages.h"
+#include "attention.h"
+#include "sampling.h"
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
-    constexpr bool IS_COMMON = BITS == 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
+    constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
     alignas(64) float totals[BW_TOKENS * BW_PANEL];
     alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
     const bw_weight& w = *job->weight;
@@ -37,6 +40,12 @@ template <class R> void run_route(const bw_linear_job* job, int64_t first, int64
         case 5: return run_panels<R, 5>(job, first, last);
         case 6: return run_panels<R, 6>(job, first, last);
         case 7: return run_panels<R, 7>(job, first, last);
+        case 16:
+            if constexpr (R::STEPS > 1) return run_panels<R, 16>(job, first, last);
+            return;
+        case 32:
+            if constexpr (R::STEPS == 4) return run_panels<R, 32>(job, first, last);
+            return;
         default: return run_panels<R, 8>(job, first, last);
     }
 }
@@ -56,4 +65,5 @@ void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
 #endif
 #define BW_TABLE(symbol, name) \
     extern "C" const bw_isa_table symbol = {name,     BW_HAS_BFLOAT16, prepare_token, run_linear, rms_norm, silu_multiply, \
-                                            rotate, read_memory,     multiply}
+                                            rotate, write_token,     attend,        largest,    weigh_numbers, read_memory, \
+                                            multiply}

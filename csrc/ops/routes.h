@@ -81,7 +81,20 @@ struct Float32 {
     template <int BITS> struct Weights {
         I word[4];
         template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, Number<Q>) {
-            I quad = b.template quad<Q, (BITS > 4)>();
+            if constexpr (BITS == 32) {
+                UNROLL
+                for (int i = 0; i < 4; i++) word[i] = load_i(b.vectors + 64 * (4 * Q + i));
+                return;
+            } else if constexpr (BITS == 16) {
+                I high = set_i((int32_t)0xffff0000);
+                word[0] = shift_left<16>(b.vectors[2 * Q]);
+                word[1] = shift_left<16>(b.vectors[2 * Q + 1]);
+                word[2] = and_i(b.vectors[2 * Q], high);
+                word[3] = and_i(b.vectors[2 * Q + 1], high);
+                return;
+            } else spread(b.template quad<Q, (BITS > 4)>(), levels);
+        }
+        INLINE void spread(I quad, const Levels& levels) {
             word[0] = value(quad, levels);
             word[1] = value(shift_right<8>(quad), levels);
             word[2] = value(shift_right<16>(quad), levels);
@@ -114,7 +127,13 @@ struct Bfloat16 : Float32 {
     template <int BITS> struct Weights {
         I word[2];
         template <int Q> INLINE Weights(const Block<BITS>& b, const Levels& levels, Number<Q>) {
-            I quad = b.template quad<Q, (BITS > 5)>();
+            if constexpr (BITS == 16) {
+                word[0] = b.vectors[2 * Q];
+                word[1] = b.vectors[2 * Q + 1];
+                return;
+            } else spread(b.template quad<Q, (BITS > 5)>(), levels);
+        }
+        INLINE void spread(I quad, const Levels& levels) {
             if constexpr (BITS <= 5) {
                 PairTable table = load_pair_table(levels.pairs);
                 word[0] = look_up_pairs(table, quad);
@@ -138,7 +157,7 @@ inline Levels make_levels(const bw_weight& w) {
     Levels levels;
     levels.center = (float)w.center;
     levels.zero = w.center;
-    int count = w.bits <= 4 ? 1 << w.bits : BW_LEVELS;
+    int count = w.bits <= 4 ? 1 << w.bits : BW_LEVELS; /* of more bits, and of floats, there are none */
     for (int i = 0; i < BW_LEVELS; i++)
         levels.values[i] = w.levels ? w.levels[i] : (float)(i % count) - levels.center;
 #if defined(BW_PAIRS)

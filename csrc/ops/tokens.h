@@ -57,7 +57,7 @@ inline float token_scale(const float* row, int64_t columns) {
 
 /* One group of a token to int8 words; their sum. */
 inline int32_t write_bytes(const float* row, int64_t slots, float scale, uint32_t* words) {
-    F divisor = set_f(scale == 0 ? 1.0f : scale);
+    F divisor = set_f(scale > 0 ? scale : 1.0f);
     I sum = set_i(0);
     for (int64_t s = 0; s < slots; s += BW_LANES) {
         I code = round_to_i(div_f(load_f(row + s), divisor));
@@ -76,37 +76,41 @@ inline float write_floats(const float* row, int64_t slots, bool are_pairs, uint3
     F sum = set_f(0.0f);
     for (int64_t s = 0; s < slots; s += BW_LANES) {
         F v = load_f(row + s);
-        sum = add_f(sum, v);
         if (!are_pairs) {
+            sum = add_f(sum, v);
             store_f((float*)words + s, v);
             continue;
         }
+        I rounded = to_bfloat16(v); /* as it is, if it was one */
+        sum = add_f(sum, bits_to_f(shift_left<16>(rounded)));
         uint32_t lane[BW_LANES];
-        store_f((float*)lane, v);
+        store_i(lane, rounded);
         for (int i = 0; i < BW_LANES; i += 4) {
-            words[(s + i) / 2] = lane[i] >> 16 | (lane[i + 2] & 0xffff0000);
-            words[(s + i) / 2 + 1] = lane[i + 1] >> 16 | (lane[i + 3] & 0xffff0000);
+            words[(s + i) / 2] = lane[i] | lane[i + 2] << 16;
+            words[(s + i) / 2 + 1] = lane[i + 1] | lane[i + 3] << 16;
         }
     }
     return lane_sum(sum);
 }
 
-int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t token, bw_tokens* tokens, float* row) {
+int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t token, const float* input_scale,
+                  bw_tokens* tokens, float* row) {
+    int64_t longest = w->columns > w->slots ? w->columns : w->slots;
     read_row(x, token * w->columns, w->columns, w->slots, dtype, row);
+    for (int64_t c = 0; input_scale && c < w->columns; c++) row[c] *= input_scale[c];
     bool is_integer = tokens->route == BW_ROUTE_INTEGER;
     float scale = is_integer ? token_scale(row, w->columns) : 1.0f;
-    if (scale != scale) return BW_NOT_FINITE;
     if (is_integer) tokens->scale[token] = scale;
     const float* slots = row;
     if (w->order) {
-        float* moved = row + w->slots;
+        float* moved = row + longest;
         for (int64_t s = 0; s < w->slots; s++) moved[s] = (uint32_t)w->order[s] < w->columns ? row[w->order[s]] : 0.0f;
         slots = moved;
     }
     int per_word = is_integer ? 4 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 1;
     int64_t first_of_tile = token / BW_TILE * BW_TILE, left = tokens->count - first_of_tile;
     int64_t width = left < BW_TILE ? left : BW_TILE;
-    uint32_t* alone = (uint32_t*)(row + 2 * w->slots);
+    uint32_t* alone = (uint32_t*)(row + longest + w->slots);
     for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
         int64_t count = w->group < w->slots - first ? w->group : w->slots - first;
         uint32_t* words = tokens->words + (first * tokens->count + first_of_tile * count) / per_word;
@@ -116,5 +120,5 @@ int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t toke
         else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, to);
         for (int64_t i = 0; width > 1 && i < count / per_word; i++) words[i * width + token - first_of_tile] = alone[i];
     }
-    return BW_OK;
+    return scale == scale ? BW_OK : BW_NOT_FINITE; /* then the whole token's results are NaN */
 }

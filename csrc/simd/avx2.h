@@ -72,6 +72,27 @@ INLINE void store_float16(void* p, F v) {
     _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(v.b, 0));
 }
 
+INLINE __m256i eight_nibbles(const uint8_t* p) { /* four bytes, low halves first */
+    int32_t word;
+    memcpy(&word, p, 4);
+    __m256i v = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(word));
+    return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi64(v, 28)), _mm256_set1_epi32(15));
+}
+INLINE I load_nibbles(const uint8_t* p) { return {eight_nibbles(p), eight_nibbles(p + 4)}; }
+INLINE __m256 sum_eight_across(const __m256 (&v)[8]) {
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+/* Lane i: the sum of vector i's lanes, all summed in one order. */
+INLINE F sum_across(const F (&v)[16]) {
+    __m256 sums[16];
+    for (int i = 0; i < 16; i++) sums[i] = _mm256_add_ps(v[i].a, v[i].b);
+    const __m256 low[8] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]};
+    const __m256 high[8] = {sums[8], sums[9], sums[10], sums[11], sums[12], sums[13], sums[14], sums[15]};
+    return {sum_eight_across(low), sum_eight_across(high)};
+}
+
 INLINE Table load_table(const float* levels) { return {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
 INLINE __m256 look_up_half(Table t, __m256i index) { /* bit 3 of the index, moved to the sign, chooses the half */
     __m256 low = _mm256_permutevar8x32_ps(t.low, index), high = _mm256_permutevar8x32_ps(t.high, index);

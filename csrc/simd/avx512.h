@@ -40,6 +40,25 @@ INLINE void store_halves(void* p, I v) { _mm256_storeu_si256((__m256i*)p, _mm512
 INLINE F load_float16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_float16(void* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
 
+INLINE I load_nibbles(const uint8_t* p) { /* eight bytes, low halves first */
+    I v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+    return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi64(v, 28)), _mm512_set1_epi32(15));
+}
+/* Lane i: the sum of vector i's lanes, all summed in one order. */
+INLINE F sum_across(const F (&v)[16]) {
+    F pairs[8], fours[4];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    /* Quarter q of fours[i]: what the quarters q of vectors 4 i to 4 i + 3 sum to. */
+    F a = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    F b = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
 INLINE Table load_table(const float* levels) { return {_mm512_loadu_ps(levels)}; }
 INLINE F look_up(Table t, I index) { return _mm512_permutexvar_ps(index, t.values); }
 

@@ -100,6 +100,13 @@ INLINE void store_float16(void* p, F v) {
     memcpy(p, h, 32);
 }
 
+INLINE I load_nibbles(const uint8_t* p) { LANES(I, p[l / 2] >> l % 2 * 4 & 15); }
+/* Lane i: the sum of vector i's lanes, all summed in one order. */
+INLINE F sum_across(const F (&a)[16]) {
+    LANES(F, 0.0f + (((a[l].v[0] + a[l].v[8]) + (a[l].v[4] + a[l].v[12])) + ((a[l].v[2] + a[l].v[10]) + (a[l].v[6] + a[l].v[14]))) +
+                 (((a[l].v[1] + a[l].v[9]) + (a[l].v[5] + a[l].v[13])) + ((a[l].v[3] + a[l].v[11]) + (a[l].v[7] + a[l].v[15]))));
+}
+
 INLINE Table load_table(const float* levels) { return {levels}; }
 INLINE F look_up(Table t, I index) { LANES(F, t.values[index.v[l] & 15]); }
 

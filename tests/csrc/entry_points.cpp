@@ -3,34 +3,9 @@
  *     entry_points ROUNDS SEED
  *
  * Arrays are as long as the ABI says, to the byte, so that one read or write too far is a report. */
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
-
-#include "../../csrc/kernels.h"
+#include "rounds.h"
 
 namespace {
-
-std::mt19937_64 generator;
-
-int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
-
-/* Exactly `size` bytes of anything. */
-struct Bytes {
-    std::vector<unsigned char> values;
-    explicit Bytes(size_t size) : values(size) {
-        for (auto& value : values) value = static_cast<unsigned char>(generator());
-        values.shrink_to_fit();
-    }
-    template <class T> T* as() { return values.empty() ? nullptr : reinterpret_cast<T*>(values.data()); }
-};
-
-void require(bool condition, const char* what) {
-    if (condition) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
-}
 
 int64_t hostile() {
     static const int64_t values[] = {0, -1, 1, 31, 33, INT32_MIN, INT32_MAX, INT64_MIN, INT64_MAX, int64_t{1} << 40};
@@ -124,6 +99,10 @@ int main(int count, char** arguments) {
         linear_round();
         packing_round();
         layers_round();
+        rows_round();
+        pages_round();
+        if (round % 4 == 0) decoder_round();
+        sampling_round();
     }
     require(bw_isa_select("none such") == BW_BAD_ARGUMENT && !bw_isa_name(-1) && !bw_isa_is_supported(99), "names");
     std::vector<unsigned char> memory(3 << 20, 1);

@@ -61,3 +61,90 @@ def rotate(
     threads: int,
     /,
 ) -> None: ...
+
+class Pages:
+    def __init__(
+        self,
+        count: int,
+        page: int,
+        heads: int,
+        dimension: int,
+        key_code: int,
+        value_code: int,
+        key_rotated: int,
+        value_rotated: int,
+        keys: int,
+        values: int,
+        key_scale: int,
+        value_scale: int,
+        /,
+    ) -> None: ...
+
+class Batch:
+    def __init__(
+        self, tokens: int, sequences: int, most_pages: int, positions: int, starts: int, lengths: int, pages: int, /
+    ) -> None: ...
+
+class Dense:
+    def __init__(self, weight: Weight, bias: int, input_scale: int, activation_bits: int, /) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        attention_norm: int,
+        mlp_norm: int,
+        query_norm: int,
+        key_norm: int,
+        query: Dense,
+        key: Dense,
+        value: Dense,
+        output: Dense,
+        gate: Dense,
+        up: Dense,
+        down: Dense,
+        window: int,
+        /,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(self, layers: list[Layer], head: Dense, /) -> None: ...
+    def set_sizes(
+        self,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        dimension: int,
+        vocabulary: int,
+        epsilon: float,
+        score_scale: float,
+        are_halves: bool,
+        /,
+    ) -> None: ...
+    def set_ends(self, embedding: Weight | None, rows: int, dtype: int, final_norm: int, /) -> None: ...
+    def step(
+        self,
+        batch: Batch,
+        ids: int,
+        outputs: int,
+        output_count: int,
+        cosine: int,
+        sine: int,
+        position_count: int,
+        pages: list[Pages],
+        logits: int,
+        threads: int,
+        /,
+    ) -> None: ...
+
+def write_pages(pages: Pages, batch: Batch, keys: int, values: int, threads: int, /) -> None: ...
+def attend(
+    pages: Pages, batch: Batch, queries: int, heads: int, scale: float, window: int, output: int, threads: int, /
+) -> None: ...
+def pack_floats(
+    numbers: int, dtype: int, rows: int, columns: int, slots: int, bits: int, packed: int, threads: int, /
+) -> None: ...
+def look_up(weight: Weight, ids: int, count: int, y: int, threads: int, /) -> None: ...
+def sample(
+    logits: int, count: int, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float, /
+) -> int: ...

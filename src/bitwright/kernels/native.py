@@ -20,7 +20,7 @@ from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["KERNEL", "pack", "refuse", "run", "unpack"]
+__all__ = ["KERNEL", "pack", "record", "refuse", "run", "unpack"]
 
 PANEL = 64
 MOST_PADDING, SPARE_BYTES = 1.1, 16  # an operand of a larger multiple of what is stored is refused, tiny ones apart
@@ -143,7 +143,7 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         bias = bias.detach().to(x.dtype).contiguous()
     y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
     is_finite = _native.linear(
-        _record(weight), tokens.data_ptr(), DTYPES[x.dtype], tokens.shape[0], 0 if bias is None else bias.data_ptr(),
+        record(weight), tokens.data_ptr(), DTYPES[x.dtype], tokens.shape[0], 0 if bias is None else bias.data_ptr(),
         16 if activation is None else 8, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if not is_finite:
@@ -154,7 +154,7 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
 KERNEL = Kernel(name="native", refuse=refuse, pack=pack, unpack=unpack, run=run)
 
 
-def _record(weight: PackedWeight) -> _native.Weight:
+def record(weight: PackedWeight) -> _native.Weight:
     """The operand as the library takes it: addresses of tensors of checked sizes."""
     tensors, scheme, (rows, columns) = weight.tensors, weight.scheme.weight, weight.shape
     slots, group = _layout(scheme, weight.shape)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.kv_scheme import parse_kv
+from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.kernels.gpu import attention, integer, linear, tokens
 

@@ -1,0 +1,38 @@
+/* Memory that a thread keeps from call to call, so that a token asks the system for none. */
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+
+namespace bitwright {
+
+class Scratch {
+  public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(bytes_); }
+
+    /* At least `wanted` bytes, of any content; null if there are none. */
+    char* take(size_t wanted) { return extend(wanted, 0); }
+
+    /* The same, with the first `kept` bytes as they were. */
+    char* extend(size_t wanted, size_t kept) {
+        if (wanted <= size_) return bytes_;
+        size_t size = (wanted + 4095) / 4096 * 4096;
+        char* grown = static_cast<char*>(std::aligned_alloc(64, size));
+        if (!grown) return nullptr;
+        if (kept) std::memcpy(grown, bytes_, kept);
+        std::free(bytes_);
+        bytes_ = grown;
+        size_ = size;
+        return bytes_;
+    }
+
+  private:
+    char* bytes_ = nullptr;
+    size_t size_ = 0;
+};
+
+}  // namespace bitwright
