@@ -42,7 +42,7 @@ def make(directory: Path, family: str = "llama") -> Path:
 def brute_force(directory: Path, text: Path) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values of every layer, as the cache of transformers holds them: [tokens, heads, head_dim]."""
     model: Any = load(directory)
-    ids = kv_calibration._tokens(kv_calibration.open_checkpoint(directory), text, SAMPLES, SEQLEN, 0).windows
+    ids = kv_calibration.calibration_tokens(kv_calibration.open_checkpoint(directory), text, SAMPLES, SEQLEN, 0).windows
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True)

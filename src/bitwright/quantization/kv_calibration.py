@@ -45,7 +45,7 @@ from bitwright.quantization.named_texts import read_named_text
 from bitwright.quantization.report import versions
 from bitwright.quantization.sources import DiskSource
 
-__all__ = ["STATISTICS_FILES", "Calibrated", "calibrate"]
+__all__ = ["STATISTICS_FILES", "Calibrated", "calibrate", "calibration_tokens"]
 
 STATISTICS_FILES = {kind: f"{kind}_stats.safetensors" for kind in KINDS}
 WORK = ".kv_calibration"
@@ -118,7 +118,7 @@ def calibrate(
         if value is not None and (type(value) is not int or value < least):
             raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=f"a whole number of at least {least}")
     checkpoint = open_checkpoint(directory)
-    tokens = _tokens(checkpoint, dataset, samples, seqlen, seed)
+    tokens = calibration_tokens(checkpoint, dataset, samples, seqlen, seed)
     run = _Run(
         checkpoint=checkpoint,
         tokens=tokens,
@@ -262,9 +262,10 @@ class _Stream:
         self.given.sink(Event("unit", f"{record.unit} measured", data))
 
 
-def _tokens(
+def calibration_tokens(
     checkpoint: Checkpoint, dataset: str | Path, samples: int, seqlen: int | None, seed: int
 ) -> CalibrationTokens:
+    """The windows of a data set (see :func:`calibrate`) that a model is calibrated, or checked, on."""
     config = read_config(checkpoint)
     context = context_length(config.get_text_config(decoder=True))
     if seqlen is not None and context is not None and seqlen > context:
