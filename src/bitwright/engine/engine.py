@@ -13,6 +13,7 @@ from typing import Self, TypedDict, Unpack, overload
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import KVScheme, parse_kv
+from bitwright.core.scheme_names import parse
 from bitwright.engine.answer_text import AnswerText
 from bitwright.engine.drafting import look_up
 from bitwright.engine.handle import Completion, RequestHandle
@@ -70,6 +71,7 @@ class Engine:
         reuse_seconds: for how long an unused beginning is kept; as long as there is room unless given.
         speculate: how many tokens at most are guessed from the text itself in a step; answers stay the same.
         decoder: ``native``, ``torch``, or ``auto`` for the fastest that runs the model.
+        head: in which scheme the output head is rounded, for instance ``w8``; as it is stored unless given.
 
     Raises:
         BitwrightError: BW201 for an argument or a model that no decoder runs, BW202 for ``kv_cache``, BW503 if the
@@ -96,6 +98,7 @@ class Engine:
         reuse_seconds: float | None = None,
         speculate: int = 0,
         decoder: str = "auto",
+        head: str | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
             check_count(name, value, 1)
@@ -107,8 +110,10 @@ class Engine:
             raise ArgumentError("BW201", f"reuse is {reuse}", suggestion=f"accepted: a multiple of {PAGE}, or 0")
         check_count("speculate", speculate, 0, 64)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
-        self.model, self.tokenizer = _load(model, tokenizer)
-        self.decoder, runs, self.refusal = choose_decoder(self.model, decoder)
+        head_scheme = None if head is None else parse(head)
+        loaded, self.tokenizer = _load(model, tokenizer)
+        # Nobody else has a model that was loaded here.
+        self.decoder, runs = choose_decoder(loaded, decoder, scheme, head=head_scheme, release=loaded is not model)
         self.max_length = min(max_length or runs.shape.positions, runs.shape.positions)
         self.pages = page_count(
             runs,
@@ -126,7 +131,7 @@ class Engine:
             draft=look_up if speculate else None,
             most_drafted=speculate,
         )
-        self._vocabulary, self._ends = runs.shape.vocabulary, _ends(self.model, self.tokenizer)
+        self._vocabulary, self._ends = runs.shape.vocabulary, _ends(loaded, self.tokenizer)
         self._numbers, self._encoding = itertools.count(1), threading.Lock()
         self._loop = EngineLoop(Runner(runs, runs.new_cache(self.pages, scheme)), allocator, scheduler)
         # Also when the process ends, or nobody holds the engine any more.

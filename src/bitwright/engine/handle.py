@@ -96,10 +96,16 @@ class RequestHandle:
         self._completion: Completion | None = None
         self._error: BitwrightError | None = None
         self._wakers: list[Callable[[], None]] = []
+        self.reused_tokens = 0  # of the prompt, found in the cache when the request was begun
 
     @property
     def status(self) -> Status:
         return self._status
+
+    @property
+    def unread(self) -> bool:
+        """Whether something has come that :meth:`next` has not given yet."""
+        return bool(self._deltas)
 
     def cancel(self) -> None:
         """Call the request off; its answer then is what has come until the engine's next step."""

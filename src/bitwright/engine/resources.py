@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from bitwright.core.errors import ArgumentError, BitwrightError
+import warnings
+
+import torch
+
+from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.core.memory import machine_memory
-from bitwright.models import decoder_torch
-from bitwright.models.decoder import Decoder
+from bitwright.core.scheme import LayerScheme
+from bitwright.kernels import native_library
+from bitwright.models import decoder_native, decoder_torch
+from bitwright.models.decoder import Decoder, read_shape
+from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.hf import PreTrainedModel
-from bitwright.models.paged_cache import PAGE
+from bitwright.models.paged_cache import PAGE, refuse_scheme
 
 __all__ = ["DECODERS", "choose_decoder", "page_count"]
 
@@ -17,20 +24,44 @@ DECODERS = ("auto", "native", "torch")
 SHARE = 4  # the cache takes at most one part in so many of the available memory, unless told otherwise
 
 
-def choose_decoder(model: PreTrainedModel, name: str) -> tuple[str, Decoder, str | None]:
-    """The decoder called ``name``, or the fastest that accepts the model: its name, itself, why no faster one.
+def choose_decoder(
+    model: PreTrainedModel, name: str, scheme: KVScheme, *, head: LayerScheme | None, release: bool
+) -> tuple[str, Decoder]:
+    """The decoder called ``name``, or for ``auto`` the first that runs the model: its name, and itself.
+
+    Args:
+        scheme: of the cache that it is to read.
+        head: how the output head is to be stored, which the native decoder alone can choose.
+        release: whether the decoder may take the weights from the model.
 
     Raises:
         ArgumentError: BW201 if there is no such decoder, or it does not run the model.
     """
     if name not in DECODERS:
         raise ArgumentError("BW201", f"decoder is {name!r}", suggestion=f"accepted: {', '.join(DECODERS)}")
-    reason = decoder_torch.refuse(model)
-    if reason is not None:
-        raise ArgumentError(
-            "BW201", f"the engine cannot run the model: {reason}", suggestion="bitwright.generate runs every model"
-        )
-    return "torch", TorchDecoder(model), None
+    reasons = {"native": _refuse_native(model, scheme), "torch": _refuse_torch(model, scheme, head)}
+    wanted = [each for each in reasons if name in ("auto", each)]
+    chosen = next((each for each in wanted if reasons[each] is None), None)
+    if chosen is None:
+        what = f"the engine cannot run the model: {reasons[wanted[-1]]}"
+        why = f"the native decoder: {reasons['native']}" if name == "auto" else ""
+        raise ArgumentError("BW201", what, why=why, suggestion="bitwright.generate runs every model")
+    if chosen == "native":
+        return chosen, NativeDecoder(model, head=head, release=release)
+    on_cpu = torch.device(model.device).type == "cpu"
+    if name == "auto" and on_cpu and native_library.missing() is None:
+        what = f"the native decoder does not run this model: {reasons['native']}; the slower one in torch does"
+        warnings.warn(what, Notice, stacklevel=3)
+    return chosen, TorchDecoder(model)
+
+
+def _refuse_native(model: PreTrainedModel, scheme: KVScheme) -> str | None:
+    return decoder_native.refuse(model) or decoder_native.refuse_cache(scheme, read_shape(model).head_dim)
+
+
+def _refuse_torch(model: PreTrainedModel, scheme: KVScheme, head: LayerScheme | None) -> str | None:
+    reason = decoder_torch.refuse(model) or refuse_scheme(scheme, read_shape(model).head_dim)
+    return reason or (None if head is None else "the output head is quantized by the native decoder alone")
 
 
 def page_count(

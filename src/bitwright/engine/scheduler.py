@@ -137,7 +137,7 @@ class Scheduler:
                 return
             request.pages, request.computed = [*found, *pages], len(found) * PAGE
             if request.reused is None:
-                request.reused = request.computed
+                request.reused = request.handle.reused_tokens = request.computed
             insort(self.running, self.waiting.pop(0), key=lambda each: each.number)
             count = min(len(request.tokens) - request.computed, budget)
             works[request] = Work(request, count)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitwright.compat.dashinfer.instant_quant import InstantQuantConfig
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.scheme import DYNAMIC_INT8, LayerScheme
@@ -164,8 +166,11 @@ def load(
     enable_quant: bool = True,
     weight_only_quant: bool | None = None,
     customized_quant_config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model, running in the numbers that :func:`adapt` chooses; its notices are warnings here.
+
+    ``dtype``: of everything that is not quantized; as stored unless given.
 
     Raises:
         BitwrightError: as :func:`adapt`, and what :func:`bitwright.load` raises.
@@ -179,12 +184,12 @@ def load(
     _warn(chosen)
     checkpoint = open_checkpoint(resolve_model(model))
     if chosen.instant is not None:
-        loaded = load_checkpoint(checkpoint)
+        loaded = load_checkpoint(checkpoint, dtype=dtype)
         quantized = quantize_module(loaded, scheme=chosen.instant.scheme, group_fallback="pad", inplace=True)
         assert isinstance(quantized, PreTrainedModel)
         return quantized
     activations = {scheme.activation for scheme in chosen.schemes.values()}
-    return load_checkpoint(checkpoint, activation=next(iter(activations), None))
+    return load_checkpoint(checkpoint, dtype=dtype, activation=next(iter(activations), None))
 
 
 def serialize(
