@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.scheme_names import NAMED_SCHEMES, parse
 from bitwright.kernels import reference, table
 from bitwright.kernels.table import KERNELS, Kernel, KernelSpec, explain, select
@@ -42,3 +42,12 @@ def test_if_all_refuse_each_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(table, "KERNELS", (picky("fast"), picky("faster")))
     with pytest.raises(BitwrightError, match=r"BW206.*w8(?s:.*)fast: 4 bits only; faster: 4 bits only"):
         select(spec("w8"))
+
+
+def test_a_layer_on_a_gpu_that_plain_torch_runs_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "KERNELS", (picky("fast"), reference.KERNEL))
+    table._tell_once.cache_clear()
+    on_gpu = replace(spec("w8a8"), device=torch.device("cuda"))
+    with pytest.warns(Notice, match=r"no GPU kernel runs w8-sf32-a8; .*fast: 4 bits only"):
+        assert select(on_gpu) is reference.KERNEL
+    assert select(on_gpu) is reference.KERNEL  # a second warning would be an error

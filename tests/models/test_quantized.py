@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
+from bitwright.kernels import reference
+from bitwright.kernels.gpu import linear as gpu_linear
 from bitwright.models.blocks import linear_weight
 from bitwright.models.quantized import QuantizedLinear
 
@@ -125,3 +129,16 @@ def test_an_input_scale_of_another_kind_is_refused(scale: torch.Tensor) -> None:
     tensor, _ = layer("w4g32")
     with pytest.raises(ValueError, match="160 input features; float32"):
         QuantizedLinear.build(tensor, None, parse("w4g32"), input_scale=scale)
+
+
+def test_a_move_to_another_device_packs_for_the_kernel_that_is_first_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the layer came from a GPU: what it was packed for there is unpacked, moved, and packed for this device."""
+    tensor, module = layer("w4g128")
+    elsewhere = SimpleNamespace(tensors={"codes": SimpleNamespace(device=torch.device("cuda"))}, shape=tensor.shape)
+    former = replace(reference.KERNEL, name="former", unpack=lambda _packed: tensor)
+    monkeypatch.setattr("bitwright.models.quantized.select", lambda _spec: gpu_linear.KERNEL)
+    module._pack_again(elsewhere, former)
+    assert module.kernel is gpu_linear.KERNEL and "packed_counters" in dict(module.named_buffers())
+    assert torch.equal(module.unpack().codes, tensor.codes) and torch.equal(module.dequantize(), tensor.dequantize())
+    module.float()  # a change of dtype alone packs nothing
+    assert module.kernel is gpu_linear.KERNEL

@@ -122,6 +122,11 @@ class QuantizedTensor:
         zero = None if self.zero is None else self.zero[rows]
         return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
 
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same tensor on another device."""
+        zero, index = (None if part is None else part.to(device) for part in (self.zero, self.group_index))
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, group_index=index)
+
     def stored_bits(self) -> int:
         """How many bits the tensor takes when its codes and integer zero points are packed densely."""
         bits = self.codes.numel() * self.scheme.bits

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bitwright.core.errors import BitwrightError
+import warnings
+from functools import cache
+
+from bitwright.core.errors import BitwrightError, Notice
 from bitwright.kernels import native, reference
 from bitwright.kernels.gpu import integer as gpu_integer
 from bitwright.kernels.gpu import linear as gpu_linear
@@ -21,9 +24,17 @@ def select(spec: KernelSpec) -> Kernel:
     """
     for kernel in KERNELS:
         if kernel.refuse(spec) is None:
+            if spec.device.type == "cuda" and kernel is reference.KERNEL:
+                _tell_once(spec.scheme.name, "; ".join(f"{name}: {reason}" for name, reason in explain(spec)[:-1]))
             return kernel
     reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(spec))
     raise BitwrightError("BW206", f"no kernel runs {spec.scheme.name} {list(spec.shape)} on {spec.device}", why=reasons)
+
+
+@cache
+def _tell_once(scheme: str, reasons: str) -> None:
+    """That a layer on a GPU runs in plain torch, which is right but slow."""
+    warnings.warn(Notice(f"no GPU kernel runs {scheme}; plain torch does, slowly ({reasons})"), stacklevel=3)
 
 
 def explain(spec: KernelSpec) -> list[tuple[str, str | None]]:

@@ -33,13 +33,16 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.scheme, self.kernel = weight.scheme, kernel
         self.out_features, self.in_features = weight.shape
+        self._register(weight)
+        self.register_buffer("input_scale", input_scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _register(self, weight: PackedWeight) -> None:
         self._packed_names: dict[str, str] = {}
         for name, tensor in weight.tensors.items():
             buffer = "packed_" + name.replace(".", "_")
             self._packed_names[buffer] = name
             self.register_buffer(buffer, tensor)
-        self.register_buffer("input_scale", input_scale)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def build(
@@ -93,11 +96,24 @@ class QuantizedLinear(nn.Module):
         return f"{shape}, scheme={self.scheme.name}, kernel={self.kernel.name}{scaled}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Let the packed tensors follow to another device, never to another dtype."""
-        exact = dict(self._buffers)
+        """Let the packed tensors follow to another device, never to another dtype; there another kernel may run."""
+        exact, packed, kernel = dict(self._buffers), self.packed, self.kernel
         module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
+        self._pack_again(packed, kernel)
         return module
+
+    def _pack_again(self, packed: PackedWeight, kernel: Kernel) -> None:
+        """After a move to a device of another type: the operand of the kernel that is first there."""
+        here, there = (next(iter(each.tensors.values())).device for each in (packed, self.packed))
+        if here.type == there.type or "meta" in (here.type, there.type):
+            return
+        self.kernel = select(KernelSpec(scheme=self.scheme, shape=packed.shape, device=there))
+        if self.kernel is kernel:
+            return
+        for buffer in self._packed_names:
+            del self._buffers[buffer]
+        self._register(self.kernel.pack(kernel.unpack(packed).to(there), self.scheme))

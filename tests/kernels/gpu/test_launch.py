@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, launch_linear, tuned
+from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, expands, launch_integer, launch_linear, tuned
 from tests.kernels.gpu.compilation_facts import GENERATIONS, HOPPER, VOLTA
 
 
@@ -42,6 +42,17 @@ def test_launches_are_what_a_gpu_can_do(facts: object, rows: int) -> None:
         assert {found.block_n, found.block_m, found.warps} <= {1 << power for power in range(9)}
         assert 1 <= found.split <= MOST_SPLITS and found.block_n >= 16 and found.block_m >= 16
         assert found.stages == 1 or facts.capability >= (8, 0)  # type: ignore[attr-defined]
+
+
+def test_weights_are_unpacked_first_for_many_rows_and_soon_where_there_are_no_matrix_units() -> None:
+    assert [expands(rows, HOPPER) for rows in (1, 64, 1023, 1024)] == [False, False, False, True]
+    assert [expands(rows, VOLTA) for rows in (1, 16, 17)] == [False, False, True]
+
+
+def test_whole_sums_are_split_for_any_rows_and_groups_for_a_few_alone() -> None:
+    for rows, single, is_split in ((1, True, True), (1, False, True), (100, True, True), (100, False, False)):
+        found = launch_integer(rows=rows, out=1024, chunks=32, single=single, facts=HOPPER)
+        assert (found.split > 1) == is_split
 
 
 def test_the_tuned_table_is_whole() -> None:

@@ -34,9 +34,13 @@ def refuse(spec: KernelSpec) -> str | None:
         (group < columns and not (is_power and group >= 32), f"groups of {scheme.group}, not 32, 64, 128..."),
         (columns > LONGEST, f"more than {LONGEST} input features"),
         (min(spec.shape) < 1, "an empty weight"),
+        (spec.shape[0] % 8 != 0, f"{spec.shape[0]} output features, not a multiple of 8"),
     )
     missing = library.refuse_device(spec.device, library.INT8_MATRIX, "int8 matrix units")
-    return missing or next((reason for applies, reason in reasons if applies), None)
+    found = missing or next((reason for applies, reason in reasons if applies), None)
+    if found is None and (scheme.bits == 4 or group < columns):  # beyond the vendor's dense product
+        found = library.refuse_device(spec.device, library.PROGRAMMED, "4-bit codes or groups beside 8-bit activations")
+    return found
 
 
 def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
@@ -122,14 +126,15 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
     y = torch.empty(rows, out, dtype=dtype, device=tokens.codes.device)
     zero = "none" if scheme.symmetric and scheme.bits == 8 else "constant" if scheme.symmetric else scheme.zero
     operands = (tensors["scale"], tensors.get("zero", tensors["scale"]), tensors.get("remainder", tensors["scale"]))
-    if chosen is None and _is_dense(tokens, weight):
-        products = torch._int_mm(tokens.codes, tensors["codes"].t())
+    facts = library.describe(y.device)
+    if chosen is None and _is_dense(tokens, weight, facts):
+        padding = max(0, launch.FEW_ROWS + 1 - rows)  # the vendor's product takes no fewer
+        products = torch._int_mm(functional.pad(tokens.codes, (0, 0, 0, padding)), tensors["codes"].t())
         library.program("integer").scale_products[(-(-out // 64), -(-rows // 32))](
             products, tokens.scale, tokens.sums, *operands, products if bias is None else bias, y, rows, out,
             ZERO=zero, HAS_BIAS=bias is not None, BLOCK_N=64, BLOCK_M=32, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return y
-    facts = library.describe(y.device)
     chunks, of_group = slots // chunk, max(1, group // chunk) if groups > 1 else 1
     units = -(-chunks // of_group)  # no group is cut: its sum of codes is taken off once
     plan = chosen or launch.launch_integer(rows=rows, out=out, chunks=units, single=groups == 1, facts=facts)
@@ -150,11 +155,11 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
     return y
 
 
-def _is_dense(tokens: TokenCodes, weight: PackedWeight) -> bool:
-    """Whether the vendor's int8 product takes these operands, and there are enough rows for it to pay."""
+def _is_dense(tokens: TokenCodes, weight: PackedWeight, facts: library.GpuFacts) -> bool:
+    """Whether the vendor's int8 product takes these operands and is the faster way, or the only one."""
     is_single = weight.scheme.weight.bits == 8 and weight.tensors["scale"].shape[0] == 1
-    large = tokens.codes.shape[0] >= launch.DENSE_INTEGER_ROWS and tokens.codes.is_cuda
-    return is_single and large and weight.shape[0] % 8 == 0
+    is_due = tokens.codes.shape[0] >= launch.DENSE_INTEGER_ROWS or facts.capability < library.PROGRAMMED
+    return is_single and is_due and tokens.codes.is_cuda and weight.shape[0] % 8 == 0
 
 
 def _steps(weight: PackedWeight) -> tuple[int, int, int]:

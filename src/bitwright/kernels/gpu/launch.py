@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from bitwright.kernels.gpu.library import GpuFacts
+from bitwright.kernels.gpu.library import PROGRAMMED, GpuFacts
 
 __all__ = [
     "DENSE_INTEGER_ROWS",
@@ -16,6 +16,7 @@ __all__ = [
     "LARGE_ROWS",
     "LinearLaunch",
     "cut_columns",
+    "expands",
     "launch_integer",
     "launch_linear",
     "tuned",
@@ -52,6 +53,12 @@ def cut_columns(chunks: int, split: int) -> tuple[int, int]:
     """``split`` as it can be had, and the chunks of each: no program is without any."""
     each = -(-chunks // max(1, min(split, chunks)))
     return -(-chunks // each), each
+
+
+def expands(rows: int, facts: GpuFacts) -> bool:
+    """Whether so many rows are better multiplied by a weight that is unpacked first. Where Triton has no matrix units
+    to use, soon; else the unpacking must be small beside the product."""
+    return rows >= LARGE_ROWS or (rows > FEW_ROWS and facts.capability < PROGRAMMED)
 
 
 def launch_linear(

@@ -19,6 +19,7 @@ __all__ = [
     "FP8_MATRIX",
     "INT8_MATRIX",
     "OLDEST",
+    "PROGRAMMED",
     "GpuFacts",
     "describe",
     "is_invariant",
@@ -29,6 +30,7 @@ __all__ = [
 
 OLDEST = (7, 0)  # Volta
 INT8_MATRIX = (7, 5)  # Turing: the first with int8 matrix units
+PROGRAMMED = (8, 0)  # Ampere: the first whose matrix units Triton uses; before, only the vendor's products do
 FP8_MATRIX = (8, 9)  # Ada and Hopper: the first with fp8 ones
 
 

@@ -134,7 +134,7 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     rows = x.detach().reshape(-1, weight.shape[1]).to(computed).contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     invariant = library.is_invariant()
-    if rows.shape[0] >= launch.LARGE_ROWS and not invariant:
+    if launch.expands(rows.shape[0], facts) and not invariant:
         y = _run_expanded(rows, weight, None if bias is None else bias.to(computed))
     else:
         y = multiply(rows, weight, bias, invariant=invariant)
@@ -167,8 +167,8 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, inv
         tensors.get("order", words), x if bias is None else bias, y, partials, counters,
         x.shape[0], out, columns, _slots(weight), words.shape[0], scale.shape[0], each,
         **_constants(weight), HAS_BIAS=bias is not None, BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, SPLIT=split,
-        num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        num_warps=plan.warps, num_stages=1 if "levels" in tensors else plan.stages, enable_fp_fusion=True,
+    )  # fmt: skip  # a table's levels are looked up in the first-level cache, not copied ahead
     return y
 
 

@@ -78,7 +78,7 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
            KEY_KIND: tl.constexpr, KEY_BITS: tl.constexpr, KEY_STATIC: tl.constexpr,
            VALUE_KIND: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STATIC: tl.constexpr,
            BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
-    """Rows ``BLOCK_Q`` of (token, query head of the group) pairs of one sequence, over ``split_tokens`` of its context."""
+    """``BLOCK_Q`` rows of (token, query head of the group) of one sequence, over ``split_tokens`` of its context."""
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(blocks + 2 * block)
     start, length = tl.load(starts + sequence), tl.load(lengths + sequence)
@@ -144,7 +144,7 @@ def combine(parts, statistics, blocks, starts, lengths, out, kv_heads, splits, s
     largest = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32)
-    for split in range(0, tl.minimum(splits, tl.cdiv(length, split_tokens))):
+    for split in range(tl.minimum(splits, tl.cdiv(length, split_tokens))):
         at = ((block.to(tl.int64) * kv_heads + head) * splits + split) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         own = tl.load(statistics + 2 * at)
         higher = tl.maximum(largest, own)
