@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bitwright.models.kv_cache import QuantizedCache
     from bitwright.models.loading import load
     from bitwright.quantization.api import quantize
+    from bitwright.quantization.kv_calibration import calibrate
     from bitwright.quantization.session import convert, prepare, quantize_module
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizedCache",
     "QuantizedTensor",
     "__version__",
+    "calibrate",
     "convert",
     "demo",
     "doctor",
@@ -62,6 +64,7 @@ SOURCES = {
     "QuantScheme": "core.scheme",
     "QuantizedCache": "models.kv_cache",
     "QuantizedTensor": "core.qtensor",
+    "calibrate": "quantization.kv_calibration",
     "convert": "quantization.session",
     "demo": "cli.demo",
     "doctor": "cli.doctor",

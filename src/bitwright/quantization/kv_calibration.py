@@ -30,6 +30,7 @@ from bitwright.formats.storage import (
     write_file,
 )
 from bitwright.models.blocks import Blocks, find_blocks, linears
+from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.hf import context_length, load_tokenizer, read_config
 from bitwright.models.kv_parameters import Range, weights_identity, write_ranges
 from bitwright.models.kv_storage import SIDES
@@ -113,6 +114,9 @@ def calibrate(
     """
     started = time.perf_counter()
     directory = resolve_model(model)
+    if output is None and directory == embedded_directory():
+        what = "the embedded model is part of the program, and keeps no files"
+        raise ArgumentError("BW201", what, suggestion="--work-dir DIR, which then has them")
     target = directory if output is None else Path(output)
     for name, value, least in (("samples", samples, 1), ("seqlen", seqlen, 2), ("seed", seed, 0)):
         if value is not None and (type(value) is not int or value < least):
