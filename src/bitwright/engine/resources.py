@@ -43,7 +43,7 @@ def choose_decoder(
     wanted = [each for each in reasons if name in ("auto", each)]
     chosen = next((each for each in wanted if reasons[each] is None), None)
     if chosen is None:
-        what = f"the engine cannot run the model: {reasons[wanted[-1]]}"
+        what = f"the engine cannot run this: {reasons[wanted[-1]]}"
         why = f"the native decoder: {reasons['native']}" if name == "auto" else ""
         raise ArgumentError("BW201", what, why=why, suggestion="bitwright.generate runs every model")
     if chosen == "native":
@@ -56,12 +56,18 @@ def choose_decoder(
 
 
 def _refuse_native(model: PreTrainedModel, scheme: KVScheme) -> str | None:
-    return decoder_native.refuse(model) or decoder_native.refuse_cache(scheme, read_shape(model).head_dim)
+    reason = decoder_native.refuse(model)
+    return reason or _of_cache(scheme, decoder_native.refuse_cache(scheme, read_shape(model).head_dim))
 
 
 def _refuse_torch(model: PreTrainedModel, scheme: KVScheme, head: LayerScheme | None) -> str | None:
-    reason = decoder_torch.refuse(model) or refuse_scheme(scheme, read_shape(model).head_dim)
-    return reason or (None if head is None else "the output head is quantized by the native decoder alone")
+    reason = decoder_torch.refuse(model)
+    reason = reason or _of_cache(scheme, refuse_scheme(scheme, read_shape(model).head_dim))
+    return reason or (None if head is None else "head: the native decoder alone rounds the output head")
+
+
+def _of_cache(scheme: KVScheme, reason: str | None) -> str | None:
+    return None if reason is None else f"kv_cache {scheme.name!r}: {reason}"
 
 
 def page_count(
