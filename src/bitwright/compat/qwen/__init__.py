@@ -12,7 +12,17 @@ Example:
 
 from __future__ import annotations
 
+from bitwright.compat.qwen.cache import QwenCache, dequantize_cache_torch, layer_past, quantize_cache_v
 from bitwright.compat.qwen.conversation import chat, chat_stream
 from bitwright.compat.qwen.loading import AutoModelForCausalLM, AutoTokenizer
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "chat", "chat_stream"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "QwenCache",
+    "chat",
+    "chat_stream",
+    "dequantize_cache_torch",
+    "layer_past",
+    "quantize_cache_v",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bitwright.compat.qwen.cache import use_quantized_cache
 from bitwright.compat.qwen.conversation import chat, chat_stream
 from bitwright.core.errors import ArgumentError, Notice
 from bitwright.models.hf import PreTrainedModel, Tokenizer, load_tokenizer
@@ -35,6 +36,9 @@ class AutoModelForCausalLM:
         trust_remote_code: bool = False,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
+        use_cache_quantization: bool | None = None,
+        use_cache_kernel: bool | None = None,
+        use_flash_attn: bool | None = None,
     ) -> PreTrainedModel:
         """The model in evaluation mode, with the methods ``chat`` and ``chat_stream``.
 
@@ -44,6 +48,10 @@ class AutoModelForCausalLM:
             trust_remote_code: accepted, since the documentation gives it; code that comes with a model is never run.
             torch_dtype: of the activations and of all that is not quantized; ``None`` or "auto": as stored.
             dtype: the same, by its newer name.
+            use_cache_quantization: store keys and values in 8-bit codes, with scales of each token and head; ``None``:
+                as ``config.json`` says.
+            use_cache_kernel, use_flash_attn: accepted, since the documentation gives them, with a notice: attention
+                reads the codes without kernel files, block by block.
 
         Raises:
             BitwrightError: BW201 for an argument, and what :func:`bitwright.load` raises.
@@ -59,6 +67,12 @@ class AutoModelForCausalLM:
             raise ArgumentError("BW201", f"torch_dtype is {wanted!r}", suggestion='a torch.dtype, or "auto"')
         _notice_remote_code(trust_remote_code)
         loaded = load(pretrained_model_name_or_path, dtype=None if isinstance(wanted, str) else wanted)
+        switches = {
+            "use_cache_quantization": use_cache_quantization,
+            "use_cache_kernel": use_cache_kernel,
+            "use_flash_attn": use_flash_attn,
+        }
+        use_quantized_cache(loaded, switches)
         for method in (chat, chat_stream):
             setattr(loaded, method.__name__, types.MethodType(method, loaded))
         return loaded
