@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # A shell that starts a command in the background has it ignore Ctrl-C; the tests of signals need the usual answer.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before anything imports Triton, where it is installed: the programs for GPUs are interpreted, on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports torch: test processes that run side by side do not spin for each other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

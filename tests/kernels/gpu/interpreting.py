@@ -1,15 +1,11 @@
 """Triton's interpreter, taught to compute with bfloat16: it keeps those numbers as their bits, and would add the bits.
 
-Import this before any program is loaded: what Triton compiles and what it interprets is settled when a program is
-defined.
+The tests' configuration has it interpret (``TRITON_INTERPRET``), before anything imports it.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 from triton import language as tl

@@ -102,11 +102,14 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     return StoredSide(data, scales, kind, code.bits, code.is_static)
 
 
-def arrange(starts: list[int], group: int) -> tuple[list[tuple[int, int]], int]:
-    """Blocks of rows, ``(sequence, first row)``, and how many rows each has, for sequences whose tokens begin at
-    ``starts`` (and end at its last entry), with ``group`` query heads to each head of keys."""
+def arrange(starts: list[int], group: int, *, few: bool = False) -> tuple[list[tuple[int, int]], int]:
+    """Blocks of rows, ``(sequence, first row)``, and how many rows each has.
+
+    Sequences' tokens begin at ``starts``, whose last entry is the end; ``group`` query heads read one head of keys.
+    ``few``: a few rows a block, also of long prompts.
+    """
     most = max((stop - start for start, stop in pairwise(starts)), default=0) * group
-    rows = MANY_QUERIES if most > FEW_QUERIES else FEW_QUERIES
+    rows = MANY_QUERIES if most > FEW_QUERIES and not few else FEW_QUERIES
     if group > rows:
         rows = 1 << (group - 1).bit_length()
     blocks = [

@@ -1,0 +1,131 @@
+"""The decoder for GPUs, under Triton's interpreter on tiny models: everything but the graphs is what runs there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from bitwright.core.errors import ArgumentError
+from bitwright.core.kv_scheme import parse_kv
+from bitwright.kernels.gpu import integer, library, linear
+from bitwright.models.decoder import Step
+from bitwright.models.decoder_cuda import CudaDecoder, refuse, refuse_cache
+from bitwright.models.decoder_rows import decode_rows, read_rows, stage, step_rows
+from bitwright.models.decoder_torch import TorchDecoder
+from bitwright.models.quantized import QuantizedLinear
+from bitwright.quantization.session import quantize_module
+from tests.models import decoder_laws
+from tests.models.architectures import build
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from tests.kernels.gpu.interpreting import teach_bfloat16
+
+    teach_bfloat16()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU passes for a GPU, whose programs Triton interprets."""
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed: pip install 'bitwright[gpu]'")
+    monkeypatch.setattr(library, "refuse_device", lambda *_: None)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_it_computes_what_transformers_does() -> None:
+    model = build("llama")
+    decoder_laws.agrees_with_transformers(CudaDecoder(model), model, 1e-5, length=16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("name", "fields"), [
+    ("llama", {"tied": True, "attention_bias": True, "mlp_bias": True}), ("llama48", {}),
+    ("mistral", {"sliding_window": 40}), ("qwen2", {}), ("qwen3", {}),
+])  # fmt: skip
+def test_every_architecture(name: str, fields: dict[str, Any]) -> None:
+    model = build(name, **fields)
+    decoder_laws.agrees_with_transformers(CudaDecoder(model), model, 1e-5, length=75)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kv", ["int8", "int4", "int4-rotated", "k8v4", "fp8", "none/1:int8-sym"])
+def test_coded_keys_and_values_are_the_torch_decoders(kv: str) -> None:
+    model, scheme = build("qwen3"), parse_kv(kv)
+    found = []
+    for decoder in (CudaDecoder(model), TorchDecoder(model)):
+        text = decoder_laws.random_text(45, decoder.shape.vocabulary, [1, 0])
+        cache = decoder.new_cache(2, scheme)
+        pieces = [decoder_laws.Piece(text, count) for count in (40, 1, 4)]
+        found.append(torch.cat([decoder_laws.run(decoder, cache, [piece])[0] for piece in pieces]))
+    error = (found[0] - found[1]).abs().max() / found[1].abs().max()
+    assert error < (1e-4 if kv != "int4-rotated" else 5e-2)  # the rotation is rounded otherwise, and a code may flip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("scheme", ["w4g32", "w8a8", "w4g32-asym"])
+def test_packed_layers_are_joined_and_run_by_the_gpu_kernels(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = integer.KERNEL if scheme.endswith("a8") else linear.KERNEL
+    monkeypatch.setattr("bitwright.models.quantized.select", lambda _spec: chosen)
+    model: Any = quantize_module(build("qwen2"), scheme=scheme)
+    assert any(isinstance(each, QuantizedLinear) and each.kernel is chosen for each in model.modules())
+    with torch.no_grad():
+        tokens = torch.randint(0, model.config.vocab_size, (1, 9))
+        expected = model(input_ids=tokens).logits[0]
+    decoder = CudaDecoder(model, release=True)
+    text = decoder_laws.Text(tokens[0].tolist(), [0])
+    found = decoder_laws.run(decoder, decoder.new_cache(1), [decoder_laws.Piece(text, 9)])[0]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert decoder.weight_bytes() > 0
+
+
+def some_step(lengths: list[int]) -> Step:
+    numbers = torch.tensor(lengths, dtype=torch.int32)
+    every = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    pages = torch.arange(1, 1 + 2 * len(lengths), dtype=torch.int32).view(-1, 2)
+    tokens = torch.arange(7, 7 + len(lengths))
+    return Step(tokens=tokens, positions=numbers - 1, starts=every, lengths=numbers, pages=pages, outputs=every[:-1])
+
+
+def test_staged_rows_are_read_back_and_every_part_is_aligned() -> None:
+    rows = step_rows(some_step([5, 40, 33]), 4)
+    layout, host = stage(rows, pinned=False)
+    again = read_rows(layout, host)
+    for name in ("tokens", "positions", "pages", "offsets", "starts", "lengths", "table", "blocks", "outputs"):
+        assert torch.equal(getattr(again, name), getattr(rows, name)) and getattr(again, name).data_ptr() % 16 == 0
+    assert again.pages.tolist() == [1, 4, 6] and again.offsets.tolist() == [4, 7, 0]
+    assert (again.block_rows, again.longest) == (16, 40)
+
+
+def test_the_padding_of_a_graph_writes_to_nobodys_page_and_has_no_context() -> None:
+    rows = decode_rows(some_step([5, 40, 33]), 4, 1024, scratch=99)
+    assert rows.pages.tolist() == [1, 4, 6, 99] and rows.lengths.tolist() == [5, 40, 33, 0]
+    assert rows.table.shape == (4, 32) and rows.table[1, :3].tolist() == [3, 4, 0]
+    assert rows.blocks.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]] and rows.starts.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_padded_steps_give_the_same_logits() -> None:
+    model = build("llama")
+    decoder = CudaDecoder(model)
+    found = []
+    for padded in (False, True):
+        cache = decoder.new_cache(6)
+        step = some_step([1, 1])
+        rows = decode_rows(step, 4, 1024, scratch=cache.page_count - 1) if padded else step_rows(step, 2)
+        found.append(decoder._run(read_rows(*stage(rows, pinned=False)), cache)[:2])
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_what_cannot_run_is_refused() -> None:
+    assert refuse(build("llama")) == "runs on an NVIDIA GPU, not on cpu"
+    with pytest.raises(ArgumentError, match="cannot be decoded on a GPU"):
+        CudaDecoder(build("llama"))
+    assert refuse_cache(parse_kv("int8")) is None
+    assert refuse_cache(parse_kv("int4-g16")) == "int4-g16: several scales for one head"
