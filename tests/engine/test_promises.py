@@ -20,7 +20,7 @@ def check_books(engine: Engine) -> None:
     assert engine.statistics().cache_used == 0 and engine.statistics().running == engine.statistics().waiting == 0
 
 
-@pytest.mark.parametrize(("kind", "count"), [("float32", 64), ("quantized, int4 cache, speculation", 24)])
+@pytest.mark.parametrize(("kind", "count"), [("float32", 24), ("quantized, int4 cache, speculation", 12)])
 def test_requests_in_a_quarter_of_the_room(tiny: PreTrainedModel, kind: str, count: int) -> None:
     plain = kind == "float32"
     model: Any = tiny if plain else quantize_module(tiny, scheme="w4g32")

@@ -1,0 +1,92 @@
+"""The engine on the native decoder: the same promises, on a trained model, in more requests."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.soak import alone, mixed_requests, pages_needed, soak, under_pressure
+from bitwright import Engine
+from bitwright.core.errors import ArgumentError, Notice
+from bitwright.kernels import native_library
+from bitwright.models.loading import load
+from bitwright.models.paged_cache import PAGE
+from bitwright.quantization.session import quantize_module
+
+KINDS: list[tuple[str, dict[str, Any], str | None]] = [
+    ("bfloat16", {}, None),
+    ("8-bit cache, speculation", {"kv_cache": "int8", "speculate": 5}, None),
+    ("quantized, rotated 4-bit cache", {"kv_cache": "int4-rotated"}, "w4g64"),
+    ("8-bit activations, one token at a time", {"step_tokens": 7}, "w8a8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    missing = native_library.missing()
+    if missing is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize(("kind", "fields", "scheme"), KINDS, ids=[kind for kind, _, _ in KINDS])
+def test_64_requests_in_a_quarter_of_the_room(kind: str, fields: dict[str, Any], scheme: str | None) -> None:
+    model: Any = load("demo:")
+    if scheme is not None:
+        model = quantize_module(model, scheme=scheme)
+    requests, cancelled = mixed_requests(64, 3, 2048), set(random.Random(4).sample(range(64), 12))
+    expected = alone(model, requests, **{name: value for name, value in fields.items() if name == "kv_cache"})
+    room = pages_needed(requests) // 4 * PAGE
+    with Engine(model, **{"max_batch": 64, "cache_tokens": room, "step_tokens": 256} | fields) as engine:
+        answers = under_pressure(engine, requests, 5, cancelled)
+        statistics = engine.statistics()
+        engine._loop._allocator.check()
+    assert statistics.decoder == "native" and statistics.cache_used == statistics.failed == 0
+    assert statistics.preemptions > 0 or fields.get("step_tokens") == 7  # which no more than seven share
+    for number, (answer, alike) in enumerate(zip(answers, expected, strict=True)):
+        if answer.finish_reason == "cancelled":
+            assert number in cancelled and answer.tokens == alike.tokens[: len(answer.tokens)]
+        else:
+            assert answer.tokens == alike.tokens, f"request {number} has another answer in company"
+
+
+def test_both_decoders_give_the_same_greedy_text(shared_models: Path) -> None:
+    """In float32, where near ties are rare: 200 tokens of a trained model."""
+    model = load(shared_models / "wikitext-qwen2-6m", dtype=torch.float32)
+    answers = {}
+    for name in ("native", "torch"):
+        with Engine(model, decoder=name) as engine:
+            answers[name] = [answer.tokens for answer in engine.generate(["The war", "In 1066"], max_tokens=100)]
+            assert engine.statistics().decoder == name
+    assert answers["native"] == answers["torch"]
+
+
+def test_an_output_head_in_8_bits() -> None:
+    with Engine("demo:", head="w8") as engine, Engine("demo:") as plain:
+        assert engine.statistics().weight_bytes < plain.statistics().weight_bytes
+        assert len(engine.generate("Once upon a time", max_tokens=20, ignore_end=True).tokens) == 20
+    with pytest.raises(ArgumentError, match=r"BW201.*head"):
+        Engine("demo:", decoder="torch", head="w8")
+
+
+def test_who_runs_the_model_is_told(tiny: PreTrainedModel) -> None:
+    with (
+        pytest.warns(Notice, match="native decoder does not run this model.*fp8"),
+        Engine(tiny, kv_cache="fp8") as engine,
+    ):
+        assert engine.decoder == "torch"
+    with warnings.catch_warnings(), Engine(tiny, kv_cache="int8") as engine:
+        assert engine.decoder == "native"
+    with pytest.raises(ArgumentError, match=r"BW201.*kv_cache 'fp8'"):
+        Engine(tiny, kv_cache="fp8", decoder="native")
+
+
+def test_a_run_does_not_grow() -> None:
+    """The soak of ``benchmarks/soak.py``, for a few seconds."""
+    growth = soak(load("demo:"), seconds=3.0, vocabulary=2048, count=32)
+    assert growth.rounds > 2 and growth.answers > 50 and growth.wrong == growth.lost_pages == 0, growth
