@@ -1,0 +1,223 @@
+"""What storing keys and values in few bits costs: each cache scheme beside the float cache, on trained models.
+
+    python -m benchmarks.kv_quality [--peers-python VENV/bin/python]
+
+Teacher-forced: every position of a window is predicted from keys and values that were stored and read again. The
+caches of transformers (HQQ, quanto) keep the newest tokens, and all of a first call, in float; they are given the
+window token by token. Their environment is another Python, which is asked for their rows alone. ``q4_0`` is the
+four-bit cache of llama.cpp, its formula restated here (blocks of 32, a float16 scale), with the rotation that it has.
+Writes a table and a record into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
+
+import bitwright
+from bitwright.core.kv_codes import rotate_head
+from bitwright.core.kv_scheme import kv_bytes, parse_kv
+from bitwright.evaluation.divergence import agreement, divergence
+from bitwright.evaluation.perplexity import log_probabilities
+from bitwright.models.embedded_model import embedded_directory, read_text
+from bitwright.models.hf import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+RESULTS = Path(__file__).resolve().parent / "results"
+TEXTS = {  # of each model, what it was trained to read
+    "embedded": None,
+    "wikitext-qwen2-6m": "wikitext-2/test.txt",
+    "BabyLlama-361-0.97M": "tinystories/train_head_2MiB.txt",
+    "stories260K": "tinystories/train_head_2MiB.txt",
+    "llama2xs-279K": "tinystories/train_head_2MiB.txt",
+}
+OURS = (
+    "int8", "int8-rotated", "int8-static", "int8-static-head", "fp8", "k8v4", "k8v4-rotated", "int4", "int4-rotated",
+    "int2",
+)  # fmt: skip
+PEERS = {
+    "transformers hqq 4": ("hqq", 4),
+    "transformers quanto 4": ("quanto", 4),
+    "transformers quanto 2": ("quanto", 2),
+}
+MakeCache = Callable[[], Any]
+
+
+class RestatedQ4(DynamicCache):
+    """llama.cpp's q4_0: rotated, blocks of 32, scale = the number of largest magnitude / -8 in float16."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return super().update(q4_0(key_states), q4_0(value_states), *arguments, **keywords)
+
+
+def q4_0(x: Tensor) -> Tensor:
+    """The numbers that come back from it."""
+    turned = rotate_head(x.float())
+    blocks = turned.reshape(*x.shape[:-1], -1, min(32, x.shape[-1]))
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = (extreme / -8).half().float()
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    codes = (blocks * inverse + 8.5).floor().clamp(0, 15)
+    return rotate_head(((codes - 8) * scale).reshape(x.shape)).to(x.dtype)
+
+
+def read(model: Any, window: Tensor, cache: Any, step: int) -> Tensor:
+    """Logits of every position, ``step`` tokens at a time."""
+    pieces = []
+    with torch.no_grad():
+        for part in torch.split(window, step):
+            output = model(input_ids=part.unsqueeze(0), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits[0].float())
+    return torch.cat(pieces)
+
+
+def measure(model: Any, windows: Tensor, wanted: list[Tensor], make: MakeCache, step: int) -> dict[str, float]:
+    started = time.perf_counter()
+    kl, same = [], []
+    for window, reference in zip(windows, wanted, strict=True):
+        found = log_probabilities(read(model, window, make(), step))
+        kl.append(divergence(reference, found))
+        same.append(agreement(reference, found))
+    values = torch.cat(kl)
+    return {
+        "kl_mean": float(values.mean()),
+        "kl_p99": float(values.quantile(0.99)),
+        "top1": float(torch.cat(same).double().mean()),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def windows_of(directory: Path, text: str, samples: int) -> Tensor:
+    config = json.loads((directory / "config.json").read_text())
+    length = min(512, config["max_position_embeddings"])
+    ids = load_tokenizer(directory)(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: samples * length]).view(-1, length)
+
+
+def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    directory = embedded_directory() if name == "embedded" else options.shared / "models" / name
+    file = TEXTS[name]
+    path = options.shared / "data" / file if file else None
+    if not directory.is_dir() or (path is not None and not path.is_file()):
+        return None
+    text = read_text("heldout") if path is None else path.read_text(encoding="utf-8")[:400_000]
+    text = text.replace("<unk>", "unknown").replace("<|endoftext|>", "\n")
+    windows = windows_of(directory, text, options.samples)
+    model: Any = bitwright.load(directory, dtype=torch.float32)
+    wanted = [log_probabilities(read(model, window, None, len(window))) for window in windows]
+    config = model.config
+    shape = {
+        "layers": config.num_hidden_layers,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "tokens": windows.shape[1],
+    }
+    rows: dict[str, Any] = {}
+    if options.peers_only:
+        for row, (backend, bits) in PEERS.items():
+            rows[row] = peer(model, windows, wanted, backend, bits)
+    else:
+        rows = own_rows(model, directory, windows, wanted, text, shape)
+    return {"model": name, **shape, "windows": len(windows), "rows": rows}
+
+
+def own_rows(
+    model: Any, directory: Path, windows: Tensor, wanted: list[Tensor], text: str, shape: dict[str, int]
+) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(directory, Path(folder) / "model"))
+        (Path(folder) / "text.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+        bitwright.calibrate(copy, dataset=Path(folder) / "text.txt", samples=32, seqlen=min(256, windows.shape[1]))
+        model.config.name_or_path = str(copy)
+        for name in OURS:
+            row = measure(model, windows, wanted, lambda name=name: bitwright.QuantizedCache(model, name), 1 << 20)
+            size = kv_bytes(parse_kv(name), **shape) / kv_bytes(parse_kv("none"), **shape)
+            rows[name] = row | {"bits": round(16 * size, 2)}
+    rows["llama.cpp q4_0, restated"] = measure(model, windows, wanted, lambda: RestatedQ4(config=model.config), 1 << 20)
+    rows["llama.cpp q4_0, restated"]["bits"] = 4.5
+    return rows
+
+
+def peer(model: Any, windows: Tensor, wanted: list[Tensor], backend: str, bits: int) -> dict[str, Any]:
+    axis = 1 if backend == "hqq" else 0
+    group = min(64, model.config.hidden_size // model.config.num_attention_heads)
+
+    def make() -> Any:
+        return QuantizedCache(
+            backend, model.config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group, residual_length=128
+        )
+
+    try:
+        return measure(model, windows, wanted, make, 1)
+    except Exception as error:  # whatever another library does is a row
+        return {"refused": f"{type(error).__name__}: {str(error)[:120]}"}
+
+
+def render(records: list[dict[str, Any]]) -> str:
+    lines = ["# Cache schemes on trained models", ""]
+    for record in records:
+        lines.append(
+            f"## {record['model']}: {record['layers']} layers, {record['kv_heads']} key-value heads of "
+            f"{record['head_dim']}; {record['windows']} windows of {record['tokens']} tokens"
+        )
+        lines += ["", "| cache | bits | KL mean | KL p99 | top-1 |", "|---|--:|--:|--:|--:|"]
+        for name, row in record["rows"].items():
+            if "refused" in row:
+                lines.append(f"| {name} | | {row['refused']} | | |")
+                continue
+            figures = f"{row['kl_mean']:.2e} | {row['kl_p99']:.2e} | {row['top1']:.2%}"
+            lines.append(f"| {name} | {row.get('bits', '')} | {figures} |")
+        four = record["rows"].get("int4"), record["rows"].get("int4-rotated")
+        if all(four):
+            lines += ["", f"int4-rotated costs {four[1]['kl_mean'] / four[0]['kl_mean']:.2f} of the KL of int4."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=SHARED)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), metavar="MODEL")
+    parser.add_argument("--samples", type=int, default=8, help="windows of each model")
+    parser.add_argument("--peers-python", help="a Python that has hqq and optimum-quanto")
+    parser.add_argument("--peers-only", action="store_true", help="print the rows of the peers as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    records = [found for name in options.models if (found := measure_model(name, options)) is not None]
+    if options.peers_only:
+        print(json.dumps({record["model"]: record["rows"] for record in records}))
+        return
+    if options.peers_python:
+        command = [options.peers_python, "-m", "benchmarks.kv_quality", "--peers-only", "--samples", "2"]
+        command += ["--shared", str(options.shared), "--models", *options.models]
+        made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        for record in records:
+            record["rows"] |= json.loads(made).get(record["model"], {})
+    text = render(records)
+    print(text)
+    facts = {"command": shlex.join(["python", "-m", "benchmarks.kv_quality", *sys.argv[1:]])}
+    facts |= {"machine": platform.machine(), "torch": torch.__version__, "models": records}  # type: ignore[dict-item]
+    (options.output / "kv_quality.md").write_text(text + "\n", encoding="utf-8")
+    (options.output / "kv_quality.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
