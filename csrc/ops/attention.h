@@ -67,7 +67,7 @@ INLINE void find_chunk(const bw_attention_job& job, const bw_tile& tile, Attenti
     int64_t rest = chunk.count; /* whole blocks of keys are read */
     for (; rest % ATTENTION_BLOCK; rest++) chunk.keys[rest] = chunk.keys[chunk.count - 1];
     for (int64_t j = chunk.count; j % BW_LANES; j++)
-        for (float* numbers : {chunk.key_scale, chunk.key_least, chunk.value_scale, chunk.value_least}) numbers[j] = 0;
+        chunk.key_scale[j] = chunk.key_least[j] = chunk.value_scale[j] = chunk.value_least[j] = 0;
 }
 
 /* Products of COUNT rows with all keys of a chunk. */

@@ -30,7 +30,8 @@ INLINE F exponential(F x) {
     F r = multiply_add(to_f(n), set_f(-0.693145752f), x);
     r = multiply_add(to_f(n), set_f(-1.42860677e-6f), r);
     F p = set_f(1.0f / 5040);
-    for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = multiply_add(p, r, set_f(c));
+    static const float FACTORS[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (float c : FACTORS) p = multiply_add(p, r, set_f(c));
     return bits_to_f(add_i(bits_to_i(p), shift_left<23>(n)));
 }
 

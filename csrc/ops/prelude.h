@@ -3,7 +3,6 @@
 
 #include <string.h>
 
-#include <initializer_list>
 #include <utility> /* std::integer_sequence, a name without functions */
 
 #include "../isa_table.h"
