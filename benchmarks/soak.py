@@ -42,15 +42,15 @@ class Growth:
     bytes_per_round: float
 
 
-def mixed_requests(count: int, seed: int, vocabulary: int) -> list[Ask]:
-    """Prompts of 1 to 48 tokens, some with equal beginnings; answers of 1 to 60, most of them greedy."""
+def mixed_requests(count: int, seed: int, vocabulary: int, longest: int = 60) -> list[Ask]:
+    """Prompts of 1 to 48 tokens, some with equal beginnings; answers of 1 to ``longest``, most of them greedy."""
     chance = random.Random(seed)
     common = chance.choices(range(1, vocabulary), k=40)
     requests: list[Ask] = []
     for number in range(count):
         own = chance.choices(range(1, vocabulary), k=chance.randint(1, 28))
         prompt = common[: chance.randint(1, 40)] + own[:8] if number % 4 == 0 else own
-        fields: dict[str, Any] = {"max_tokens": chance.choice((1, 9, 40, 60))}
+        fields: dict[str, Any] = {"max_tokens": chance.choice((1, 9, 2 * longest // 3, longest))}
         if number % 5 == 0:
             fields |= {"temperature": 0.9, "seed": number, "top_k": 20, "frequency_penalty": 0.3}
         requests.append((prompt, fields))
@@ -77,7 +77,7 @@ def under_pressure(engine: Engine, requests: list[Ask], seed: int, cancelled: se
             prompt, fields = requests[number]
             handles[number] = engine.submit(prompt, **fields)
             if chance.random() < 0.5:
-                time.sleep(chance.random() * 0.02)
+                time.sleep(chance.random() * 0.002)
             if number in cancelled and chance.random() < 0.7:
                 handles[number].next(0.05)
             if number in cancelled:
@@ -91,9 +91,9 @@ def under_pressure(engine: Engine, requests: list[Ask], seed: int, cancelled: se
     return [handles[number].result(300) for number in range(len(requests))]
 
 
-def soak(model: PreTrainedModel, *, seconds: float, vocabulary: int, count: int = 64) -> Growth:
+def soak(model: PreTrainedModel, *, seconds: float, vocabulary: int, count: int = 64, longest: int = 60) -> Growth:
     """Rounds for so many seconds."""
-    requests = mixed_requests(count, 3, vocabulary)
+    requests = mixed_requests(count, 3, vocabulary, longest)
     expected = alone(model, requests)
     room = pages_needed(requests) // 4 * PAGE
     resident: list[int] = []
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo:")
     arguments = parser.parse_args()
     model = load(arguments.model)
-    print(soak(model, seconds=arguments.seconds, vocabulary=model.config.vocab_size))
+    print(soak(model, seconds=arguments.seconds, vocabulary=model.config.vocab_size, longest=160))
 
 
 if __name__ == "__main__":
