@@ -1,0 +1,116 @@
+"""Seconds of work on a GPU: recorded in a graph, so that launching costs nothing, over operands that no cache holds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bench", "Section", "relative_error"]
+
+COLD_BYTES = 256 << 20  # operands that are cycled through: several times the cache of the second level
+MOST_COPIES = 64
+
+
+@dataclass(slots=True)
+class Section:
+    """A part of the run: the columns of its table, its rows, and what went wrong, if anything did."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *cells: Any) -> None:
+        assert len(cells) == len(self.columns), (self.title, cells)
+        self.rows.append(cells)
+
+
+@dataclass(slots=True)
+class Bench:
+    """Where things run, and what was found so far.
+
+    Attributes:
+        is_dry: tiny sizes on the CPU, every path once.
+        deadline: of the clock ``time.monotonic``; sections that would begin later are left out.
+        ceilings: bytes or operations per second, by name.
+    """
+
+    is_dry: bool
+    deadline: float
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.is_dry else "cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. (The interpreter of a dry run knows float16 better.)"""
+        return torch.float16 if self.is_dry else torch.bfloat16
+
+    def size(self, full: int, tiny: int) -> int:
+        return tiny if self.is_dry else full
+
+    def copies(self, nbytes: int) -> int:
+        """How many operands of so many bytes are cycled through."""
+        return 1 if self.is_dry else max(1, min(MOST_COPIES, -(-COLD_BYTES // max(1, nbytes))))
+
+    def seconds(self, calls: Sequence[Callable[[], Any]], least: float = 0.02, rounds: int = 5) -> float:
+        """The median time of one of ``calls``, which are made in turn, all of them many times."""
+        if self.is_dry:
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - started) / len(calls)
+        return _graphed_seconds(calls, least, rounds)
+
+    def cold_seconds(self, make: Callable[[], Any], use: Callable[[Any], Any], nbytes: int) -> float:
+        """The time of ``use`` on what ``make`` makes, which takes ``nbytes``, when it comes from memory."""
+        operands = [make() for _ in range(self.copies(nbytes))]
+        return self.seconds([partial(use, operand) for operand in operands])
+
+    def wait(self) -> None:
+        if not self.is_dry:
+            torch.cuda.synchronize()
+
+
+def _graphed_seconds(calls: Sequence[Callable[[], Any]], least: float, rounds: int) -> float:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles what has to be
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    torch.cuda.synchronize()
+    first.record()
+    graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    repeats = max(1, min(200, round(1e3 * least / max(1e-3, first.elapsed_time(last)))))
+    found = []
+    for _ in range(rounds):
+        first.record()
+        for _ in range(repeats):
+            graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        found.append(first.elapsed_time(last) / 1e3 / repeats / len(calls))
+    return statistics.median(found)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The norm of the difference, relative to that of ``exact`` (float64)."""
+    return float((found.double() - exact).norm() / exact.norm())
