@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from bitwright.core import bitpack
-from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats import awq_reading as reading
-from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.records import Format, LayerRecord, plain_scale
 from bitwright.formats.stored import float16_scales, unsigned_codes
 
 __all__ = ["FORMAT", "config", "encode", "refuse", "refuse_together"]
@@ -82,20 +81,13 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme) -> dict[str,
     Raises:
         BitwrightError: BW205 if the format cannot store the layer.
     """
-    reason = _obstacle(scheme, tensor.shape)
-    if tensor.scheme != scheme.weight:
-        reason = f"its numbers are {tensor.scheme.name}, not {scheme.weight.name}"
-    elif tensor.group_index is not None:
-        reason = "its groups are runs of consecutive columns"
-    if reason is not None or not isinstance(tensor.scale, Tensor):
-        what = f"{name} cannot be stored as AWQ: {reason}"
-        raise BitwrightError("BW205", what, suggestion="--format native stores every scheme")
-    middle = torch.full(tensor.scale.shape, reading.MIDDLE, dtype=torch.uint8)
+    scale = plain_scale(name, tensor, scheme, title="AWQ", reason=_obstacle(scheme, tensor.shape))
+    middle = torch.full(scale.shape, reading.MIDDLE, dtype=torch.uint8)
     zero = middle if tensor.zero is None else unsigned_codes(tensor.zero, scheme.weight)
     return {
         f"{name}.qweight": _pack(unsigned_codes(tensor.codes, scheme.weight)),
         f"{name}.qzeros": _pack(zero),
-        f"{name}.scales": float16_scales(name, tensor.scale).t().contiguous(),
+        f"{name}.scales": float16_scales(name, scale).t().contiguous(),
     }
 
 

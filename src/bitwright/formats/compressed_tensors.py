@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from bitwright.core import bitpack
-from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats import compressed_tensors_reading as reading
-from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.records import Format, LayerRecord, plain_scale
 
 __all__ = ["FORMAT", "config", "encode", "refuse", "refuse_together"]
 
@@ -59,24 +58,16 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme) -> dict[str,
     Raises:
         BitwrightError: BW205 if the format cannot store the layer.
     """
-    reason = refuse(scheme, tensor.shape)
-    if tensor.scheme != scheme.weight:
-        reason = f"its numbers are {tensor.scheme.name}, not {scheme.weight.name}"
-    elif tensor.group_index is not None:
-        reason = "its groups are runs of consecutive columns"
-    if reason is not None or not isinstance(tensor.scale, Tensor):
-        suggestion = "--format native stores every scheme"
-        what = f"{name} cannot be stored as compressed-tensors: {reason}"
-        raise BitwrightError("BW205", what, suggestion=suggestion)
+    scale = plain_scale(name, tensor, scheme, title="compressed-tensors", reason=refuse(scheme, tensor.shape))
     bits = scheme.weight.bits
     if scheme.activation is not None:
-        tensors = {f"{name}.weight": _signed(tensor.codes, bits), f"{name}.weight_scale": tensor.scale}
+        tensors = {f"{name}.weight": _signed(tensor.codes, bits), f"{name}.weight_scale": scale}
         if tensor.zero is not None:
             tensors[f"{name}.weight_zero_point"] = _signed(tensor.zero, bits)
         return tensors
     tensors = {
         f"{name}.weight_packed": _pack(tensor.codes, bits),
-        f"{name}.weight_scale": tensor.scale,
+        f"{name}.weight_scale": scale,
         f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if tensor.zero is not None:

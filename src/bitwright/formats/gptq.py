@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from bitwright.core import bitpack
-from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats import gptq_reading as reading
 from bitwright.formats.gptq_settings import AUTO_ROUND_VERSIONS, BITS, METHOD, VERSIONS, is_auto_round, version_of
-from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.records import Format, LayerRecord, plain_scale
 from bitwright.formats.stored import float16_scales, unsigned_codes
 
 __all__ = ["FORMAT", "FORMAT_V1", "FORMAT_V2", "config", "encode", "recognize", "refuse", "refuse_together"]
@@ -83,13 +82,9 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme, version: int
         BitwrightError: BW205 if the format cannot store the layer.
     """
     reason, weight = _obstacle(scheme, tensor.shape), scheme.weight
-    if tensor.scheme != weight:
-        reason = f"its numbers are {tensor.scheme.name}, not {weight.name}"
-    if reason is not None or not isinstance(tensor.scale, Tensor):
-        what = f"{name} cannot be stored as GPTQ: {reason}"
-        raise BitwrightError("BW205", what, suggestion="--format native stores every scheme")
+    scale = plain_scale(name, tensor, scheme, title="GPTQ", reason=reason, may_reorder=True)
     bits, columns = weight.bits, tensor.shape[1]
-    middle = torch.full(tensor.scale.shape, 1 << (bits - 1), dtype=torch.uint8)
+    middle = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
     zero = middle if tensor.zero is None else unsigned_codes(tensor.zero, weight)
     if (version or (1 if weight.symmetric else 2)) == 1:
         zero = (zero - 1) & ((1 << bits) - 1)
@@ -99,7 +94,7 @@ def encode(name: str, tensor: QuantizedTensor, scheme: LayerScheme, version: int
     return {
         f"{name}.qweight": bitpack.pack(unsigned_codes(tensor.codes, weight), bits).t().contiguous(),
         f"{name}.qzeros": bitpack.pack(zero.t().contiguous(), bits),
-        f"{name}.scales": float16_scales(name, tensor.scale).t().contiguous(),
+        f"{name}.scales": float16_scales(name, scale).t().contiguous(),
         f"{name}.g_idx": index,
     }
 

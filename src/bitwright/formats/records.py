@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats.checkpoint import Checkpoint
 
-__all__ = ["Format", "LayerRecord"]
+__all__ = ["Format", "LayerRecord", "plain_scale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +58,29 @@ class Format:
     layers: Callable[[Checkpoint], dict[str, LayerRecord]]
     decode: Callable[[Checkpoint, str, LayerRecord], QuantizedTensor]
     refuse_together: Callable[[Mapping[str, LayerRecord], Sequence[str]], str | None] = _refuse_nothing
+
+
+def plain_scale(
+    name: str,
+    tensor: QuantizedTensor,
+    scheme: LayerScheme,
+    *,
+    title: str,
+    reason: str | None,
+    may_reorder: bool = False,
+) -> Tensor:
+    """The scale of a layer that a format without double quantization is about to store.
+
+    ``reason`` is why it cannot, or ``None``; ``may_reorder``: whether it can say which columns make up a group.
+
+    Raises:
+        BitwrightError: BW205 if there is a reason, or the tensor is not of the scheme.
+    """
+    if tensor.scheme != scheme.weight:
+        reason = f"its numbers are {tensor.scheme.name}, not {scheme.weight.name}"
+    elif tensor.group_index is not None and not may_reorder:
+        reason = "its groups are runs of consecutive columns"
+    if reason is None and isinstance(tensor.scale, Tensor):
+        return tensor.scale
+    what = f"{name} cannot be stored as {title}: {reason}"
+    raise BitwrightError("BW205", what, suggestion="--format native stores every scheme")
