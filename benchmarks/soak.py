@@ -50,7 +50,7 @@ def mixed_requests(count: int, seed: int, vocabulary: int, longest: int = 60) ->
     for number in range(count):
         own = chance.choices(range(1, vocabulary), k=chance.randint(1, 28))
         prompt = common[: chance.randint(1, 40)] + own[:8] if number % 4 == 0 else own
-        fields: dict[str, Any] = {"max_tokens": chance.choice((1, 9, 2 * longest // 3, longest))}
+        fields: dict[str, Any] = {"max_tokens": chance.choice((1, 9, 2 * longest // 3, longest)), "ignore_end": True}
         if number % 5 == 0:
             fields |= {"temperature": 0.9, "seed": number, "top_k": 20, "frequency_penalty": 0.3}
         requests.append((prompt, fields))
