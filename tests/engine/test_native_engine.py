@@ -35,11 +35,12 @@ def _built() -> None:
 
 
 @pytest.mark.parametrize(("kind", "fields", "scheme"), KINDS, ids=[kind for kind, _, _ in KINDS])
-def test_64_requests_in_a_quarter_of_the_room(kind: str, fields: dict[str, Any], scheme: str | None) -> None:
+def test_requests_in_a_quarter_of_the_room(kind: str, fields: dict[str, Any], scheme: str | None) -> None:
+    count = 64 if kind == "bfloat16" else 24
     model: Any = load("demo:")
     if scheme is not None:
         model = quantize_module(model, scheme=scheme)
-    requests, cancelled = mixed_requests(64, 3, 2048, 100), set(random.Random(4).sample(range(64), 12))
+    requests, cancelled = mixed_requests(count, 3, 2048, 70), set(random.Random(4).sample(range(count), count // 5))
     expected = alone(model, requests, **{name: value for name, value in fields.items() if name == "kv_cache"})
     room = pages_needed(requests) // 4 * PAGE
     with Engine(model, **{"max_batch": 64, "cache_tokens": room, "step_tokens": 256} | fields) as engine:
@@ -88,5 +89,5 @@ def test_who_runs_the_model_is_told(tiny: PreTrainedModel) -> None:
 
 def test_a_run_does_not_grow() -> None:
     """The soak of ``benchmarks/soak.py``, for a few seconds."""
-    growth = soak(load("demo:"), seconds=3.0, vocabulary=2048, count=32, longest=100)
-    assert growth.rounds > 2 and growth.answers > 50 and growth.wrong == growth.lost_pages == 0, growth
+    growth = soak(load("demo:"), seconds=3.0, vocabulary=2048, count=12, longest=40)
+    assert growth.rounds > 2 and growth.answers > 20 and growth.wrong == growth.lost_pages == 0, growth
