@@ -1,7 +1,7 @@
-"""How DashInfer's documentation chooses the numbers that a model runs in, over bitwright's schemes.
+"""DashInfer's names: how its documentation chooses the numbers that a model runs in, and its engine, ``allspark``.
 
 A GPTQ checkpoint is adapted to (``A8W8``, or ``A16W8`` with ``weight_only_quant=True``, and likewise for 4 bits); any
-other model is given an instant quantization by a configuration. What is not here is its engine.
+other model is given an instant quantization by a configuration.
 
 Example:
     >>> from bitwright.compat.dashinfer import load
