@@ -148,7 +148,8 @@ def prepare(work: Path, peers: Path | None, name: str, scheme: str) -> dict[str,
 
 def engines(args: argparse.Namespace, name: str, scheme: str, threads: int) -> list[Engine]:
     files = prepare(args.work_dir, args.peers_dir, name, scheme)
-    quiet = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0", "PYTHONPATH": str(HERE.parent / "src")}
+    path = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    quiet = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0", "PYTHONPATH": path}
     ours = [sys.executable, str(DRIVERS / "bitwright_driver.py"), str(files["bitwright"]), str(threads), HEADS[scheme]]
     found = [Engine(name="bitwright", command=ours, environment=quiet)]
     for peer in args.peers:

@@ -119,7 +119,8 @@ Product product_of(const bw_dense& d, float* y) { return {d.weight, d.bias, d.in
 
 /* Products of one input; what is not finite goes on as NaN, in its own rows. */
 bool apply(const Run& run, std::initializer_list<Product> products, const float* x, int64_t tokens) {
-    Input input{x, tokens, BW_FLOAT32, BW_FLOAT32, run.decoder.are_halves != 0};
+    Precision precision = run.decoder.are_halves ? Precision::rounded : Precision::as_they_are;
+    Input input{x, tokens, BW_FLOAT32, BW_FLOAT32, precision};
     return multiply(products.begin(), static_cast<int>(products.size()), input, run.threads) != BW_NO_MEMORY;
 }
 

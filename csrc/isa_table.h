@@ -5,18 +5,19 @@
 
 #include "kernels.h"
 
-/* How products are summed: int8 dot products, bfloat16 pairs, or float32. */
-enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32 };
+/* How products are summed: int8 dot products, bfloat16 pairs, or float32; wide: two int8 dot products, of the high and
+ * the low halves of tokens that are rounded to 16 bits. */
+enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32, BW_ROUTE_WIDE };
 
 /* Activations as the kernels read them: 32-bit words of four int8, two bfloat16 or one float32.
  * words: [group][tile of BW_TILE tokens, the last one narrower][word of the group][token of the tile];
  * sums: [group][token], int32 or float32, of the rounded tokens. */
 typedef struct bw_tokens {
     enum bw_route route;
-    int64_t count;
+    int64_t count; /* on the wide route two for each token of x, its high halves first */
     uint32_t* words;
     void* sums;
-    float* scale; /* [token], integer route only */
+    float* scale; /* [token of x], integer and wide routes only */
 } bw_tokens;
 
 typedef struct bw_linear_job {
@@ -89,6 +90,8 @@ extern const bw_isa_table bw_neon_dotprod_table;
 /* The most tokens of one job: their sums of a panel stay in the second-level cache, beside the weights. */
 #define BW_TOKENS 240
 #define BW_TILE 6
+/* The largest 16-bit activation: its high half, to the nearest, is at most 127. */
+#define BW_MOST_WIDE (127 * 256 + 127)
 /* Tokens of a context whose scores are taken together, and rows of a tile of attention. */
 #define BW_CHUNK 128
 #define BW_ROWS 16

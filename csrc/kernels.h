@@ -131,8 +131,8 @@ typedef struct bw_layer {
 } bw_layer;
 
 /* A decoder of such blocks. Embeddings are rows of `embedding`, or of embedding_rows [vocabulary, hidden] of a bw_dtype
- * where `embedding` is NULL. Everything between products is float32; with `are_halves`, what enters products of 16-bit
- * activations is rounded to bfloat16. */
+ * where `embedding` is NULL. Everything between products is float32. With `are_halves`, activations of 16 bits are
+ * rounded: before codes to 1/32639 of the largest of their token, before bfloat16 weights to bfloat16. */
 typedef struct bw_decoder {
     int64_t layer_count, hidden, intermediate, heads, kv_heads, dimension, vocabulary;
     float epsilon, score_scale;

@@ -18,9 +18,14 @@ size_t padded(int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64
 
 bw_route route_of(const Product& p, const Input& input) {
     if (p.activation_bits == 8) return BW_ROUTE_INTEGER;
-    bool has_pairs = input.are_halves && bw_isa()->has_bfloat16 && !p.weight->levels && p.weight->bits <= 16;
-    return has_pairs ? BW_ROUTE_BFLOAT16 : BW_ROUTE_FLOAT32;
+    bool is_rounded = input.precision == Precision::rounded, are_pairs = is_rounded || input.x_dtype == BW_BFLOAT16;
+    if (p.weight->levels || p.weight->bits == 32) return BW_ROUTE_FLOAT32;
+    if (is_rounded && p.weight->bits <= 8) return BW_ROUTE_WIDE;
+    return are_pairs && bw_isa()->has_bfloat16 ? BW_ROUTE_BFLOAT16 : BW_ROUTE_FLOAT32;
 }
+
+/* How many rows of words a token becomes. */
+int rows_of(bw_route route) { return route == BW_ROUTE_WIDE ? 2 : 1; }
 
 /* Whether two products read the same words. */
 bool read_alike(const Product& a, const Product& b, const Input& input) {
@@ -68,7 +73,8 @@ void run_panels(void* context, int64_t first, int64_t last, int) {
 struct Room {
     size_t words, sums, scales;
     Room(const Product& p, bw_route route, int64_t count) {
-        int64_t per_word = route == BW_ROUTE_INTEGER ? 4 : route == BW_ROUTE_BFLOAT16 ? 2 : 1;
+        int64_t per_word = route == BW_ROUTE_FLOAT32 ? 1 : route == BW_ROUTE_BFLOAT16 ? 2 : 4;
+        count *= rows_of(route);
         int64_t groups = (p.weight->slots + p.weight->group - 1) / p.weight->group;
         words = padded(count * p.weight->slots / per_word * 4);
         sums = padded(groups * count * 4);
@@ -78,7 +84,8 @@ struct Room {
     void place(bw_tokens& tokens, char* memory) const {
         tokens.words = reinterpret_cast<uint32_t*>(memory);
         tokens.sums = memory + words;
-        tokens.scale = tokens.route == BW_ROUTE_INTEGER ? reinterpret_cast<float*>(memory + words + sums) : nullptr;
+        bool is_rounded = tokens.route == BW_ROUTE_INTEGER || tokens.route == BW_ROUTE_WIDE;
+        tokens.scale = is_rounded ? reinterpret_cast<float*>(memory + words + sums) : nullptr;
     }
 };
 
@@ -94,7 +101,7 @@ int run_block(const Product* products, int count, const Input& input, int64_t fi
         for (int j = i - 1; j >= 0; j--) source[i] = read_alike(products[j], products[i], input) ? j : source[i];
         bw_route route = route_of(products[i], input);
         char* y = static_cast<char*>(products[i].y) + first * w.rows * size_of(input.y_dtype);
-        panels.jobs[i] = {&w, {route, tokens, nullptr, nullptr, nullptr}, products[i].bias, y, input.y_dtype};
+        panels.jobs[i] = {&w, {route, tokens * rows_of(route), nullptr, nullptr, nullptr}, products[i].bias, y, input.y_dtype};
         panels.ends[i] = total += panels_of(w);
         if (source[i] == i) wanted += Room(products[i], route, tokens).bytes();
         row = 3 * w.slots + w.columns > row ? 3 * w.slots + w.columns : row;
@@ -134,8 +141,10 @@ bool is_sound(const bw_weight& w) {
 
 int multiply(const Product* products, int count, const Input& input, int threads) {
     int status = BW_OK;
-    for (int64_t first = 0; first < input.count; first += BW_TOKENS) {
-        int64_t tokens = input.count - first < BW_TOKENS ? input.count - first : BW_TOKENS;
+    int64_t most = BW_TOKENS;
+    for (int i = 0; i < count; i++) most = BW_TOKENS / rows_of(route_of(products[i], input)) < most ? BW_TOKENS / 2 : most;
+    for (int64_t first = 0; first < input.count; first += most) {
+        int64_t tokens = input.count - first < most ? input.count - first : most;
         int found = run_block(products, count, input, first, tokens, threads);
         if (found == BW_NO_MEMORY) return found;
         if (found != BW_OK) status = found;
@@ -152,5 +161,5 @@ int bw_linear(const bw_weight* w, const void* x, int32_t dtype, int64_t tokens, 
     if (activation_bits != 16 && (activation_bits != 8 || w->levels || w->bits > 8)) return BW_BAD_ARGUMENT;
     if (tokens > 0 && (!x || !y)) return BW_BAD_ARGUMENT;
     Product product{w, bias, nullptr, activation_bits, y};
-    return multiply(&product, 1, {x, tokens, dtype, dtype, dtype == BW_BFLOAT16}, threads < MAX_THREADS ? threads : MAX_THREADS);
+    return multiply(&product, 1, {x, tokens, dtype, dtype, Precision::as_they_are}, threads < MAX_THREADS ? threads : MAX_THREADS);
 }

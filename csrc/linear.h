@@ -14,12 +14,16 @@ struct Product {
     void* y;
 };
 
+/* as_they_are: bfloat16 ones are multiplied as such, all others as float32. rounded: before codes to 16 bits of their
+ * token's largest, before bfloat16 weights to bfloat16. */
+enum class Precision { as_they_are, rounded };
+
 /* Tokens [count, columns] that several weights read. */
 struct Input {
     const void* x;
     int64_t count;
     int32_t x_dtype, y_dtype;
-    bool are_halves; /* where activations stay floats, they may be rounded to bfloat16 */
+    Precision precision; /* of activations that are not rounded to 8 bits */
 };
 
 constexpr int MOST_PRODUCTS = 4;

@@ -12,6 +12,7 @@
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
+    constexpr bool IS_USUAL = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* and for as many as a tile has */
     alignas(64) float totals[BW_TOKENS * BW_PANEL];
     alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
     const bw_weight& w = *job->weight;
@@ -26,9 +27,21 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
                 if (tokens == 2) sum_directly<R, BITS, 2>(at, group, levels, totals);
                 if (tokens <= 2) continue;
             }
-            sum_in_chunks<R, BITS>(at, group, levels, carried, totals);
+            if constexpr (IS_USUAL) {
+                if (tokens == 3) sum_directly<R, BITS, 3>(at, group, levels, totals);
+                if (tokens == 4) sum_directly<R, BITS, 4>(at, group, levels, totals);
+                if (tokens == 5) sum_directly<R, BITS, 5>(at, group, levels, totals);
+                if (tokens == 6) sum_directly<R, BITS, 6>(at, group, levels, totals);
+                if (tokens <= 6) continue;
+            }
+            int64_t whole = w.slots / w.group - group, small = R::SMALL / w.group < whole ? R::SMALL / w.group : whole;
+            if (small < 2) sum_in_chunks<R, BITS>(at, group, levels, carried, totals);
+            else {
+                sum_small_groups<R, BITS>(at, group, small, levels, totals);
+                group += small - 1;
+            }
         }
-        for (int64_t token = 0; token < tokens; token++) write_totals(*job, panel, token, totals + token * BW_PANEL);
+        write_panel(*job, panel, totals);
     }
 }
 
@@ -51,7 +64,8 @@ template <class R> void run_route(const bw_linear_job* job, int64_t first, int64
 }
 
 void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
-    if (job->tokens.route == BW_ROUTE_INTEGER) return run_route<Integer>(job, first, last);
+    if (job->tokens.route == BW_ROUTE_INTEGER || job->tokens.route == BW_ROUTE_WIDE)
+        return run_route<Integer>(job, first, last);
 #if defined(BW_PAIRS)
     if (job->tokens.route == BW_ROUTE_BFLOAT16) return run_route<Bfloat16>(job, first, last);
 #endif

@@ -17,7 +17,7 @@ INLINE void store_number(void* p, int64_t index, int32_t dtype, F value) {
     store_halves(to, to_bfloat16(value));
 }
 
-/* A token's totals of a panel: scaled (integer route), with the bias, in the dtype of y. */
+/* A token's totals of a panel: scaled (integer and wide routes), with the bias, in the dtype of y. */
 inline void write_totals(const bw_linear_job& job, int64_t panel, int64_t token, const float* totals) {
     int64_t rows = job.weight->rows, first = panel * BW_PANEL, count = rows - first < BW_PANEL ? rows - first : BW_PANEL;
     alignas(64) char part[BW_PANEL * 4], bias_part[BW_PANEL * 4];
@@ -35,4 +35,16 @@ inline void write_totals(const bw_linear_job& job, int64_t panel, int64_t token,
         store_number(count < BW_PANEL ? part : y, lane, job.dtype, value);
     }
     if (count < BW_PANEL) memcpy(y, part, (size_t)(count * size));
+}
+
+/* All totals of a panel; those of the wide route's halves together. */
+inline void write_panel(const bw_linear_job& job, int64_t panel, float* totals) {
+    bool is_wide = job.tokens.route == BW_ROUTE_WIDE;
+    int64_t count = is_wide ? job.tokens.count / 2 : job.tokens.count;
+    for (int64_t token = 0; token < count; token++) {
+        float* own = totals + token * BW_PANEL * (is_wide ? 2 : 1);
+        for (int lane = 0; is_wide && lane < BW_PANEL; lane += BW_LANES)
+            store_f(own + lane, add_f(mul_f(load_f(own + lane), set_f(256.0f)), load_f(own + BW_PANEL + lane)));
+        write_totals(job, panel, token, own);
+    }
 }

@@ -47,14 +47,17 @@ inline Parameters load_parameters(const bw_weight& w, int64_t panel, int64_t gro
 struct Integer {
     using Sum = I;
     static constexpr int STEPS = 1; /* a quad */
-    static constexpr int64_t CHUNK = 512;
+    static constexpr int64_t CHUNK = 512, SMALL = 256; /* slots whose weights are spread out at once */
 
     template <int BITS> struct Weights {
         I word[1];
         template <int Q> INLINE Weights(const Block<BITS>& b, const Levels&, Number<Q>)
             : word{b.template quad<Q, true>()} {}
     };
-    static INLINE I start() { return set_i(0); }
+    /* What every sum of a token begins with: where no zero points are stored, they are taken off at once. */
+    static INLINE I start(bool has_zero, const Levels& levels, const void* sums) {
+        return set_i(has_zero ? 0 : -levels.zero * *(const int32_t*)sums);
+    }
     static INLINE I load(const uint32_t* p) { return load_i(p); }
     static INLINE void store(uint32_t* p, I v) { store_i(p, v); }
     template <bool IS_WIDE> static INLINE I dot(I sum, I w, uint32_t x) {
@@ -63,10 +66,9 @@ struct Integer {
     /* A token's total and a group's sum to the new total. Every step rounds by itself, as the reference does: the
      * results are equal bit for bit. */
     template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, I sum, int lane, const Parameters& p, const Levels& levels, const void* sums) {
-        int32_t codes = *(const int32_t*)sums;
+    static INLINE F fold(F total, I sum, int lane, const Parameters& p, const void* sums) {
+        [[maybe_unused]] int32_t codes = *(const int32_t*)sums;
         if constexpr (HAS_ZERO) sum = sub_i(sum, mul_i(load_i(p.zero + lane), set_i(codes)));
-        else sum = sub_i(sum, set_i(levels.zero * codes));
         F value = to_f(sum);
         if constexpr (HAS_REMAINDER) value = sub_f(value, mul_f(set_f((float)codes), load_f(p.offset + lane)));
         return add_f(total, mul_f(value, load_f(p.scale + lane)));
@@ -76,7 +78,7 @@ struct Integer {
 struct Float32 {
     using Sum = F;
     static constexpr int STEPS = 4;
-    static constexpr int64_t CHUNK = 64;
+    static constexpr int64_t CHUNK = 64, SMALL = 64;
 
     template <int BITS> struct Weights {
         I word[4];
@@ -105,14 +107,14 @@ struct Float32 {
             return bits_to_i(sub_f(to_f(and_i(code, set_i(255))), set_f(levels.center)));
         }
     };
-    static INLINE F start() { return set_f(0.0f); }
+    static INLINE F start(bool, const Levels&, const void*) { return set_f(0.0f); }
     static INLINE F load(const uint32_t* p) { return load_f((const float*)p); }
     static INLINE void store(uint32_t* p, F v) { store_f((float*)p, v); }
     template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) {
         return multiply_add(bits_to_f(w), bits_to_f(set_i((int32_t)x)), sum);
     }
     template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, F sum, int lane, const Parameters& p, const Levels&, const void* sums) {
+    static INLINE F fold(F total, F sum, int lane, const Parameters& p, const void* sums) {
         if constexpr (HAS_ZERO) sum = sub_f(sum, mul_f(load_f(p.offset + lane), set_f(*(const float*)sums)));
         return multiply_add(sum, load_f(p.scale + lane), total);
     }
@@ -122,7 +124,7 @@ struct Float32 {
 /* Pairs of whole numbers of at most 8 bits, which bfloat16 holds exactly: slots 0 and 2 of a quad, then 1 and 3. */
 struct Bfloat16 : Float32 {
     static constexpr int STEPS = 2;
-    static constexpr int64_t CHUNK = 128;
+    static constexpr int64_t CHUNK = 128, SMALL = 128;
 
     template <int BITS> struct Weights {
         I word[2];

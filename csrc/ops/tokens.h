@@ -24,9 +24,9 @@ inline void read_row(const void* x, int64_t first, int64_t columns, int64_t slot
     for (int64_t c = columns; c < slots; c++) row[c] = 0;
 }
 
-/* The int8 scale of a token (max|x| / 127, of a constant token its magnitude), or NaN if it holds NaN or infinity.
- * The same arithmetic as bitwright.core.grid. */
-inline float token_scale(const float* row, int64_t columns) {
+/* The scale of a token (max|x| / most, of a constant token its magnitude), or NaN if it holds NaN or infinity.
+ * For int8, whose most is 127, the same arithmetic as bitwright.core.grid. */
+inline float token_scale(const float* row, int64_t columns, float most) {
     constexpr float tiny = 1.17549435e-38f;
     F least = set_f(row[0]), greatest = least, damage = set_f(0.0f);
     int64_t whole = columns / BW_LANES * BW_LANES;
@@ -49,7 +49,7 @@ inline float token_scale(const float* row, int64_t columns) {
         bad += row[c] - row[c];
     }
     if (bad != 0) return bad;
-    float largest = -low[0] > high[0] ? -low[0] : high[0], scale = largest / 127.0f;
+    float largest = -low[0] > high[0] ? -low[0] : high[0], scale = largest / most;
     if (largest == 0) return 0;
     if (low[0] == high[0] && largest >= tiny) return largest;
     return scale < tiny ? tiny : scale;
@@ -69,6 +69,26 @@ inline int32_t write_bytes(const float* row, int64_t slots, float scale, uint32_
     store_i(lanes, sum);
     for (int32_t lane : lanes) total += lane;
     return total;
+}
+
+/* One group of a token to 16 bits, as the sum 256 * high + low of int8 words; the sums of both. */
+inline void write_halves(const float* row, int64_t slots, float scale, uint32_t* high, uint32_t* low, int32_t* sums) {
+    F divisor = set_f(scale > 0 ? scale : 1.0f);
+    I high_sum = set_i(0), low_sum = set_i(0);
+    for (int64_t s = 0; s < slots; s += BW_LANES) {
+        I code = max_i(min_i(round_to_i(div_f(load_f(row + s), divisor)), set_i(BW_MOST_WIDE)), set_i(-BW_MOST_WIDE));
+        I upper = sub_i(shift_right<8>(add_i(code, set_i(32768 + 128))), set_i(128)); /* the nearest, so that low fits */
+        I lower = sub_i(code, shift_left<8>(upper));
+        high_sum = add_i(high_sum, upper);
+        low_sum = add_i(low_sum, lower);
+        store_bytes(high + s / 4, upper);
+        store_bytes(low + s / 4, lower);
+    }
+    int32_t lanes[2][BW_LANES];
+    store_i(lanes[0], high_sum);
+    store_i(lanes[1], low_sum);
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < 2 * BW_LANES; i++) sums[i / BW_LANES] += lanes[i / BW_LANES][i % BW_LANES];
 }
 
 /* One group of a token to float32 words, or to pairs of bfloat16 (slots 0 and 2 of each four, then 1 and 3). */
@@ -93,32 +113,42 @@ inline float write_floats(const float* row, int64_t slots, bool are_pairs, uint3
     return lane_sum(sum);
 }
 
+/* Words [count] of a group of row `index` of the tokens, to their places in its tile. */
+INLINE void place_words(const bw_tokens* tokens, int64_t index, int64_t first, int64_t count, const uint32_t* words) {
+    int64_t first_of_tile = index / BW_TILE * BW_TILE, left = tokens->count - first_of_tile;
+    int64_t width = left < BW_TILE ? left : BW_TILE;
+    uint32_t* to = tokens->words + first * tokens->count + first_of_tile * count + index - first_of_tile;
+    for (int64_t i = 0; i < count; i++) to[i * width] = words[i];
+}
+
 int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t token, const float* input_scale,
                   bw_tokens* tokens, float* row) {
     int64_t longest = w->columns > w->slots ? w->columns : w->slots;
     read_row(x, token * w->columns, w->columns, w->slots, dtype, row);
     for (int64_t c = 0; input_scale && c < w->columns; c++) row[c] *= input_scale[c];
-    bool is_integer = tokens->route == BW_ROUTE_INTEGER;
-    float scale = is_integer ? token_scale(row, w->columns) : 1.0f;
-    if (is_integer) tokens->scale[token] = scale;
+    bool is_integer = tokens->route == BW_ROUTE_INTEGER, is_wide = tokens->route == BW_ROUTE_WIDE;
+    float scale = is_integer || is_wide ? token_scale(row, w->columns, is_wide ? (float)BW_MOST_WIDE : 127.0f) : 1.0f;
+    if (is_integer || is_wide) tokens->scale[token] = scale; /* if it is NaN, so are all of the token's results */
     const float* slots = row;
     if (w->order) {
         float* moved = row + longest;
         for (int64_t s = 0; s < w->slots; s++) moved[s] = (uint32_t)w->order[s] < w->columns ? row[w->order[s]] : 0.0f;
         slots = moved;
     }
-    int per_word = is_integer ? 4 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 1;
-    int64_t first_of_tile = token / BW_TILE * BW_TILE, left = tokens->count - first_of_tile;
-    int64_t width = left < BW_TILE ? left : BW_TILE;
-    uint32_t* alone = (uint32_t*)(row + longest + w->slots);
+    int64_t per_word = tokens->route == BW_ROUTE_FLOAT32 ? 1 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 4;
+    uint32_t* words = (uint32_t*)(row + longest + w->slots);
     for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
-        int64_t count = w->group < w->slots - first ? w->group : w->slots - first;
-        uint32_t* words = tokens->words + (first * tokens->count + first_of_tile * count) / per_word;
-        uint32_t* to = width == 1 ? words : alone;
-        int64_t at = group * tokens->count + token;
-        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, to);
-        else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, to);
-        for (int64_t i = 0; width > 1 && i < count / per_word; i++) words[i * width + token - first_of_tile] = alone[i];
+        int64_t count = w->group < w->slots - first ? w->group : w->slots - first, at = group * tokens->count + token;
+        if (is_wide) {
+            int32_t* sums = (int32_t*)tokens->sums + group * tokens->count + 2 * token;
+            write_halves(slots + first, count, scale, words, words + count / 4, sums);
+            place_words(tokens, 2 * token, first / 4, count / 4, words);
+            place_words(tokens, 2 * token + 1, first / 4, count / 4, words + count / 4);
+            continue;
+        }
+        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, words);
+        else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
+        place_words(tokens, token, first / per_word, count / per_word, words);
     }
-    return scale == scale ? BW_OK : BW_NOT_FINITE; /* then the whole token's results are NaN */
+    return is_integer && scale != scale ? BW_NOT_FINITE : BW_OK;
 }

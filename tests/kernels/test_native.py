@@ -254,6 +254,16 @@ def test_packed_tensors_of_another_layer_are_refused() -> None:
             native.run(torch.randn(1, 64), replace(packed, tensors=cut), None)
 
 
+def test_a_record_is_kept_until_a_tensor_is_another() -> None:
+    scheme, x = parse("w4g32"), torch.randn(1, 64)
+    packed = native.pack(quantized(scheme, (10, 64)), scheme)
+    assert native.record(packed) is native.record(replace(packed, tensors=dict(packed.tensors)))
+    before = native.run(x, packed, None)
+    doubled = replace(packed, tensors={**packed.tensors, "scale": packed.tensors["scale"] * 2})
+    assert torch.equal(native.run(x, doubled, None), before * 2)
+    assert torch.equal(native.run(x, packed, None), before)
+
+
 @pytest.mark.parametrize(("scheme", "shape"), [("w4g32", (40, 256)), ("w5g32", (256, 256)), ("nf4g64-dq", (256, 256))])
 def test_an_operand_that_would_be_larger_than_what_is_stored_is_refused(
     scheme: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -6,9 +6,13 @@ same in every batch and on any number of threads; with 8-bit activations it equa
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitwright.core.codebook import levels
 from bitwright.core.errors import BitwrightError
@@ -155,7 +159,35 @@ KERNEL = Kernel(name="native", refuse=refuse, pack=pack, unpack=unpack, run=run)
 
 
 def record(weight: PackedWeight) -> _native.Weight:
-    """The operand as the library takes it: addresses of tensors of checked sizes."""
+    """The operand as the library takes it: addresses of tensors of checked sizes. Made once for as long as those stay.
+
+    Raises:
+        ValueError: if the tensors are not of the sizes that scheme and shape call for.
+    """
+    codes = weight.tensors["codes"]
+    places = [tensor.data_ptr() for tensor in weight.tensors.values()]
+    known = _records.get(codes)
+    if known is not None and known.scheme is weight.scheme and known.shape == weight.shape and known.places == places:
+        return known.record
+    made = _make_record(weight)
+    _records[codes] = _Known(weight.scheme, weight.shape, places, made)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A record, and what it was made of."""
+
+    scheme: LayerScheme
+    shape: tuple[int, int]
+    places: list[int]
+    record: _native.Weight
+
+
+_records: MutableMapping[Tensor, _Known] = WeakTensorKeyDictionary()  # by the tensor of the codes
+
+
+def _make_record(weight: PackedWeight) -> _native.Weight:
     tensors, scheme, (rows, columns) = weight.tensors, weight.scheme.weight, weight.shape
     slots, group = _layout(scheme, weight.shape)
     scale, order = tensors["scale"], tensors.get("order")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import native, native_library
-from bitwright.kernels.native_pages import Batch
+from bitwright.kernels.native_pages import Batch, Pages
 from bitwright.kernels.records import PackedWeight
 
 if native_library.missing() is None:
@@ -143,7 +143,7 @@ class NativeStack:
         self._vocabulary, self._half = shape.vocabulary, shape.dimension // 2
 
     def step(
-        self, ids: Tensor, batch: Batch, outputs: Tensor, cosine: Tensor, sine: Tensor, pages: list[_native.Pages]
+        self, ids: Tensor, batch: Batch, outputs: Tensor, cosine: Tensor, sine: Tensor, pages: Sequence[Pages]
     ) -> Tensor:
         """Logits, float32 ``[outputs, vocabulary]``; ids int64, outputs int32, angles float32 ``[positions, half]``.
 
@@ -158,7 +158,7 @@ class NativeStack:
             raise ValueError("ids are int64 [n], outputs int32 [m], angles float32 [positions, dimension / 2]")
         self._stack.step(
             batch.record(), ids.data_ptr(), outputs.data_ptr(), outputs.numel(), cosine.data_ptr(), sine.data_ptr(),
-            cosine.shape[0], pages, logits.data_ptr(), torch.get_num_threads(),
+            cosine.shape[0], [each.record for each in pages], logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits
 
@@ -186,8 +186,10 @@ def _dense(dense: Dense) -> _native.Dense:
 def _layer(block: Block, shape: StackShape) -> _native.Layer:
     first, second = _vector(block.attention_norm, shape.hidden), _vector(block.mlp_norm, shape.hidden)
     query, key = (0 if norm is None else _vector(norm, shape.dimension) for norm in (block.query_norm, block.key_norm))
-    layers = (block.query, block.key, block.value, block.output, block.gate, block.up, block.down)
-    return _native.Layer(first, second, query, key, *map(_dense, layers), block.window)
+    return _native.Layer(
+        first, second, query, key, _dense(block.query), _dense(block.key), _dense(block.value), _dense(block.output),
+        _dense(block.gate), _dense(block.up), _dense(block.down), block.window,
+    )  # fmt: skip
 
 
 def _vector(vector: Tensor, size: int) -> int:

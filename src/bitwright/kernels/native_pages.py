@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INTEGER_CODES = {8: 3, 4: 4}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Pages:
     """Keys and values of one layer.
 
@@ -68,6 +69,7 @@ class Pages:
         if self.bits is not None and self.dimension * min(self.bits) % 8:
             raise ArgumentError("BW201", f"a head of {self.dimension} numbers", suggestion="an even number, for 4 bits")
 
+    @cached_property
     def record(self) -> _native.Pages:
         """The addresses, as the library takes them; valid for as long as these tensors are."""
         count, heads, page, _ = self.keys.shape
@@ -130,7 +132,7 @@ def write_pages(pages: Pages, batch: Batch, keys: Tensor, values: Tensor) -> Non
     shape = (batch.positions.numel(), pages.keys.shape[1], pages.dimension)
     _check("keys", keys, [torch.float32], shape)
     _check("values", values, [torch.float32], shape)
-    _native.write_pages(pages.record(), batch.record(), keys.data_ptr(), values.data_ptr(), torch.get_num_threads())
+    _native.write_pages(pages.record, batch.record(), keys.data_ptr(), values.data_ptr(), torch.get_num_threads())
 
 
 def attend(pages: Pages, batch: Batch, queries: Tensor, *, scale: float, window: int = 0) -> Tensor:
@@ -148,7 +150,7 @@ def attend(pages: Pages, batch: Batch, queries: Tensor, *, scale: float, window:
     _check("queries", queries, [torch.float32], (batch.positions.numel(), heads, pages.dimension))
     output = torch.empty_like(queries)
     _native.attend(
-        pages.record(), batch.record(), queries.data_ptr(), heads, scale, window, output.data_ptr(),
+        pages.record, batch.record(), queries.data_ptr(), heads, scale, window, output.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return output
