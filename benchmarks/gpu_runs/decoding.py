@@ -133,12 +133,16 @@ def _memory_row(bench: Bench, section: Section, model: str, batch: int, length: 
     found, planned = [], 0.0
     for kv in ("none", "int8", "int4"):
         ours, plan = _allocate(bench, shape, parse_kv(kv), bench.size(batch, 1), bench.size(length, 40))
-        found.append(f"{ours / unit:.4g} {label}" if ours else "OOM")
+        found.append(_amount(ours / unit, label) if ours else "OOM")
         planned = plan if kv == "int8" else planned
-    theirs = ["OOM" if figure is None else f"{figure:.4g} {label}" for figure in figures]
+    theirs = ["OOM" if figure is None else _amount(figure, label) for figure in figures]
     section.add(
-        model, batch, length, theirs[0], found[0], theirs[1], found[1], found[2], f"{planned / unit:.4g} {label}"
+        model, batch, length, theirs[0], found[0], theirs[1], found[1], found[2], _amount(planned / unit, label)
     )
+
+
+def _amount(number: float, label: str) -> str:
+    return f"{number:.1f} {label}" if label == "GB" else f"{number:.0f} {label}"
 
 
 def _allocate(bench: Bench, shape: ModelShape, scheme: KVScheme, batch: int, length: int) -> tuple[int, int]:

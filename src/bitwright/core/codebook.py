@@ -31,6 +31,11 @@ def levels(code: str) -> Tensor:
 
 
 @cache
+def _levels_there(code: str, device: torch.device) -> Tensor:
+    return levels(code).to(device)
+
+
+@cache
 def _ascending(code: str) -> tuple[int, tuple[tuple[float, int], ...]]:
     """The code of the lowest level, then each midpoint between neighbours and the step (mod 256) to the next code."""
     order = sorted({value: index for index, value in reversed(list(enumerate(TABLES[code])))}.items())
@@ -56,4 +61,4 @@ def decode_levels(codes: Tensor, code: str) -> Tensor:
     """The levels (float32) of ``codes`` (uint8)."""
     if code == "fp8_e4m3":
         return codes.view(torch.float8_e4m3fn).to(torch.float32)
-    return levels(code)[codes.long()]
+    return _levels_there(code, codes.device)[codes.long()]

@@ -89,6 +89,7 @@ def apply_fold(fold: Fold, producer: nn.Module, readers: Sequence[nn.Module], sc
     In place. Channels whose scale is 1 keep every bit. Returns the scale that was really applied: a norm's new weight
     is rounded to its dtype, and the columns make up for that.
     """
+    scale = scale.to(next(producer.parameters()).device)
     if fold.kind == "norm":
         scale = _divide_norm(producer, fold.offset, scale)
     else:
@@ -102,7 +103,7 @@ def apply_fold(fold: Fold, producer: nn.Module, readers: Sequence[nn.Module], sc
 def scale_columns(layer: nn.Module, scale: Tensor) -> None:
     """Multiply the columns of a Linear's or Conv1D's weight by ``scale`` (``[in]`` float32), in place."""
     weight = linear_weight(layer)
-    weight.copy_(weight.to(torch.float32) * scale)
+    weight.copy_(weight.to(torch.float32) * scale.to(weight.device))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(10))  # of the largest w
 
 
 @torch.no_grad()
-def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: FitOptions | None) -> Tensor:
+def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
     """The share of its range that each group of ``weight`` (``[out, in]``) keeps, ``[rows, groups]`` along the axis.
 
     The loss of a group is the squared error of its own part of the output, ``sum_tokens (x_g . (w_g - w'_g))^2``, for
@@ -27,7 +27,7 @@ def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: 
     power = tokens.to(torch.float32).square().sum(0)
     ratios, least = torch.ones(0), torch.ones(0)
     for ratio in CLIP_RATIOS:
-        clipped = apply_ratios(weight.clone(), torch.tensor(ratio), scheme)
+        clipped = apply_ratios(weight.clone(), torch.tensor(ratio, device=weight.device), scheme)
         difference = fake_quantize(clipped, scheme, options) - weight.to(torch.float32)
         errors = _group_errors(difference, judges, power, scheme)
         if ratio == 1.0:

@@ -57,6 +57,6 @@ def factor_upper(matrix: Tensor) -> bool:
 
 def invert_upper(corner: Tensor) -> Tensor:
     """The inverse of a small upper triangular matrix (what lies below its diagonal is not looked at)."""
-    identity = torch.eye(corner.shape[0], dtype=corner.dtype)
+    identity = torch.eye(corner.shape[0], dtype=corner.dtype, device=corner.device)
     inverse: Tensor = torch.linalg.solve_triangular(corner, identity, upper=True)
     return inverse

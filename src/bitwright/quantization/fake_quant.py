@@ -134,14 +134,14 @@ class OffsetWeight:
         if not scheme.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
         self.lowest, self.highest = low, high
-        self.offset = torch.zeros(self.rows.shape)
+        self.offset = torch.zeros(self.rows.shape, device=self.rows.device)
         self.low, self.high = torch.ones_like(low), torch.ones_like(high)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as it would be stored, ``[out, in]``."""
         parameters = self.parameters()
         scale, zero = _as_float(parameters)
-        rounded = torch.empty(self.rows.shape, dtype=dtype)
+        rounded = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
         for rows in _tiles(self.rows):
             _, codes, _ = self._codes(rows, scale, zero)
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
@@ -152,7 +152,7 @@ class OffsetWeight:
         """From the gradient of the rounded weight (``[out, in]``) to those of offsets and multipliers."""
         grad = grad if self.scheme.axis == 1 else grad.t()
         scale, zero = _as_float(self.parameters())
-        offset = torch.empty(self.rows.shape)
+        offset = torch.empty(self.rows.shape, device=self.rows.device)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
         for rows in _tiles(self.rows):
             scaled, codes, clamped = self._codes(rows, scale, zero)
@@ -175,7 +175,7 @@ class OffsetWeight:
         """The quantized tensor with the very codes, scales and zero points of :meth:`decode`."""
         parameters = self.parameters()
         scale, zero = _as_float(parameters)
-        codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype)
+        codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype, device=self.rows.device)
         for rows in _tiles(self.rows):
             self.groups.split(codes[rows]).copy_(self._codes(rows, scale, zero)[1])
         stored, points = parameters.scale, parameters.zero
@@ -254,7 +254,7 @@ class CodeWeight:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as it would be stored, ``[out, in]``."""
         scale, zero = self._stored()
-        rounded = torch.empty(self.codes.shape, dtype=dtype)
+        rounded = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for rows in _tiles(self.codes):
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
             self.groups.split(rounded[rows]).copy_(worth.mul_(self.groups.spread(scale[rows])))
@@ -266,7 +266,7 @@ class CodeWeight:
         scale, zero = self._stored()
         by_scale = torch.empty_like(self.start)
         by_zero = None if self.zero is None else torch.empty_like(self.start)
-        by_position = None if self.position is None else torch.empty(self.codes.shape)
+        by_position = None if self.position is None else torch.empty(self.codes.shape, device=self.codes.device)
         for rows in _tiles(self.codes):
             part = self.groups.split(grad[rows].to(torch.float32))
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
@@ -334,7 +334,7 @@ class CodeWeight:
         """What codes are worth in units of their scales: float32, a fresh tensor, split."""
         scheme = self.base.scheme
         if scheme.is_codebook or (scheme.symmetric and scheme.bits == 1):
-            unit = Parameters(torch.ones(codes.shape[0], 1), None)
+            unit = Parameters(torch.ones(codes.shape[0], 1, device=codes.device), None)
             plain = replace(scheme, group=None, scale_scheme=None, axis=1)
             worth = grid.decode(codes.to(scheme.code_dtype), parameters=unit, scheme=plain)
         else:

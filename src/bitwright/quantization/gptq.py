@@ -126,7 +126,7 @@ class _Problem:
 
     def turn(self, weight: Tensor) -> Tensor:
         """``[outputs, in]`` as ``[in, outputs]`` float32, in the order of rounding: a copy, made in tiles."""
-        turned = torch.empty(weight.shape[1], weight.shape[0])
+        turned = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
         for start in range(0, weight.shape[0], TURNED):
             tile = weight[start : start + TURNED].to(torch.float32)
             tile = tile if self.order.columns is None else tile[:, self.order.columns]
@@ -212,7 +212,7 @@ def _solve(
     scheme, order, importance = problem.scheme, problem.order, problem.importance
     count = problem.weight.shape[1] if scheme.axis == 0 else len(order.runs)
     ordered = importance if order.columns is None else importance[order.columns]
-    codes = torch.empty(problem.weight.shape, dtype=scheme.code_dtype)
+    codes = torch.empty(problem.weight.shape, dtype=scheme.code_dtype, device=problem.weight.device)
 
     def solve_part(outputs: slice) -> tuple[float, FixedGrids | FittedGrids]:
         grids = fixed if problem.is_static else FittedGrids(scheme, fitting, count)

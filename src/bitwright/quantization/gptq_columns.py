@@ -53,7 +53,7 @@ def round_columns(values: Tensor, inverse: Tensor, grids: ColumnGrids) -> tuple[
     Returns:
         The codes (the scheme's code dtype) and what they stand for (float32), both ``[columns, out]``.
     """
-    codes = torch.empty(values.shape, dtype=grids.scheme.code_dtype)
+    codes = torch.empty(values.shape, dtype=grids.scheme.code_dtype, device=values.device)
     rounded = torch.empty_like(values)
     diagonal = inverse.diagonal().tolist()
     width = values.shape[0]

@@ -77,7 +77,7 @@ class FixedGrids:
             stored = QuantizedTensor.quantize(flat, scheme.scale_scheme)
             parameters = grid.rescale(parameters, stored.dequantize().view_as(parameters.scale), scheme)
         scale, zero = parameters.scale, parameters.zero
-        places = torch.arange(weight.shape[1]) if order.columns is None else order.columns
+        places = torch.arange(weight.shape[1], device=weight.device) if order.columns is None else order.columns
         if scheme.axis == 0:
             stored = stored.t().contiguous() if isinstance(stored, Tensor) else stored
             return FixedGrids(scheme, fitting, stored, scale, zero, places, weight.shape[0])

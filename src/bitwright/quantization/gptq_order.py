@@ -69,6 +69,6 @@ def arrange(
     columns_by_importance = importance.argsort(descending=True, stable=True)
     index = None
     if not static_groups and len(runs) > 1:
-        index = torch.empty(width, dtype=torch.int32)
-        index[columns_by_importance] = (torch.arange(width) // size).to(torch.int32)
+        index = torch.empty(width, dtype=torch.int32, device=importance.device)
+        index[columns_by_importance] = (torch.arange(width, device=importance.device) // size).to(torch.int32)
     return Order(("act_order", 0), columns_by_importance, tuple(runs), index)

@@ -61,7 +61,7 @@ def solve(
     of the whole weight, of which fixed grids know all.
     """
     scheme, upper = grids.scheme, factor.upper
-    codes = torch.empty(weight.shape, dtype=scheme.code_dtype)
+    codes = torch.empty(weight.shape, dtype=scheme.code_dtype, device=weight.device)
     total = 0.0
     for pieces in _blocks(order, grids, weight.shape[0], block_size):
         start, end = pieces[0].start, pieces[-1].end

@@ -25,6 +25,7 @@ __all__ = ["GramSum", "multiplies_bfloat16", "product"]
 # Tokens gathered before they are multiplied: the deeper a product, the less is stored, and the less chunks differ.
 CHUNK_TOKENS = {torch.bfloat16: 4096, torch.float32: 1024}
 TILE = 512  # rows and columns of the gram computed at a time; the tiles below the diagonal are left out
+WIDE_TILE = 4096  # the same on a GPU, which small products would leave idle
 SMALL = 1 << 21  # multiplications below which a plain product is as fast
 
 
@@ -76,7 +77,12 @@ class GramSum:
         """Count ``tokens`` (``[count, width]``, any float dtype)."""
         if self._pending is None:
             dtype = self.dtype or (torch.bfloat16 if _fits_bfloat16(tokens) else torch.float32)
-            self._pending = torch.empty(self.width, CHUNK_TOKENS[dtype], dtype=dtype)
+            self._pending = torch.empty(self.width, CHUNK_TOKENS[dtype], dtype=dtype, device=tokens.device)
+        if self.total.device != tokens.device:  # the sum lies where the tokens do
+            counted = bool(self._chunks)
+            self.total = (
+                self.total.to(tokens.device) if counted else torch.empty(self.total.shape, device=tokens.device)
+            )
         while tokens.shape[0]:
             room = self._pending.shape[1] - self._waiting
             part, tokens = tokens[:room], tokens[room:]
@@ -111,10 +117,11 @@ class GramSum:
         part = self._waiting / self._pending.shape[1]
         if tokens.dtype != torch.bfloat16:
             tokens = tokens.contiguous()
-        for start in range(0, self.width, TILE):
-            for other in range(start, self.width, TILE):
-                left, right = tokens[start : start + TILE], tokens[other : other + TILE]
-                tile = self.total[start : start + TILE, other : other + TILE]
+        size = TILE if tokens.device.type == "cpu" else WIDE_TILE
+        for start in range(0, self.width, size):
+            for other in range(start, self.width, size):
+                left, right = tokens[start : start + size], tokens[other : other + size]
+                tile = self.total[start : start + size, other : other + size]
                 if not self._chunks:
                     tile.zero_()
                 if tokens.dtype == torch.bfloat16:
@@ -137,4 +144,4 @@ def _add_bfloat16(total: Tensor, left: Tensor, right: Tensor, share: float | Non
 
 
 def _fits_bfloat16(tokens: Tensor) -> bool:
-    return tokens.dtype == torch.bfloat16 and multiplies_bfloat16()
+    return tokens.dtype == torch.bfloat16 and tokens.device.type == "cpu" and multiplies_bfloat16()

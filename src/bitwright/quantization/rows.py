@@ -55,7 +55,7 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) 
 
 def _square_sums(weight: Tensor, tensor: QuantizedTensor, unit: float) -> tuple[Tensor, Tensor]:
     """Sums of squares of the error and of the weight, by column (float64), in units of ``unit``."""
-    difference = torch.zeros(weight.shape[1], dtype=torch.float64)
+    difference = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     size = torch.zeros_like(difference)
     separable = tensor.scheme.axis == 1 and isinstance(tensor.scale, Tensor)
     rebuilt = None if separable else tensor.dequantize()

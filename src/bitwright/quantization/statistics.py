@@ -83,6 +83,10 @@ class SiteStatistics:
             return
         self.tokens += tokens.shape[0]
         self.factored = None
+        if self.largest.device != tokens.device:  # the sums lie where the activations do
+            self.sum_of_squares, self.sum_of_magnitudes, self.largest = (
+                part.to(tokens.device) for part in (self.sum_of_squares, self.sum_of_magnitudes, self.largest)
+            )
         rows = max(1, min(TILE_ROWS, TILE // self.width))
         for start in range(0, tokens.shape[0], rows):
             magnitudes = tokens[start : start + rows].to(torch.float32).abs()

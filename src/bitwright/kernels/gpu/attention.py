@@ -30,7 +30,7 @@ FEW_QUERIES = 16  # rows of a product of the matrix units; up to so many, the co
 MANY_QUERIES = 64
 TILE = 64  # tokens of keys that are multiplied at a time
 FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batch
-LEAST_SPLIT = 256
+LEAST_SPLIT = 128
 WAVES = 4
 
 
