@@ -91,3 +91,10 @@ def test_a_run_does_not_grow() -> None:
     """The soak of ``benchmarks/soak.py``, for a few seconds."""
     growth = soak(load("demo:"), seconds=3.0, vocabulary=2048, count=12, longest=40)
     assert growth.rounds > 2 and growth.answers > 20 and growth.wrong == growth.lost_pages == 0, growth
+
+
+@pytest.mark.parametrize("name", ["engine.md", "compat_dashinfer.md"])
+def test_the_first_example_of_the_document_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / name).read_text(encoding="utf-8")
+    exec(compile(text.split("```python\n")[1].split("```")[0], name, "exec"), {})
+    assert capsys.readouterr().out.strip()

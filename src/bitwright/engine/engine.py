@@ -36,6 +36,9 @@ from bitwright.models.paged_cache import PAGE
 __all__ = ["Engine", "RequestFields"]
 
 
+MOST_GUESSED = 64  # tokens of one request in one step
+
+
 class RequestFields(TypedDict, total=False):
     """The fields of :class:`RequestOptions`, as arguments."""
 
@@ -100,15 +103,15 @@ class Engine:
         decoder: str = "auto",
         head: str | None = None,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
-            check_count(name, value, 1)
-        for name, size in (("cache_tokens", cache_tokens), ("cache_memory", cache_memory), ("max_length", max_length)):
-            check_count(name, 1 if size is None else size, 1)
-        if reuse_seconds is not None:
-            check_number("reuse_seconds", reuse_seconds, lambda x: x >= 0, "a finite number, 0 or more")
-        if check_count("reuse", reuse, 0) % PAGE:
-            raise ArgumentError("BW201", f"reuse is {reuse}", suggestion=f"accepted: a multiple of {PAGE}, or 0")
-        check_count("speculate", speculate, 0, 64)
+        _check_sizes(
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            cache_tokens=cache_tokens,
+            cache_memory=cache_memory,
+            max_length=max_length,
+        )
+        _check_reuse(reuse, reuse_seconds)
+        check_count("speculate", speculate, 0, MOST_GUESSED)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
         head_scheme = None if head is None else parse(head)
         loaded, self.tokenizer = _load(model, tokenizer)
@@ -290,6 +293,19 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None:
+            check_count(name, size, 1)
+
+
+def _check_reuse(reuse: int, seconds: float | None) -> None:
+    if check_count("reuse", reuse, 0) % PAGE:
+        raise ArgumentError("BW201", f"reuse is {reuse}", suggestion=f"accepted: a multiple of {PAGE}, or 0")
+    if seconds is not None:
+        check_number("reuse_seconds", seconds, lambda x: x >= 0, "a finite number, 0 or more")
 
 
 def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> tuple[PreTrainedModel, Tokenizer | None]:
