@@ -25,7 +25,7 @@ from tests.core.restatement import TINY, array, decoded, group_of, grouped, near
 from tests.core.strategies import KINDS, asymmetric_schemes, integer_schemes, matrices, random_matrix, schemes
 
 plain_schemes = schemes(double_quant=False)
-ranges = st.sampled_from(["restricted", "full", "centred"])
+ranges = st.sampled_from(["restricted", "full", "centred"])  # and "either", which is one of the first two
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}  # relative, half a step and more
 
 

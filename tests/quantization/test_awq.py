@@ -31,6 +31,7 @@ from tests.quantization.tasks import make_task
 from tests.quantization.tiny import Plain
 
 SAMPLES = [sample_ids(1, 20, seed) for seed in range(3)]
+EITHER = FitOptions(symmetric_range="either")
 
 
 def round_plainly(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -147,7 +148,7 @@ def test_no_site_is_worse_than_rounded_to_nearest(name: str, scheme: str) -> Non
             clip_and_scale(whole, AwqOptions(**{"folding": False, **options}))
             bench = open_bench(scaled, site, range(len(SAMPLES)))  # what it made before anything was clipped
             assert bench is not None
-            fit = FitOptions() if "scale" in options else None  # plain rounding, against the better of two ranges
+            fit = FitOptions() if "scale" in options else EITHER  # plain rounding, against the better of two ranges
             losses.append(bench.loss({each: rounded(whole, each, fit) for each in site.layers}))
         nearest, equalized, clipped = losses
         assert equalized <= nearest * (1 + 1e-4) and clipped <= equalized * (1 + 1e-4), (site.layers, losses)
@@ -161,7 +162,7 @@ def one_site(name: str, scheme: str, site: Site) -> BlockTask:
     return replace(task, layers=layers, linears={each: task.linears[each] for each in layers})
 
 
-def rounded(task: BlockTask, name: str, options: FitOptions | None) -> Tensor:
+def rounded(task: BlockTask, name: str, options: FitOptions) -> Tensor:
     return fake_quantize(linear_weight(task.layers[name]), task.linears[name].weight, options)
 
 
@@ -170,7 +171,7 @@ def test_the_better_of_two_ranges_is_taken_group_by_group(scheme: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, form = torch.randn(32, 40, generator=generator).clamp(-1, 1.2), parse(scheme + "-sf32").weight
     by_range = []
-    for options in (FitOptions(), FitOptions(symmetric_range="full"), None):
+    for options in (FitOptions(), FitOptions(symmetric_range="full"), EITHER):
         error = (fake_quantize(weight, form, options) - weight).square()
         error = error if form.axis == 1 else error.t()
         size = form.group or error.shape[1]
@@ -183,7 +184,7 @@ def test_the_better_of_two_ranges_is_taken_group_by_group(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["w4g16-asym", "nf4g16", "w1g16", "fp8"])
 def test_schemes_with_one_range_take_that(scheme: str) -> None:
     weight, form = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), parse(scheme).weight
-    assert torch.equal(fake_quantize(weight, form, None), fake_quantize(weight, form, FitOptions()))
+    assert torch.equal(fake_quantize(weight, form, EITHER), fake_quantize(weight, form, FitOptions()))
 
 
 @torch.no_grad()

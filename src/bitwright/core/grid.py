@@ -20,9 +20,11 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.memory import use_huge_pages
 from bitwright.core.scheme import QuantScheme
 
-__all__ = ["FitOptions", "Parameters", "decode", "encode", "fit", "rescale"]
+__all__ = ["FitOptions", "Parameters", "Range", "decode", "encode", "fit", "rescale"]
 
 FLOAT32 = torch.finfo(torch.float32)
+Range = Literal["restricted", "full", "centred", "either"]
+RANGES = ("restricted", "full", "centred", "either")
 TILE = 1 << 18  # numbers worked on at a time, so that the float32 copies stay in cache
 
 
@@ -32,17 +34,19 @@ class FitOptions:
 
     Attributes:
         symmetric_range: ``restricted``: scale = max|w| / (2^(b-1)-1); ``full``: max|w| / 2^(b-1) with the sign that
-            puts the extreme value on the lowest code; ``centred``: max|w| / ((2^b-1)/2), as compressed-tensors presets.
+            puts the extreme value on the lowest code; ``centred``: max|w| / ((2^b-1)/2), as compressed-tensors presets;
+            ``either``: of restricted and full the one of least squared error, group by group. Symmetric integer schemes
+            of 2 bits and more alone have a choice.
         search: try ranges shrunk by each of ``SHRINK_RATIOS`` and keep, per group, the one of least squared error
             (weighted by the importance of the columns where :func:`fit` is given one).
     """
 
-    symmetric_range: Literal["restricted", "full", "centred"] = "restricted"
+    symmetric_range: Range = "restricted"
     search: bool = False
 
     def __post_init__(self) -> None:
-        if self.symmetric_range not in ("restricted", "full", "centred"):
-            accepted = "accepted: restricted, full, centred"
+        if self.symmetric_range not in RANGES:
+            accepted = f"accepted: {', '.join(RANGES)}"
             raise ArgumentError("BW201", f"symmetric_range is {self.symmetric_range!r}", suggestion=accepted)
 
 
@@ -80,12 +84,16 @@ def fit(
         raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
     if scheme.zero == "float":
         low, high = _with_near_zero(low, high, scheme)
-    scale = _scale(low, high, size, scheme, options)
-    dtype = _stored_dtype(scale * SHRINK_RATIOS[-1] if options.search else scale, scheme)
-    if not options.search:
-        return Parameters(scale.to(dtype), _zero(low, high, scale.to(dtype), scheme))
-    weights = None if importance is None else _column_weights(importance, values, scheme)
-    return _search(values, low, high, size, dtype, scheme, options, weights)
+    kinds = _kinds(scheme, options)
+    scales = [_scale(low, high, size, scheme, kind) for kind in kinds]
+    dtype = _stored_dtype(
+        torch.cat([scale * SHRINK_RATIOS[-1] if options.search else scale for scale in scales]), scheme
+    )
+    if not options.search and len(kinds) == 1:
+        return Parameters(scales[0].to(dtype), _zero(low, high, scales[0].to(dtype), scheme))
+    weights = None if importance is None or not options.search else _column_weights(importance, values, scheme)
+    candidates = [(kind, ratio) for ratio in (SHRINK_RATIOS if options.search else (1.0,)) for kind in kinds]
+    return _search(values, low, high, size, dtype, scheme, candidates, weights)
 
 
 def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Tensor:
@@ -156,7 +164,15 @@ def _mean_magnitude(values: Tensor) -> Tensor:
     return values.abs().mean(-1, dtype=torch.float64).to(torch.float32)
 
 
-def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
+def _kinds(scheme: QuantScheme, options: FitOptions) -> tuple[Range, ...]:
+    """The symmetric ranges to choose from."""
+    if options.symmetric_range != "either":
+        return (options.symmetric_range,)
+    has_choice = scheme.symmetric and not scheme.is_codebook and scheme.bits > 1
+    return ("restricted", "full") if has_choice else ("restricted",)
+
+
+def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, kind: Range) -> Tensor:
     """The float32 scale of each group. A constant group takes its own magnitude, so that it comes back exactly."""
     largest = torch.maximum(low.abs(), high.abs())
     if not scheme.symmetric:
@@ -167,9 +183,9 @@ def _scale(low: Tensor, high: Tensor, mean: Tensor, scheme: QuantScheme, options
         scale = largest / FP8_MAX if scheme.code == "fp8_e4m3" else largest
     elif scheme.bits == 1:
         scale = mean
-    elif options.symmetric_range == "full":
+    elif kind == "full":
         scale = torch.where(high > -low, -largest, largest) / -scheme.code_min
-    elif options.symmetric_range == "centred":
+    elif kind == "centred":
         scale = largest / ((scheme.code_max - scheme.code_min) / 2)
     else:
         scale = largest / scheme.code_max
@@ -250,16 +266,17 @@ def _search(
     mean: Tensor,
     dtype: torch.dtype,
     scheme: QuantScheme,
-    options: FitOptions,
+    candidates: list[tuple[Range, float]],
     weights: Tensor | None,
 ) -> Parameters:
-    """Per group, the shrunk range of least squared error; constant groups keep theirs, which is exact."""
-    scale = _scale(low, high, mean, scheme, options).to(dtype)
+    """Per group, the kind and shrinkage of the range with the least squared error; constant groups keep theirs, which
+    is exact. The first of equals wins."""
+    scale = _scale(low, high, mean, scheme, candidates[0][0]).to(dtype)
     zero = _zero(low, high, scale, scheme)
     least = _squared_error(values, Parameters(scale, zero), scheme, weights)
-    for ratio in SHRINK_RATIOS[1:]:
+    for kind, ratio in candidates[1:]:
         factor = torch.where(low == high, 1.0, ratio)
-        candidate = _scale(low * factor, high * factor, mean * factor, scheme, options).to(dtype)
+        candidate = _scale(low * factor, high * factor, mean * factor, scheme, kind).to(dtype)
         candidate_zero = _zero(low * factor, high * factor, candidate, scheme)
         error = _squared_error(values, Parameters(candidate, candidate_zero), scheme, weights)
         better = error < least

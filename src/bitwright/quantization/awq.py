@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError
-from bitwright.core.grid import FitOptions
-from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import QuantScheme
+from bitwright.core.grid import FitOptions, Range
 from bitwright.models.blocks import linear_weight
 from bitwright.models.folding import share_scale
 from bitwright.models.sites import Site
 from bitwright.quantization.awq_clip import apply_ratios, search_ratios
+from bitwright.quantization.rtn import RtnOptions, round_to_nearest
 from bitwright.quantization.smoothing import (
     SiteBench,
     apply_scale,
@@ -29,12 +27,10 @@ from bitwright.quantization.smoothing import (
     judged_samples,
     mean_magnitude,
     open_bench,
-    quantize_either,
     refuse_options,
     task_sites,
 )
 from bitwright.quantization.stages import BlockTask, Equalizer, Rounder, Stage
-from bitwright.quantization.statistics import SiteStatistics
 
 __all__ = [
     "AWQ",
@@ -45,12 +41,9 @@ __all__ = [
     "AwqScaleOptions",
     "candidate_scales",
     "clip_and_scale",
-    "fit_options",
-    "round_either",
     "scale_by_activation",
 ]
 
-EitherRange = Literal["restricted", "full", "centred", "either"]
 LIMIT = 1024.0  # no channel is scaled by more: a 16-bit norm must still hold its weight
 
 
@@ -73,18 +66,18 @@ class AwqScaleOptions:
     folding: bool = True
     grid: int = 20
     tokens: int = 4096
-    range: EitherRange = "restricted"
+    range: Range = "restricted"
     search: bool = False
 
     def __post_init__(self) -> None:
-        fit_options(self.range, self.search)
+        FitOptions(symmetric_range=self.range, search=self.search)
         for field, value in (("grid", self.grid), ("tokens", self.tokens)):
             if type(value) is not int or value < 1:
                 raise ArgumentError("BW201", f"{field} is {value!r}", suggestion="a whole number from 1")
 
     @property
-    def fit(self) -> FitOptions | None:
-        return fit_options(self.range, self.search)
+    def fit(self) -> FitOptions:
+        return FitOptions(symmetric_range=self.range, search=self.search)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,44 +88,15 @@ class AwqOptions(AwqScaleOptions):
         clip: search, for each group of weights, a range that is narrower than the largest weight.
     """
 
-    range: EitherRange = "either"
+    range: Range = "either"
     clip: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AwqRoundOptions:
-    """How equalized and clipped weights are rounded to nearest; the same as what AWQ judges by.
+class AwqRoundOptions(RtnOptions):
+    """How equalized and clipped weights are rounded to nearest: by what AWQ judges."""
 
-    Attributes:
-        range: as ``rtn``, or ``either``: for each group of a symmetric scheme the better of ``restricted`` and
-            ``full``.
-        search: as ``rtn``.
-    """
-
-    range: EitherRange = "either"
-    search: bool = False
-
-    def __post_init__(self) -> None:
-        fit_options(self.range, self.search)
-
-
-def fit_options(range_: EitherRange, search: bool) -> FitOptions | None:
-    """The options of the grid; ``None`` for the better of two ranges, which a search makes needless.
-
-    Raises:
-        ArgumentError: BW201 for a range that there is not.
-    """
-    if range_ == "either":
-        return FitOptions(search=True) if search else None
-    return FitOptions(symmetric_range=range_, search=search)
-
-
-def round_either(
-    weight: Tensor, statistics: SiteStatistics | None, scheme: QuantScheme, options: AwqRoundOptions
-) -> QuantizedTensor:
-    """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at."""
-    fit = fit_options(options.range, options.search)
-    return quantize_either(weight, scheme) if fit is None else QuantizedTensor.quantize(weight, scheme, fit)
+    range: Range = "either"
 
 
 def clip_and_scale(task: BlockTask, options: AwqOptions) -> Mapping[str, Tensor]:
@@ -238,5 +202,5 @@ def _clip_sites(task: BlockTask, sites: tuple[Site, ...], options: AwqOptions) -
 
 
 AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale)
-AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_either)
+AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_to_nearest)
 AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from bitwright.core.grid import FitOptions
+from bitwright.core.grid import FitOptions, Range
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.quantization.stages import Rounder, Stage
@@ -21,12 +20,13 @@ class RtnOptions:
     """How ranges are chosen.
 
     Attributes:
-        range: ``restricted`` (largest weight on the largest code), ``full`` (on the lowest code, its sign in the
-            scale), ``centred`` (half a step beyond, as compressed-tensors presets): symmetric schemes only.
+        range: symmetric schemes only. ``restricted``: largest weight on the largest code; ``full``: on the lowest code,
+            its sign in the scale; ``centred``: half a step beyond, as compressed-tensors presets; ``either``: of the
+            first two the better for each group.
         search: try shrunk ranges and keep, per group, the one of least squared error.
     """
 
-    range: Literal["restricted", "full", "centred"] = "restricted"
+    range: Range = "restricted"
     search: bool = False
 
     def __post_init__(self) -> None:

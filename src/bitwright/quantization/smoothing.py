@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.core import grid
 from bitwright.core.errors import BitwrightError, Notice
-from bitwright.core.grid import FitOptions, Parameters
+from bitwright.core.grid import FitOptions
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.models.blocks import linear_weight
@@ -31,7 +30,6 @@ __all__ = [
     "judged_samples",
     "mean_magnitude",
     "open_bench",
-    "quantize_either",
     "refuse_options",
     "task_sites",
 ]
@@ -39,46 +37,18 @@ __all__ = [
 Range = Literal["restricted", "full", "centred"]
 
 
-def fake_quantize(weight: Tensor, scheme: QuantScheme, options: FitOptions | None) -> Tensor:
-    """``weight`` (``[out, in]``, any float dtype) as it comes back from storage: float32 ``[out, in]``.
-
-    Without ``options`` each group takes the better of two ranges, as :func:`quantize_either`.
-    """
-    if options is None:
-        return quantize_either(weight, scheme).dequantize()
+def fake_quantize(weight: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
+    """``weight`` (``[out, in]``, any float dtype) as it comes back from storage: float32 ``[out, in]``."""
     return QuantizedTensor.quantize(weight, scheme, options).dequantize()
 
 
-def quantize_either(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
-    """Round to nearest with, for each group, the better of the restricted and the full symmetric range.
-
-    Where a range has been clipped the full one puts the lowest code to use, which the restricted one leaves out.
-    Schemes that are not symmetric integers have one range only.
-    """
-    if not scheme.symmetric or scheme.is_codebook or scheme.bits == 1:
-        return QuantizedTensor.quantize(weight, scheme)
-    rows = weight if scheme.axis == 1 else weight.t().contiguous()
-    restricted, full = (_fitted(rows, scheme, FitOptions(symmetric_range=kind)) for kind in ("restricted", "full"))
-    scale = torch.where(full[1] < restricted[1], full[0], restricted[0])
-    return QuantizedTensor.encode(weight, scheme, Parameters(scale, None))
-
-
-def _fitted(rows: Tensor, scheme: QuantScheme, options: FitOptions) -> tuple[Tensor, Tensor]:
-    """The scale of each group, and its squared error: both ``[rows, groups]``."""
-    parameters = grid.fit(rows, scheme=scheme, options=options)
-    error = grid.decode(grid.encode(rows, parameters=parameters, scheme=scheme), parameters=parameters, scheme=scheme)
-    error.sub_(rows).square_()
-    group = rows.shape[1] if scheme.group is None else min(scheme.group, rows.shape[1])
-    return parameters.scale, torch.stack([part.sum(1) for part in torch.split(error, group, dim=1)], dim=1)
-
-
-def refuse_options(task: BlockTask, options: FitOptions | None) -> None:
+def refuse_options(task: BlockTask, options: FitOptions) -> None:
     """Look whether every layer's scheme can take the options of the range.
 
     Raises:
         BitwrightError: BW201 naming the layer, its scheme and the option.
     """
-    if options is None or options.symmetric_range == "restricted":
+    if options.symmetric_range in ("restricted", "either"):
         return
     for name, scheme in task.linears.items():
         weight = scheme.weight

@@ -6,6 +6,7 @@ weights rounded in their true schemes. The weights themselves are frozen.
 
 from __future__ import annotations
 
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,7 +52,8 @@ class TeqOptions:
     search: bool = False
 
     def __post_init__(self) -> None:
-        FitOptions(symmetric_range=self.range, search=self.search)
+        if self.range not in typing.get_args(Range):
+            raise ArgumentError("BW201", f"range is {self.range!r}", suggestion=", ".join(typing.get_args(Range)))
         if type(self.steps) is not int or self.steps < 0:
             raise ArgumentError("BW201", f"steps is {self.steps!r}", suggestion="a whole number from 0")
         if type(self.batch) is not int or self.batch < 1:
