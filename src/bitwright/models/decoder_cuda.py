@@ -104,7 +104,8 @@ class CudaDecoder:
         self._frequencies = self.shape.inverse_frequencies.to(self.device)
         self._blocks = [self._read_block(layer, release=release) for layer in inner.layers]
         self._norm = self._read_norm(inner.norm)
-        self._head = self._read_product([model.get_output_embeddings()])
+        whole: Any = model
+        self._head = self._read_product([whole.get_output_embeddings()])
         if not self.shape.tied:
             self._weight_bytes += self._embedding.nbytes
         self._recordings: dict[tuple[int, int, int], _Recording] = {}
@@ -136,9 +137,8 @@ class CudaDecoder:
         biases = [layer.bias for layer in layers]
         bias = None
         if any(each is not None for each in biases):
-            wide = [
-                self._embedding.new_zeros(n) if b is None else b.detach() for n, b in zip(sizes, biases, strict=True)
-            ]
+            zeros = [self._embedding.new_zeros(size) for size in sizes]
+            wide = [zero if each is None else each.detach() for zero, each in zip(zeros, biases, strict=True)]
             bias = wide[0] if len(wide) == 1 else torch.cat(wide)
         if all(isinstance(layer, nn.Linear) for layer in layers):
             weights = [layer.weight.detach() for layer in layers]
@@ -208,9 +208,8 @@ class CudaDecoder:
         is_decoding = len(step.tokens) == sequences and len(step.outputs) == sequences
         if self.graphs and is_decoding and sequences <= BATCHES[-1]:
             return self._replay(step, cache)
-        rows = step_rows(
-            step, self.shape.heads // self.shape.kv_heads, few=library.describe(self.device).capability < (8, 0)
-        )
+        few = library.describe(self.device).capability < library.PROGRAMMED
+        rows = step_rows(step, self.shape.heads // self.shape.kv_heads, few=few)
         layout, host = stage(rows, pinned=self.device.type == "cuda")
         return self._run(read_rows(layout, host.to(self.device, non_blocking=True)), cache)
 
@@ -234,7 +233,7 @@ class CudaDecoder:
         """Run a step twice, which compiles what has to be, then record it. Its writes are those of the step itself."""
         layout, host = stage(rows, pinned=True)
         recording = _Recording(layout, host, host.to(self.device), torch.cuda.CUDAGraph())
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -255,8 +254,10 @@ class CudaDecoder:
         for number, block in enumerate(self._blocks):
             mixed, hidden, residual = self._attend(number, block, hidden, residual, rows, batch, turns, cache)
             gated, residual = block.gates.run_normed(mixed, block.second_norm, residual)
-            hidden = block.down.run(silu_multiply(*gated.split(block.gates.sizes, dim=-1)))
+            hidden = block.down.run(silu_multiply(*torch.split(gated, list(block.gates.sizes), dim=-1)))
         assert residual is not None
+        if not len(rows.outputs):
+            return hidden.new_empty(0, self.shape.vocabulary)
         ends, kept = hidden[rows.outputs.long()], residual[rows.outputs.long()]
         return self._head.run_normed(ends, self._norm, kept)[0]
 
@@ -266,7 +267,9 @@ class CudaDecoder:
         """The first half of a block: what attention adds, and the sum so far."""
         shape, own = self.shape, cache.scheme.at(number)
         joined, total = block.attend.run_normed(hidden, block.first_norm, residual)
-        q, k, v = (part.unflatten(-1, (-1, shape.head_dim)) for part in joined.split(block.attend.sizes, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (-1, shape.head_dim)) for part in torch.split(joined, list(block.attend.sizes), dim=-1)
+        )
         if block.q_norm is not None and block.k_norm is not None:
             q = rms_norm(q.contiguous(), block.q_norm.weight, block.q_norm.epsilon)[0]
             k = rms_norm(k.contiguous(), block.k_norm.weight, block.k_norm.epsilon)[0]

@@ -11,7 +11,7 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.kernels.gpu import attention, integer, linear, tokens
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "fitting"]
 
 OUT, IN = 512, 2048
 
@@ -97,5 +97,12 @@ CASES: dict[str, Callable[[], None]] = {
     "int4 prompt": cached("int4", 100, 4096),
     "fp8 decode": cached("fp8", 1, 4096),
 }
-# What a generation cannot run: no int8 matrix units before Turing, no bfloat16 before Ampere.
-UNFIT = {70: ("a8", "w8a8", "A8", "bf16", "int4 decode"), 75: ("bf16", "int4 decode")}
+# Before Ampere: no bfloat16, no matrix units in Triton, so few rows at a time and small blocks; and of 8-bit
+# activations the vendor's product alone, around which only tokens are quantized.
+OLD = ("w4g128 rows 1", "A16W8 rows 1", "w3g64 rows 1", "nf4g64 rows 1", "w4g128 expanded", "fp8 expanded", "norm",
+       "float decode", "int8 decode", "fp8 decode")  # fmt: skip
+
+
+def fitting(generation: int) -> list[str]:
+    """The cases that a generation can run."""
+    return list(CASES) if generation >= 80 else list(OLD)

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitwright.kernels.gpu import library
+from tests.kernels.gpu.cases import CASES, fitting
 from tests.kernels.gpu.compilation_facts import GENERATIONS
 
 __all__ = ["Recorder", "compile_launch", "facts_of", "record"]
@@ -114,10 +115,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    from tests.kernels.gpu.cases import CASES
-
     capability = (int(sys.argv[1]) // 10, int(sys.argv[1]) % 10)
-    for name in sys.argv[2:] or list(CASES):
+    for name in sys.argv[2:] or fitting(int(sys.argv[1])):
         for launch in record(capability, CASES[name]):
             facts = compile_launch(launch, capability)
             sys.stdout.write(json.dumps({"case": name, **facts}) + "\n")

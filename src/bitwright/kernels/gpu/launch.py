@@ -103,7 +103,8 @@ def _tuned_row(rows: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
     """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded."""
     found = next(row for row in _entry(facts)["linear"] if rows <= row["rows"])
     assert isinstance(found, dict)
-    return found | found.get(f"bits{bits}", {})
+    special: dict[str, Any] = found.get(f"bits{bits}", {})
+    return found | special
 
 
 def _entry(facts: GpuFacts) -> dict[str, Any]:
@@ -111,4 +112,5 @@ def _entry(facts: GpuFacts) -> dict[str, Any]:
     generation = "matrix" if facts.capability >= (8, 0) else "turing" if facts.capability >= (7, 5) else "volta"
     fallback = table["fallback"][generation]
     assert isinstance(fallback, dict)
-    return fallback | table["gpus"].get(facts.name, {})
+    own: dict[str, Any] = table["gpus"].get(facts.name, {})
+    return fallback | own
