@@ -6,10 +6,8 @@ An offset is taken off first, so that the grid begins at its code 0: of online c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +22,9 @@ __all__ = [
     "Coded", "StaticParameters", "decode_kv", "encode_kv", "hadamard_block", "join", "refuse_head", "rotate_head",
     "unpacked",
 ]  # fmt: skip
+
+RATIOS = (1.0, 0.94, 0.88, 0.82, 0.76)  # of the range from the least to the greatest number, tried by a search
+REFITS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,11 @@ def join(parts: list[Coded]) -> Coded:
     return Coded(codes, torch.cat(scales, dim=2) if scales else None, torch.cat(lows, dim=2) if lows else None)
 
 
-def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None) -> Coded:
+def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None, *, search: bool = False) -> Coded:
     """Code keys or values ``x`` (``[batch, heads, tokens, head_dim]``, any float dtype).
 
-    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``.
+    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``. With ``search`` online codes
+    with an offset take, of several grids, the one of least squared error; what is stored is laid out alike.
 
     Raises:
         BitwrightError: BW602 if a number is not finite.
@@ -109,11 +111,13 @@ def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = Non
         shifted = groups / 2 - low / 2
     rows = shifted.flatten(0, -2)
     scale = fit(rows, scheme=scheme).scale
-    codes = encode(rows, parameters=_on_zero(scale, scheme), scheme=scheme).view(groups.shape)
+    codes = encode(rows, parameters=_on_zero(scale, scheme), scheme=scheme)
+    if search and low is not None and not halved:
+        codes, scale, shift = _search(rows, codes, scale, scheme)
+        low = low + shift.view(low.shape)
     scale = (scale * 2 if halved else scale).view(groups.shape[:-1])
-    return Coded(
-        codes=_packed(_from_groups(codes, code), code), scale=scale, low=None if low is None else low.squeeze(-1)
-    )
+    packed = _packed(_from_groups(codes.view(groups.shape), code), code)
+    return Coded(codes=packed, scale=scale, low=None if low is None else low.squeeze(-1))
 
 
 def decode_kv(
@@ -152,11 +156,16 @@ def decode_kv(
 def rotate_head(x: Tensor) -> Tensor:
     """``x`` (float32, ``[..., head_dim]``) times the orthonormal Hadamard matrix, which undoes itself.
 
-    Heads whose size is no power of two are rotated in blocks of the largest one that divides it.
+    Heads whose size is no power of two are rotated in blocks of the largest one that divides it. Sums and differences
+    of pairs, half after half, as the native kernels take them: a product's sums would depend on how many rows it has.
     """
-    block = hadamard_block(x.shape[-1])
-    matrix = _hadamard(block).to(x.device)
-    return (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape)
+    block, half, turned = hadamard_block(x.shape[-1]), 1, x
+    while half < block:
+        pairs = turned.reshape(*x.shape[:-1], -1, 2, half)
+        low, high = pairs.unbind(-2)
+        turned = torch.stack((low + high, low - high), dim=-2)
+        half *= 2
+    return turned.reshape(x.shape) * float(1 / torch.tensor(float(block)).sqrt())
 
 
 def hadamard_block(head_dim: int) -> int:
@@ -205,6 +214,34 @@ def _on_zero(scale: Tensor, scheme: QuantScheme) -> Parameters:
     return Parameters(scale, None if scheme.symmetric else torch.zeros_like(scale))
 
 
+def _search(rows: Tensor, codes: Tensor, scale: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and offset (``[rows, 1]``) of least squared error among some grids for ``rows``, which begin at 0.
+
+    Each narrower range is a first guess; scale and offset are then fitted to its codes by least squares, and the codes
+    found anew, twice. The widest range, as given, is kept where nothing is better (a constant row has no error).
+    """
+    best, best_scale, shift = codes, scale, torch.zeros_like(scale)
+    least = (codes * scale - rows).square().sum(-1, keepdim=True)
+    mean = rows.mean(-1, keepdim=True)
+    for ratio in RATIOS:
+        tried_scale = scale * ratio
+        offset = scale * ((1 - ratio) * scheme.code_max / 2)
+        for _ in range(REFITS + 1):
+            found = encode(rows - offset, parameters=_on_zero(tried_scale, scheme), scheme=scheme)
+            error = (found * tried_scale + offset - rows).square().sum(-1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            best, best_scale = torch.where(better, found, best), torch.where(better, tried_scale, best_scale)
+            shift = torch.where(better, offset, shift)
+            numbers = found.to(torch.float32)
+            centred = numbers - numbers.mean(-1, keepdim=True)
+            power = centred.square().sum(-1, keepdim=True)
+            slope = (centred * (rows - mean)).sum(-1, keepdim=True) / torch.where(power == 0, 1.0, power)
+            tried_scale = torch.where(slope > 0, slope, tried_scale)
+            offset = mean - tried_scale * numbers.mean(-1, keepdim=True)
+    return best, best_scale, shift
+
+
 def _encode_static(numbers: Tensor, code: KVCode, parameters: StaticParameters) -> Tensor:
     """round((f - zero_point) / scale), clamped to [-128, 127]: the extremes fall on ±127.5."""
     if not bool(torch.isfinite(numbers).all()):
@@ -248,12 +285,3 @@ def _from_groups(groups: Tensor, code: KVCode) -> Tensor:
     if code.grain == "channel":
         return groups.transpose(3, 4).reshape(batch, heads, -1, groups.shape[3])
     return groups.reshape(batch, heads, groups.shape[2], -1)
-
-
-@cache
-def _hadamard(order: int) -> Tensor:
-    """Sylvester's matrix over the root of its order: orthonormal and symmetric, float32."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < order:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / math.sqrt(order)

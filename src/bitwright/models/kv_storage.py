@@ -182,7 +182,8 @@ class LayerStore:
         for side in SIDES:
             if moved:
                 chosen = plain[side][:, :, :moved]
-                self.runs[side].append(encode_kv(chosen, self.codes[side], self.parameters.get(side)))
+                code, parameters = self.codes[side], self.parameters.get(side)
+                self.runs[side].append(encode_kv(chosen, code, parameters, search=code.rotated and code.bits <= 4))
             rest = plain[side][:, :, moved:]
             self.recent[side] = rest.clone() if rest.shape[2] else rest[:, :, :0].clone()
         view = self._view(plain, coded, moved, before, keys)
