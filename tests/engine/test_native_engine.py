@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 from benchmarks.soak import alone, mixed_requests, pages_needed, soak, under_pressure
 from bitwright import Engine
 from bitwright.core.errors import ArgumentError, Notice
+from bitwright.engine.options import RequestOptions
+from bitwright.engine.sampler import Sampler
 from bitwright.kernels import native_library
 from bitwright.models.loading import load
 from bitwright.models.paged_cache import PAGE
@@ -65,6 +68,20 @@ def test_both_decoders_give_the_same_greedy_text(shared_models: Path) -> None:
             answers[name] = [answer.tokens for answer in engine.generate(["The war", "In 1066"], max_tokens=100)]
             assert engine.statistics().decoder == name
     assert answers["native"] == answers["torch"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 300, "top_p": 0.8}])
+def test_a_seed_is_the_same_token_natively(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On logits of several steepnesses, in a vocabulary of 5000."""
+    options = RequestOptions(temperature=0.9, **fields)
+    cases = [
+        ((np.random.default_rng(seed).normal(size=5000) * spread).astype(np.float32), seed)
+        for seed in range(10)
+        for spread in (0.3, 3.0)
+    ]
+    native = [Sampler(options, [], seed).choose(logits)[0] for logits, seed in cases]
+    monkeypatch.setattr(native_library, "_MISSING", "left aside")
+    assert native == [Sampler(options, [], seed).choose(logits)[0] for logits, seed in cases]
 
 
 def test_an_output_head_in_8_bits() -> None:

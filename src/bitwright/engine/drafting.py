@@ -6,20 +6,25 @@ is chosen from the logits after the tokens before it, which do not depend on how
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 __all__ = ["look_up"]
 
 LONGEST, SHORTEST = 4, 2  # how many last tokens must have stood there before
 FARTHEST = 4096  # how far back is looked
+WIDTH = 8  # bytes of a token in an array
 
 
 def look_up(tokens: Sequence[int], most: int) -> list[int]:
     """At most ``most`` tokens: what followed the longest known ending where it stood last; none if it never did."""
-    recent = list(tokens[-FARTHEST:])
-    for length in range(LONGEST, SHORTEST - 1, -1):
-        ending = recent[-length:]
-        for start in range(len(recent) - length - 1, -1, -1):
-            if recent[start] == ending[0] and recent[start : start + length] == ending:
-                return recent[start + length : start + length + most]
+    recent = tokens[-FARTHEST:]
+    content = array("q", recent).tobytes()  # in which C looks for a pattern
+    for length in range(min(LONGEST, len(recent) - 1), SHORTEST - 1, -1):
+        ending, end = content[-length * WIDTH :], len(content) - WIDTH
+        while (at := content.rfind(ending, 0, end)) >= 0:
+            if at % WIDTH == 0:
+                start = at // WIDTH + length
+                return list(recent[start : start + most])
+            end = at + len(ending) - 1
     return []

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.options import RequestOptions
+from bitwright.kernels import native_library, native_sampling
 
 __all__ = ["Logprobs", "Sampler"]
 
@@ -91,24 +93,39 @@ class Sampler:
         return logits
 
     def _draw(self, logits: Floats) -> int:
-        """One token by chance: the first of those inside, likeliest first, at which their sum passes the number."""
+        """One token by chance: the chances of those that are kept are dealt out in the order of the tokens."""
         options, number = self._options, self._random.random()
-        count = min(options.top_k or len(logits), len(logits))
-        # A vocabulary is rarely sorted as a whole: what is chosen is nearly always among the first.
-        for size in sorted({min(count, max(options.top_k, FIRST)), count}):
-            tokens = _largest(logits, size)
-            scaled = _scaled(logits[tokens], logits[tokens[0]], options.temperature)
-            whole = scaled if options.top_k else _scaled(logits, logits[tokens[0]], options.temperature)
-            bound = options.top_p * float(whole.sum())
-            inside = (scaled.cumsum() - scaled < bound) & (scaled >= options.min_p)
-            inside[0] = True
-            sums = np.where(inside, scaled, 0.0).cumsum()
-            is_all = size == count or not inside[-1]
-            total = sums[-1] if is_all or options.top_p < 1 or options.min_p else bound
-            if is_all or (total == bound and number * total < sums[-1]):
-                break
-        position = int(np.searchsorted(sums, number * total, side="right"))
-        return int(tokens[min(position, int(np.flatnonzero(inside)[-1]))])
+        if native_library.missing() is None:
+            return native_sampling.choose(
+                torch.from_numpy(np.ascontiguousarray(logits)),
+                uniform=number,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+            )
+        weights = _weights(logits, options.temperature)
+        kept = _kept(logits, weights, options)
+        sums = weights[kept].cumsum()
+        position = int(np.searchsorted(sums, number * sums[-1], side="right"))
+        return int(kept[min(position, len(kept) - 1)])
+
+
+def _kept(logits: Floats, weights: Doubles, options: RequestOptions) -> NDArray[np.int64]:
+    """The tokens that ``top_k``, then ``top_p``, then ``min_p`` leave, in ascending order."""
+    if not options.top_k and options.top_p == 1:
+        return np.flatnonzero(weights >= options.min_p)
+    count = min(options.top_k or len(logits), len(logits))
+    # A vocabulary is rarely sorted as a whole: what is kept is nearly always among the first.
+    for size in sorted({min(count, max(options.top_k, FIRST)), count}):
+        tokens = _largest(logits, size)
+        ordered = weights[tokens]
+        bound = options.top_p * float(ordered.sum() if options.top_k else weights.sum())
+        inside = (ordered.cumsum() - ordered < bound) & (ordered >= options.min_p)
+        inside[0] = True
+        if not inside[-1]:
+            break
+    return np.sort(tokens[inside])
 
 
 def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
@@ -122,9 +139,9 @@ def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
     return tokens[order][:count]
 
 
-def _scaled(logits: Floats, largest: np.float32, temperature: float) -> Doubles:
-    """Probabilities up to a common factor: the largest logit's is 1."""
-    differences: Doubles = logits.astype(np.float64) - float(largest)
+def _weights(logits: Floats, temperature: float) -> Doubles:
+    """Chances up to a common factor: the likeliest token's is 1."""
+    differences: Doubles = logits.astype(np.float64) - float(logits.max())
     with np.errstate(under="ignore", over="ignore"):  # a tiny temperature makes differences infinite, which is right
         return np.asarray(np.exp(differences / temperature), dtype=np.float64)
 
