@@ -12,6 +12,8 @@ namespace {
 
 thread_local Scratch scratch;
 
+constexpr int64_t MOST_PANELS = 16; // of a piece: the last one is waited for
+
 int64_t size_of(int32_t dtype) { return dtype == BW_FLOAT32 ? 4 : 2; }
 int64_t panels_of(const bw_weight& w) { return (w.rows + BW_PANEL - 1) / BW_PANEL; }
 size_t padded(int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); }
@@ -122,8 +124,8 @@ int run_block(const Product* products, int count, const Input& input, int64_t fi
         Preparation preparation{&products[i], &input, first, &own, rows, &status};
         parallel(tokens < BW_TILE ? 1 : threads, tokens, BW_TILE, prepare_tokens, &preparation);
     }
-    int64_t pieces = tokens <= 4 ? threads * 4 : threads * 8;
-    parallel(threads, total, total / pieces, run_panels, &panels);
+    int64_t grain = total / (threads * 8);
+    parallel(threads, total, grain < MOST_PANELS ? grain : MOST_PANELS, run_panels, &panels);
     return status.load();
 }
 

@@ -12,7 +12,7 @@
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
-    constexpr bool IS_USUAL = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* and for as many as a tile has */
+    constexpr bool IS_USUAL = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* and for three tiles */
     alignas(64) float totals[BW_TOKENS * BW_PANEL];
     alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
     const bw_weight& w = *job->weight;
@@ -23,16 +23,15 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
         memset(totals, 0, sizeof(float) * (size_t)(tokens * BW_PANEL));
         for (int64_t group = 0; group < groups; group++) {
             if constexpr (IS_COMMON) {
-                if (tokens == 1) sum_directly<R, BITS, 1>(at, group, levels, totals);
-                if (tokens == 2) sum_directly<R, BITS, 2>(at, group, levels, totals);
+                if (tokens == 1) sum_directly<R, BITS, 1>(at, group, 0, levels, totals);
+                if (tokens == 2) sum_directly<R, BITS, 2>(at, group, 0, levels, totals);
                 if (tokens <= 2) continue;
             }
             if constexpr (IS_USUAL) {
-                if (tokens == 3) sum_directly<R, BITS, 3>(at, group, levels, totals);
-                if (tokens == 4) sum_directly<R, BITS, 4>(at, group, levels, totals);
-                if (tokens == 5) sum_directly<R, BITS, 5>(at, group, levels, totals);
-                if (tokens == 6) sum_directly<R, BITS, 6>(at, group, levels, totals);
-                if (tokens <= 6) continue;
+                if (tokens <= 3 * TILE_TOKENS) {
+                    sum_tiles_directly<R, BITS>(at, group, levels, totals);
+                    continue;
+                }
             }
             int64_t whole = w.slots / w.group - group, small = R::SMALL / w.group < whole ? R::SMALL / w.group : whole;
             if (small < 2) sum_in_chunks<R, BITS>(at, group, levels, carried, totals);

@@ -41,6 +41,7 @@ INLINE void fold_tile(typename R::Sum (&sums)[TOKENS][4], float* totals, const P
         total = R::template fold<HAS_ZERO, HAS_REMAINDER>(total, sums[i / 4][i % 4], i % 4 * BW_LANES, p,
                                                           (const uint32_t*)group_sums + i / 4);
         store_f(totals + i * BW_LANES, total);
+        IN_ORDER; /* or all totals are loaded first, and spilled */
     }
 }
 
@@ -54,22 +55,20 @@ INLINE void fold(typename R::Sum (&sums)[TOKENS][4], float* totals, const Parame
 /* How each token's four sums begin. */
 template <class R, int TOKENS>
 INLINE void start(typename R::Sum (&sums)[TOKENS][4], bool has_zero, const Levels& levels, const void* group_sums) {
-    for_each<TOKENS>([&](auto token) INLINE_LAMBDA {
-        typename R::Sum first = R::start(has_zero, levels, (const uint32_t*)group_sums + token);
-        UNROLL
-        for (int i = 0; i < 4; i++) sums[token][i] = first;
-    });
+    UNROLL
+    for (int i = 0; i < 4 * TOKENS; i++)
+        sums[i / 4][i % 4] = R::start(has_zero, levels, (const uint32_t*)group_sums + i / 4);
 }
 
-/* A group of a panel times TOKENS tokens, weights straight from memory. */
+/* A group of a panel times a tile of TOKENS tokens, weights straight from memory. */
 template <class R, int BITS, int TOKENS>
-void sum_directly(const PanelPlace& at, int64_t group, const Levels& levels, float* totals) {
+void sum_directly(const PanelPlace& at, int64_t group, int64_t first, const Levels& levels, float* totals) {
     const bw_linear_job& job = at.job;
     int64_t blocks = group_slots(*job.weight, group) / BW_BLOCK;
-    const uint32_t* x = group_words<R>(job, group);
+    const uint32_t* x = group_words<R>(job, group) + first * blocks * (BW_BLOCK / 4) * R::STEPS;
     const uint8_t* codes = at.codes + group * job.weight->group / BW_BLOCK * 4 * 64 * BITS;
     typename R::Sum sums[TOKENS][4];
-    start<R, TOKENS>(sums, job.weight->zero != nullptr, levels, group_sums(job, group, 0));
+    start<R, TOKENS>(sums, job.weight->zero != nullptr, levels, group_sums(job, group, first));
     for (int64_t b = 0; b < blocks; b++, x += 8 * R::STEPS * TOKENS)
         for_each<4>([&](auto lane) INLINE_LAMBDA {
             Block<BITS> block(codes);
@@ -85,7 +84,20 @@ void sum_directly(const PanelPlace& at, int64_t group, const Levels& levels, flo
             });
         });
     Parameters p = load_parameters(*job.weight, at.panel, group, at.groups, R::STEPS == 1);
-    fold<R, TOKENS>(sums, totals, p, group_sums(job, group, 0));
+    fold<R, TOKENS>(sums, totals + first * BW_PANEL, p, group_sums(job, group, first));
+}
+
+/* The same for all tokens of the job, tile after tile; a group's codes then come from a cache. */
+template <class R, int BITS>
+INLINE void sum_tiles_directly(const PanelPlace& at, int64_t group, const Levels& levels, float* totals) {
+    for (int64_t first = 0; first < at.job.tokens.count; first += TILE_TOKENS) switch (at.job.tokens.count - first) {
+            case 1: sum_directly<R, BITS, 1>(at, group, first, levels, totals); break;
+            case 2: sum_directly<R, BITS, 2>(at, group, first, levels, totals); break;
+            case 3: sum_directly<R, BITS, 3>(at, group, first, levels, totals); break;
+            case 4: sum_directly<R, BITS, 4>(at, group, first, levels, totals); break;
+            case 5: sum_directly<R, BITS, 5>(at, group, first, levels, totals); break;
+            default: sum_directly<R, BITS, 6>(at, group, first, levels, totals);
+        }
 }
 
 /* Blocks of codes to weights: out [step][64] words. */
@@ -114,9 +126,9 @@ struct Chunk {
     const Levels& levels;
 };
 
-/* Steps of spread weights times TOKENS tokens. */
+/* Steps of spread weights times TOKENS tokens. Never inlined: in a caller's loop, compilers move sums to the stack. */
 template <class R, bool IS_WIDE, int TOKENS>
-void sum_tile(const Chunk& chunk, const uint32_t* x, uint32_t* carried, float* totals, const void* group_sums) {
+__attribute__((noinline)) void sum_tile(const Chunk& chunk, const uint32_t* x, uint32_t* carried, float* totals, const void* group_sums) {
     typename R::Sum sums[TOKENS][4];
     if (chunk.is_first) start<R, TOKENS>(sums, chunk.parameters.has_zero, chunk.levels, group_sums);
     else {
@@ -170,46 +182,6 @@ void sum_in_chunks(const PanelPlace& at, int64_t group, const Levels& levels, ui
     }
 }
 
-/* What a tile needs of several whole groups at once: weights [group][step][64]. */
-struct Groups {
-    const uint32_t* weights;
-    int64_t count, steps; /* groups, and steps of each */
-    const Parameters* parameters;
-    const Levels& levels;
-    int64_t word_stride, sum_stride; /* from group to group, of a tile's words and sums */
-};
-
-/* Groups of spread weights times TOKENS tokens, each group folded into the totals. */
-template <class R, bool IS_WIDE, int TOKENS>
-void sum_groups(const Groups& groups, const uint32_t* x, float* totals, const uint32_t* group_sums) {
-    const uint32_t* weights = groups.weights;
-    for (int64_t g = 0; g < groups.count; g++, x += groups.word_stride, group_sums += groups.sum_stride) {
-        const Parameters& p = groups.parameters[g];
-        typename R::Sum sums[TOKENS][4];
-        start<R, TOKENS>(sums, p.has_zero, groups.levels, group_sums);
-        const uint32_t* words = x;
-        for (int64_t step = 0; step < groups.steps; step++, weights += BW_PANEL, words += TOKENS) {
-            I w[4] = {load_i(weights), load_i(weights + 16), load_i(weights + 32), load_i(weights + 48)};
-            UNROLL
-            for (int i = 0; i < 4 * TOKENS; i++)
-                sums[i / 4][i % 4] = R::template dot<IS_WIDE>(sums[i / 4][i % 4], w[i % 4], words[i / 4]);
-        }
-        fold<R, TOKENS>(sums, totals, p, group_sums);
-    }
-}
-
-template <class R, bool IS_WIDE>
-INLINE void sum_groups_of(int tokens, const Groups& groups, const uint32_t* x, float* totals, const uint32_t* group_sums) {
-    switch (tokens) {
-        case 1: return sum_groups<R, IS_WIDE, 1>(groups, x, totals, group_sums);
-        case 2: return sum_groups<R, IS_WIDE, 2>(groups, x, totals, group_sums);
-        case 3: return sum_groups<R, IS_WIDE, 3>(groups, x, totals, group_sums);
-        case 4: return sum_groups<R, IS_WIDE, 4>(groups, x, totals, group_sums);
-        case 5: return sum_groups<R, IS_WIDE, 5>(groups, x, totals, group_sums);
-        default: return sum_groups<R, IS_WIDE, 6>(groups, x, totals, group_sums);
-    }
-}
-
 /* Groups [first, first + count), whole and small, times all tokens of the job: spread out together. */
 template <class R, int BITS>
 void sum_small_groups(const PanelPlace& at, int64_t first, int64_t count, const Levels& levels, float* totals) {
@@ -220,11 +192,13 @@ void sum_small_groups(const PanelPlace& at, int64_t first, int64_t count, const 
     for (int64_t g = 0; g < count; g++)
         parameters[g] = load_parameters(*job.weight, at.panel, first + g, at.groups, R::STEPS == 1);
     spread<R, BITS>(at.codes + first * slots / BW_BLOCK * 4 * 64 * BITS, count * slots / BW_BLOCK, levels, weights);
-    Groups groups{weights, count, words, parameters, levels, words * tokens, tokens};
     const uint32_t* x = group_words<R>(job, first);
     for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
         int tile = tokens - token < TILE_TOKENS ? (int)(tokens - token) : TILE_TOKENS;
-        sum_groups_of<R, BITS == 8>(tile, groups, x + token * words, totals + token * BW_PANEL,
-                                    (const uint32_t*)group_sums(job, first, token));
+        for (int64_t g = 0; g < count; g++) {
+            Chunk chunk{weights + g * words * BW_PANEL, words, true, true, parameters[g], levels};
+            sum_tokens<R, BITS == 8>(tile, chunk, x + g * words * tokens + token * words, nullptr, totals + token * BW_PANEL,
+                                     group_sums(job, first + g, token));
+        }
     }
 }

@@ -18,3 +18,5 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
+/* Nothing that touches memory is moved across. */
+#define IN_ORDER __asm__ volatile("" ::: "memory")
