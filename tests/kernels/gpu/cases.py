@@ -9,7 +9,7 @@ import torch
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
-from bitwright.kernels.gpu import attention, integer, linear, tokens
+from bitwright.kernels.gpu import attention, fp8, integer, linear, tokens
 
 __all__ = ["CASES", "fitting"]
 
@@ -68,6 +68,14 @@ def normed(columns: int, dtype: torch.dtype = torch.float16) -> Callable[[], Non
     return work
 
 
+def fp8_product(scheme: str, rows: int) -> Callable[[], None]:
+    def work() -> None:
+        weight = fp8.pack_fp8(QuantizedTensor.quantize(torch.randn(OUT, IN), parse(scheme).weight))
+        fp8.fp8_linear(torch.zeros(rows, IN, dtype=torch.bfloat16), weight)
+
+    return work
+
+
 CASES: dict[str, Callable[[], None]] = {
     "w4g128 rows 1": a16("w4g128", 1),
     "w4g128 bf16 rows 1": a16("w4g128", 1, torch.bfloat16),
@@ -88,6 +96,8 @@ CASES: dict[str, Callable[[], None]] = {
     "w4g128-a8 rows 1": a8("w4g128-a8", 1),
     "A8W4 rows 300": a8("A8W4", 300),
     "w4g32-asym-a8 rows 64": a8("w4g32-asym-a8", 64, torch.bfloat16),
+    "fp8 product, 8 bits": fp8_product("fp8", 300),
+    "fp8 product, 4 bits": fp8_product("w4g128-asym", 1),
     "norm": normed(4096),
     "float decode": cached("none", 1, 4096),
     "float bf16 prompt": cached("none", 100, 4096, torch.bfloat16),
@@ -105,4 +115,6 @@ OLD = ("w4g128 rows 1", "A16W8 rows 1", "w3g64 rows 1", "nf4g64 rows 1", "w4g128
 
 def fitting(generation: int) -> list[str]:
     """The cases that a generation can run."""
-    return list(CASES) if generation >= 80 else list(OLD)
+    if generation < 80:
+        return list(OLD)
+    return list(CASES) if generation >= 89 else [name for name in CASES if not name.startswith("fp8 product")]
