@@ -37,6 +37,7 @@ __all__ = ["Engine", "RequestFields"]
 
 
 MOST_GUESSED = 64  # tokens of one request in one step
+BEFORE = 32  # last tokens of a prompt, on which the first piece of text can depend
 
 
 class RequestFields(TypedDict, total=False):
@@ -117,7 +118,7 @@ class Engine:
         loaded, self.tokenizer = _load(model, tokenizer)
         # Nobody else has a model that was loaded here.
         self.decoder, runs = choose_decoder(loaded, decoder, scheme, head=head_scheme, release=loaded is not model)
-        self.max_length = min(max_length or runs.shape.positions, runs.shape.positions)
+        self.max_length = _max_length(max_length, runs.shape.positions)
         self.pages = page_count(
             runs,
             scheme,
@@ -186,7 +187,7 @@ class Engine:
             seed=seed,
             ends=frozenset(options.stop_ids) | (frozenset() if options.ignore_end else self._ends),
             sampler=Sampler(options, tokens, seed),
-            text=AnswerText(self.tokenizer, tokens, options.stop),
+            text=AnswerText(self.tokenizer, tokens[-BEFORE:], options.stop),
         )
 
     def _cancel(self, number: int) -> None:
@@ -299,6 +300,12 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None:
             check_count(name, size, 1)
+
+
+def _max_length(asked: int | None, context: int) -> int:
+    if asked is not None and asked > context:
+        raise ArgumentError("BW201", f"max_length is {asked}", suggestion=f"at most {context}, the model's context")
+    return asked or context
 
 
 def _check_reuse(reuse: int, seconds: float | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.core.errors import BitwrightError
-from bitwright.engine.handle import FinishReason, Status
+from bitwright.engine.handle import Completion, FinishReason, Status
 from bitwright.engine.pages import PageAllocator
 from bitwright.engine.request import Request
 from bitwright.engine.runner import Runner
@@ -31,6 +31,7 @@ class EngineLoop:
         self._counters = Counters()
         self._changed = threading.Condition()
         self._arrived: list[Request] = []
+        self._open: dict[int, Request] = {}  # all that have not ended, wherever they are
         self._is_closing = False
         self._error: BitwrightError | None = None
         self._thread = threading.Thread(target=self._run, name="bitwright-engine", daemon=True)
@@ -44,15 +45,16 @@ class EngineLoop:
         """
         with self._changed:
             self.refuse_if_ended()
+            self._open[request.number] = request
             self._arrived.append(request)
             self._changed.notify_all()
 
     def cancel(self, number: int) -> None:
         """Have a request end before the next step, if it has not ended."""
         with self._changed:
-            for request in (*self._scheduler.requests, *self._arrived):
-                request.is_cancelled |= request.number == number
-            self._changed.notify_all()
+            if number in self._open:
+                self._open[number].is_cancelled = True
+                self._changed.notify_all()
 
     def refuse_if_ended(self) -> None:
         """Raise BW209 if the engine is closed, BW505 if it has failed."""
@@ -170,11 +172,11 @@ class EngineLoop:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if reason == "cancelled":
-            request.shown.append(request.text.finish())
+            request.show_rest()
         completion = request.completion(reason)
         self._scheduler.remove(request)
         self._counters.count(completion)
-        request.handle.end(Status.CANCELLED if reason == "cancelled" else Status.FINISHED, completion)
+        self._end(request, Status.CANCELLED if reason == "cancelled" else Status.FINISHED, completion)
 
     def _fail(self, request: Request, error: BitwrightError) -> None:
         """End one request with its error; what it computed may not be finite, and must not be met by another."""
@@ -183,17 +185,26 @@ class EngineLoop:
         self._runner.cache.clear(own)
         self._scheduler.remove(request)
         self._counters.failed += 1
-        request.handle.end(Status.FAILED, None, error)
+        self._end(request, Status.FAILED, None, error)
 
     def _end_all(self, error: BitwrightError) -> None:
-        with self._changed:
-            ended = [*self._scheduler.requests, *self._arrived]
-            self._arrived.clear()
-            for request in self._scheduler.requests:
-                self._scheduler.remove(request)
-            self._counters.failed += len(ended)
-        for request in ended:
-            request.handle.end(Status.FAILED, None, error)
+        """Nobody is left waiting, whatever state a failure has left behind."""
+        try:
+            with self._changed:
+                self._arrived.clear()
+                for request in self._scheduler.requests:
+                    self._scheduler.remove(request)
+        finally:
+            with self._changed:
+                self._counters.failed += len(self._open)
+                for request in list(self._open.values()):
+                    self._end(request, Status.FAILED, None, error)
+
+    def _end(
+        self, request: Request, status: Status, completion: Completion | None, error: BitwrightError | None = None
+    ) -> None:
+        del self._open[request.number]
+        request.handle.end(status, completion, error)
 
 
 def _closed() -> BitwrightError:

@@ -89,6 +89,13 @@ class Request:
         self.handle.put(Delta((token,), piece, () if logprobs is None else (logprobs,)), status)
         return reason
 
+    def show_rest(self) -> None:
+        """Hand over what was held back, where no more tokens come."""
+        piece = self.text.finish()
+        self.shown.append(piece)
+        if piece:
+            self.handle.put(Delta((), piece), self.handle.status)
+
     def completion(self, reason: FinishReason) -> Completion:
         """The answer as it is now."""
         stopped_by: str | int | None = self.text.stopped_by

@@ -11,8 +11,9 @@ from bitwright.core.kv_scheme import KVScheme
 from bitwright.core.memory import machine_memory
 from bitwright.core.scheme import LayerScheme
 from bitwright.kernels import native_library
-from bitwright.models import decoder_native, decoder_torch
+from bitwright.models import decoder_cuda, decoder_native, decoder_torch
 from bitwright.models.decoder import Decoder, read_shape
+from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.hf import PreTrainedModel
@@ -20,7 +21,7 @@ from bitwright.models.paged_cache import PAGE, refuse_scheme
 
 __all__ = ["DECODERS", "choose_decoder", "page_count"]
 
-DECODERS = ("auto", "native", "torch")
+DECODERS = ("auto", "native", "cuda", "torch")
 SHARE = 4  # the cache takes at most one part in so many of the available memory, unless told otherwise
 
 
@@ -39,7 +40,11 @@ def choose_decoder(
     """
     if name not in DECODERS:
         raise ArgumentError("BW201", f"decoder is {name!r}", suggestion=f"accepted: {', '.join(DECODERS)}")
-    reasons = {"native": _refuse_native(model, scheme), "torch": _refuse_torch(model, scheme, head)}
+    reasons = {
+        "native": _refuse_native(model, scheme),
+        "cuda": _refuse_cuda(model, scheme, head),
+        "torch": _refuse_torch(model, scheme, head),
+    }
     wanted = [each for each in reasons if name in ("auto", each)]
     chosen = next((each for each in wanted if reasons[each] is None), None)
     if chosen is None:
@@ -48,6 +53,8 @@ def choose_decoder(
         raise ArgumentError("BW201", what, why=why, suggestion="bitwright.generate runs every model")
     if chosen == "native":
         return chosen, NativeDecoder(model, head=head, release=release)
+    if chosen == "cuda":
+        return chosen, CudaDecoder(model, release=release)
     on_cpu = torch.device(model.device).type == "cpu"
     if name == "auto" and on_cpu and native_library.missing() is None:
         what = f"the native decoder does not run this model: {reasons['native']}; the slower one in torch does"
@@ -58,6 +65,10 @@ def choose_decoder(
 def _refuse_native(model: PreTrainedModel, scheme: KVScheme) -> str | None:
     reason = decoder_native.refuse(model)
     return reason or _of_cache(scheme, decoder_native.refuse_cache(scheme, read_shape(model).head_dim))
+
+
+def _refuse_cuda(model: PreTrainedModel, scheme: KVScheme, head: LayerScheme | None) -> str | None:
+    return decoder_cuda.refuse(model) or decoder_cuda.refuse_cache(scheme) or _refuse_torch(model, scheme, head)
 
 
 def _refuse_torch(model: PreTrainedModel, scheme: KVScheme, head: LayerScheme | None) -> str | None:
@@ -92,7 +103,7 @@ def page_count(
         least, given, pages = PAGE, cache_tokens, cache_tokens // PAGE
         name, unit = "cache_tokens", ""
     else:
-        available = machine_memory()[1]
+        available = decoder.available_memory() if isinstance(decoder, CudaDecoder) else machine_memory()[1]
         least, given = page_bytes, available // SHARE if cache_memory is None else cache_memory
         pages, name, unit = given // page_bytes, "cache_memory", " bytes"
         if cache_memory is None:

@@ -100,15 +100,15 @@ class Engine:
                 module.to(f"cuda:{config.device_ids[0] if config.device_ids else 0}")
             else:
                 warnings.warn("there is no CUDA device: the model runs on the CPU", Notice, stacklevel=4)
-        context = context_length(installed.model.config)
-        if context is not None and config.max_length > context:
+        context = context_length(installed.model.config) or config.max_length
+        if config.max_length > context:
             what = f"max_length is {config.max_length}, but the model has a context of {context}, which counts"
             warnings.warn(what, Notice, stacklevel=4)
         installed.engine = OwnEngine(
             installed.model,
             tokenizer=loader.get_tokenizer(),
             max_batch=config.max_batch,
-            max_length=config.max_length,
+            max_length=min(config.max_length, context),
             kv_cache=config.cache_mode.value,
             reuse=config.span,
             reuse_seconds=config.prefix_ttl,
