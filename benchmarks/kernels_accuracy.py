@@ -114,7 +114,8 @@ def main() -> None:
     native.MOST_PADDING = math.inf  # however small a layer is
     names = ["demo:", *(str(path.parent) for path in sorted(SHARED.glob("*/config.json")))]
     rows = [row for name in names for row in measure(name)]
-    print("| model | scheme | dtype | rounding to nearest | arithmetic | with its cache |\n|---|---|---|---|---|---|")
+    heads = ("model", "scheme", "dtype", "rounding to nearest", "arithmetic", "with its cache")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:
         print(
             f"| {row.model} | {row.scheme} | {row.dtype} | {row.rounding:.1e} | {row.arithmetic:.1e} | {row.with_cache:.1e} |"
