@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_it_computes_what_transformers_does() -> None:
     model = build("llama")
-    decoder_laws.agrees_with_transformers(CudaDecoder(model), model, 1e-5, length=16)
+    decoder = CudaDecoder(model)
+    decoder_laws.agrees_with_transformers(decoder, model, 1e-5, length=16)
+    silent = replace(some_step([1]), outputs=torch.zeros(0, dtype=torch.int32))
+    assert decoder.forward(silent, decoder.new_cache(3)).shape == (0, decoder.shape.vocabulary)
 
 
 @pytest.mark.slow
@@ -103,9 +107,9 @@ def test_staged_rows_are_read_back_and_every_part_is_aligned() -> None:
     assert (again.block_rows, again.longest) == (16, 40)
 
 
-def test_the_padding_of_a_graph_writes_to_nobodys_page_and_has_no_context() -> None:
-    rows = decode_rows(some_step([5, 40, 33]), 4, 1024, scratch=99)
-    assert rows.pages.tolist() == [1, 4, 6, 99] and rows.lengths.tolist() == [5, 40, 33, 0]
+def test_the_padding_of_a_graph_is_written_nowhere_and_has_no_context() -> None:
+    rows = decode_rows(some_step([5, 40, 33]), 4, 1024)
+    assert rows.pages.tolist() == [1, 4, 6, -1] and rows.lengths.tolist() == [5, 40, 33, 0]
     assert rows.table.shape == (4, 32) and rows.table[1, :3].tolist() == [3, 4, 0]
     assert rows.blocks.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]] and rows.starts.tolist() == [0, 1, 2, 3, 4]
 
@@ -118,8 +122,10 @@ def test_padded_steps_give_the_same_logits() -> None:
     for padded in (False, True):
         cache = decoder.new_cache(6)
         step = some_step([1, 1])
-        rows = decode_rows(step, 4, 1024, scratch=cache.page_count - 1) if padded else step_rows(step, 2)
+        rows = decode_rows(step, 4, 1024) if padded else step_rows(step, 2)
         found.append(decoder._run(read_rows(*stage(rows, pinned=False)), cache)[:2])
+        written = [int(tensor.abs().sum((1, 2, 3)).count_nonzero()) for tensor in (*cache.keys, *cache.values)]
+        assert set(written) == {2}, "each sequence has one page"
     assert torch.allclose(found[0], found[1], atol=1e-4)
 
 

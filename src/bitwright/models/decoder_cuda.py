@@ -30,6 +30,7 @@ from bitwright.models.quantized import QuantizedLinear
 __all__ = ["CudaDecoder", "refuse", "refuse_cache"]
 
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # that graphs are recorded for; larger ones run without
+HEADROOM = 0.08  # of the GPU's memory: activations of a prompt, graphs, and what the allocator cannot use
 LEAST_CONTEXT = 1024  # of a graph; then the powers of two
 
 
@@ -179,7 +180,7 @@ class CudaDecoder:
         return lambda x: layer(x)
 
     def new_cache(self, page_count: int, scheme: KVScheme | None = None) -> PagedCache:
-        """Room for ``page_count`` pages, and one more into which the padding of a graph is written.
+        """Room for ``page_count`` pages; see :class:`bitwright.models.decoder.Decoder`.
 
         Raises:
             ArgumentError: BW201 if :func:`refuse_cache` says why the scheme cannot be read.
@@ -190,7 +191,12 @@ class CudaDecoder:
         shape = CacheShape(
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
-        return PagedCache(shape, page_count + 1, scheme, self.device)
+        return PagedCache(shape, page_count, scheme, self.device)
+
+    def available_memory(self) -> int:
+        """Bytes of the GPU that a cache may take: what is free, less a headroom for activations and graphs."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, free - int(HEADROOM * total))
 
     def weight_bytes(self) -> int:
         """How much memory the weights take."""
@@ -219,7 +225,7 @@ class CudaDecoder:
         context = LEAST_CONTEXT
         while context < longest:
             context *= 2
-        rows = decode_rows(step, size, context, scratch=cache.page_count - 1)
+        rows = decode_rows(step, size, context)
         key = (id(cache), size, context)
         if key not in self._recordings:
             self._recordings[key] = self._record(rows, cache)

@@ -59,16 +59,16 @@ def step_rows(step: Step, group: int, *, few: bool = False) -> Rows:
     )  # fmt: skip
 
 
-def decode_rows(step: Step, size: int, context: int, *, scratch: int) -> Rows:
+def decode_rows(step: Step, size: int, context: int) -> Rows:
     """The rows of a step of single tokens, padded to ``size`` sequences of up to ``context`` tokens.
 
-    Sequences of the padding have no context, and are written to the page ``scratch``, which is nobody's.
+    Sequences of the padding have no context, and are written nowhere.
     """
     count, most = len(step.lengths), context // PAGE
     table = torch.zeros(size, most, dtype=torch.int32)
     width = min(most, step.pages.shape[1])
     table[:count, :width] = step.pages[:, :width]
-    pages = torch.full((size,), scratch, dtype=torch.int32)
+    pages = torch.full((size,), -1, dtype=torch.int32)
     pages[:count] = step.pages[torch.arange(count), step.positions.long() // PAGE]
     every = torch.arange(size, dtype=torch.int32)
     return Rows(

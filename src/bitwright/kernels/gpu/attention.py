@@ -176,7 +176,7 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
 def append(keys: Tensor, values: Tensor, pages: Tensor, offsets: Tensor, key_side: StoredSide, value_side: StoredSide,
            turns: tuple[Tensor, Tensor] | None = None) -> None:  # fmt: skip
     """Write new tokens, a row each (``[tokens, kv_heads, head_dim]``, heads contiguous), at ``offsets`` in ``pages``
-    (int32 ``[tokens]``), in codes of their own where the sides have codes.
+    (int32 ``[tokens]``; a page below 0: nowhere), in codes of their own where the sides have codes.
 
     ``turns``: cosines and sines of each row's position, float32 ``[tokens, head_dim / 2]``, by which keys are turned
     first, in float32. A number that is not finite makes the scale of its token and head NaN.

@@ -73,16 +73,18 @@ def append(keys, values, cosine, sine, pages, offsets, key_to, key_scales, value
            HEAD: tl.constexpr, WIDTH: tl.constexpr, KEY_KIND: tl.constexpr, KEY_BITS: tl.constexpr,
            VALUE_KIND: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_STATIC: tl.constexpr, VALUE_STATIC: tl.constexpr,
            TURNED: tl.constexpr):  # fmt: skip
-    """One head of one token: ``keys`` and ``values`` ``[tokens, kv_heads, HEAD]`` with rows of the given strides."""
+    """One head of one token: ``keys`` and ``values`` ``[tokens, kv_heads, HEAD]`` with rows of the given strides. A row
+    without a page (below 0) is not written."""
     row, head = tl.program_id(0), tl.program_id(1)
     page = tl.load(pages + row).to(tl.int64)
-    place = (page * kv_heads + head) * page_tokens + tl.load(offsets + row)
-    at = row.to(tl.int64) * key_stride + head * HEAD
-    _write(keys, at, key_to, key_scales, head, cosine, sine, row, place, HEAD, WIDTH, KEY_KIND, KEY_BITS, KEY_STATIC,
-           TURNED)  # fmt: skip
-    at = row.to(tl.int64) * value_stride + head * HEAD
-    _write(values, at, value_to, value_scales, head, cosine, sine, row, place, HEAD, WIDTH, VALUE_KIND, VALUE_BITS,
-           VALUE_STATIC, False)  # fmt: skip
+    if page >= 0:
+        place = (page * kv_heads + head) * page_tokens + tl.load(offsets + row)
+        at = row.to(tl.int64) * key_stride + head * HEAD
+        _write(keys, at, key_to, key_scales, head, cosine, sine, row, place, HEAD, WIDTH, KEY_KIND, KEY_BITS,
+               KEY_STATIC, TURNED)  # fmt: skip
+        at = row.to(tl.int64) * value_stride + head * HEAD
+        _write(values, at, value_to, value_scales, head, cosine, sine, row, place, HEAD, WIDTH, VALUE_KIND, VALUE_BITS,
+               VALUE_STATIC, False)  # fmt: skip
 
 
 @triton.jit
