@@ -101,13 +101,7 @@ def generate(
     scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ArgumentError("BW201", f"max_tokens is {max_tokens!r}", suggestion="a whole number, at least 1")
-    if isinstance(model_or_path, str | Path):
-        model, own_tokenizer = load_with_tokenizer(model_or_path)
-        tokenizer = tokenizer or own_tokenizer
-    else:
-        model = model_or_path
-        tokenizer = tokenizer or _own_tokenizer(model)
-        check_vocabulary(model, tokenizer)
+    model, tokenizer = _resolve(model_or_path, tokenizer)
     tokens = encode_chat(tokenizer, prompt) if chat else encode_prompt(tokenizer, prompt)
     pieces: list[str] = []
     cache = None if scheme.is_float else QuantizedCache(model, scheme)
@@ -116,6 +110,18 @@ def generate(
         if on_text is not None:
             on_text(piece)
     return "".join(pieces)
+
+
+def _resolve(
+    model_or_path: PreTrainedModel | str | Path, tokenizer: Tokenizer | None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A model and the tokenizer given for it, or its own."""
+    if isinstance(model_or_path, str | Path):
+        model, own_tokenizer = load_with_tokenizer(model_or_path)
+        return model, tokenizer or own_tokenizer
+    tokenizer = tokenizer or _own_tokenizer(model_or_path)
+    check_vocabulary(model_or_path, tokenizer)
+    return model_or_path, tokenizer
 
 
 def generate_tokens(

@@ -54,7 +54,7 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache")
 DEFAULT_SEQLEN = 2048
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Calibrated:
     """What a calibration has written.
 
@@ -101,8 +101,8 @@ def calibrate(
         on_event, should_stop: progress listener, and a question asked after each block.
 
     Returns:
-        What was written: four files of statistics (of keys, values, inputs and outputs of linear layers; min, max,
-        absmax and mean of each channel, keys and values as ``[kv_heads, head_dim]``), and the ranges themselves.
+        What was written: statistics of keys and values (min, max, absmax, mean, ``[kv_heads, head_dim]``) and of inputs
+        and outputs of linear layers, and the ranges.
 
     Raises:
         BitwrightError: BW201 for an argument, BW401 and BW402 for the text, BW602 for NaN; and whatever opening the
@@ -112,46 +112,35 @@ def calibrate(
     Example:
         >>> bitwright.calibrate("model", samples=32)
     """
-    started = time.perf_counter()
-    directory = resolve_model(model)
+    _check_counts(samples=samples, seqlen=seqlen)
+    started, directory = time.perf_counter(), resolve_model(model)
+    target, checkpoint = _target(directory, output), open_checkpoint(directory)
+    tokens = calibration_tokens(checkpoint, dataset, samples, seqlen, seed)
+    run = _Run(
+        checkpoint, tokens, target, on_event or ignore_event, should_stop, restart, f"bitwright calibrate {model}"
+    )
+    with thread_count(threads), torch.no_grad():
+        files, layers = run.measure(seed)
+    run.sink(Event("result", f"wrote {len(files)} files to {target}", {"files": list(files)}))
+    count, length = tokens.windows.shape
+    return Calibrated(str(model), target, files, layers, count, length, tokens.source, time.perf_counter() - started)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for (name, value), least in zip(counts.items(), (1, 2), strict=True):
+        if value is not None and (type(value) is not int or value < least):
+            raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=f"a whole number of at least {least}")
+
+
+def _target(directory: Path, output: str | Path | None) -> Path:
+    """Where the files go."""
     if output is None and directory == embedded_directory():
         what = "the embedded model is part of the program, and keeps no files"
         raise ArgumentError("BW201", what, suggestion="--work-dir DIR, which then has them")
-    target = directory if output is None else Path(output)
-    for name, value, least in (("samples", samples, 1), ("seqlen", seqlen, 2), ("seed", seed, 0)):
-        if value is not None and (type(value) is not int or value < least):
-            raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=f"a whole number of at least {least}")
-    checkpoint = open_checkpoint(directory)
-    tokens = calibration_tokens(checkpoint, dataset, samples, seqlen, seed)
-    run = _Run(
-        checkpoint=checkpoint,
-        tokens=tokens,
-        target=target,
-        sink=on_event or ignore_event,
-        should_stop=should_stop,
-        restart=restart,
-        command=f"bitwright calibrate {model}",
-    )
-    with thread_count(threads), torch.no_grad():
-        tensors, layers = run.resident() if checkpoint.quantization is not None else run.streamed()
-    notes = {"source": tokens.source, "samples": len(tokens.windows), "seqlen": tokens.windows.shape[1], "seed": seed}
-    files = _write(target, checkpoint, tensors, layers, notes)
-    remove_tree(target / WORK)
-    made = Calibrated(
-        model=str(model),
-        output=target,
-        files=files,
-        layers=len(layers),
-        samples=len(tokens.windows),
-        seqlen=tokens.windows.shape[1],
-        source=tokens.source,
-        seconds=time.perf_counter() - started,
-    )
-    run.sink(Event("result", f"wrote {len(files)} files to {target}", {"files": list(files)}))
-    return made
+    return directory if output is None else Path(output)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     checkpoint: Checkpoint
     tokens: CalibrationTokens
@@ -160,6 +149,16 @@ class _Run:
     should_stop: Callable[[], bool]
     restart: bool
     command: str
+
+    def measure(self, seed: int) -> tuple[tuple[str, ...], int]:
+        """Run the model, write the files; returns their names and how many layers there are."""
+        is_quantized = self.checkpoint.quantization is not None
+        tensors, layers = self.resident() if is_quantized else self.streamed()
+        samples, seqlen = self.tokens.windows.shape
+        notes = {"source": self.tokens.source, "samples": samples, "seqlen": seqlen, "seed": seed}
+        files = _write(self.target, self.checkpoint, tensors, layers, notes)
+        remove_tree(self.target / WORK)
+        return files, len(layers)
 
     def resident(self) -> tuple[dict[str, Tensor], list[int]]:
         """Run the whole model; there is nothing to resume."""
