@@ -126,9 +126,10 @@ struct Chunk {
     const Levels& levels;
 };
 
-/* Steps of spread weights times TOKENS tokens. Never inlined: in a caller's loop, compilers move sums to the stack. */
+/* Steps of spread weights times TOKENS tokens. Apart: in a caller's loop, or made
+ * anew for its arguments, compilers keep the sums on the stack. */
 template <class R, bool IS_WIDE, int TOKENS>
-__attribute__((noinline)) void sum_tile(const Chunk& chunk, const uint32_t* x, uint32_t* carried, float* totals, const void* group_sums) {
+APART void sum_tile(const Chunk& chunk, const uint32_t* x, uint32_t* carried, float* totals, const void* group_sums) {
     typename R::Sum sums[TOKENS][4];
     if (chunk.is_first) start<R, TOKENS>(sums, chunk.parameters.has_zero, chunk.levels, group_sums);
     else {

@@ -18,5 +18,11 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
+/* A function that is compiled by itself, once. */
+#if defined(__clang__)
+#define APART __attribute__((noinline))
+#else
+#define APART __attribute__((noinline, noclone))
+#endif
 /* Nothing that touches memory is moved across. */
 #define IN_ORDER __asm__ volatile("" ::: "memory")
