@@ -117,9 +117,8 @@ def main() -> None:
     heads = ("model", "scheme", "dtype", "rounding to nearest", "arithmetic", "with its cache")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:
-        print(
-            f"| {row.model} | {row.scheme} | {row.dtype} | {row.rounding:.1e} | {row.arithmetic:.1e} | {row.with_cache:.1e} |"
-        )
+        costs = " | ".join(f"{cost:.1e}" for cost in (row.rounding, row.arithmetic, row.with_cache))
+        print(f"| {row.model} | {row.scheme} | {row.dtype} | {costs} |")
     if arguments.json:
         command = shlex.join(["python", "-m", "benchmarks.kernels_accuracy", *sys.argv[1:]])
         isa = native_library.instruction_set()
