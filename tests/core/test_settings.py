@@ -24,7 +24,7 @@ def test_values_are_read_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for folder in ("one", "two"):
         monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path / folder))
         assert read_settings().cache == tmp_path / folder
-    for name, field in (("NO_COLOR", "no_color"), ("BITWRIGHT_DEBUG", "debug")):
+    for name, field in (("NO_COLOR", "no_color"), ("BITWRIGHT_DEBUG", "debug"), ("BITWRIGHT_INVARIANT", "invariant")):
         monkeypatch.setenv(name, "1")
         assert getattr(read_settings(), field)
         monkeypatch.setenv(name, "")

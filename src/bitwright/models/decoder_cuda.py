@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.core.errors import ArgumentError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.kv_codes import rotate_head
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
@@ -204,8 +204,17 @@ class CudaDecoder:
 
     @torch.no_grad()
     def forward(self, step: Step, cache: PagedCache) -> Tensor:
-        """Logits of the rows ``step.outputs``, float32 ``[m, vocabulary]`` on the CPU."""
-        return self.forward_there(step, cache).to("cpu", torch.float32)
+        """Logits of the rows ``step.outputs``, float32 ``[m, vocabulary]`` on the CPU.
+
+        Raises:
+            BitwrightError: BW503 if the GPU's memory does not hold the activations; the cache may then lack the step.
+        """
+        try:
+            return self.forward_there(step, cache).to("cpu", torch.float32)
+        except torch.OutOfMemoryError as error:
+            what = f"the GPU has no memory left for a step of {len(step.tokens)} tokens"
+            advice = "less cache_memory, or fewer tokens a step"
+            raise BitwrightError("BW503", what, suggestion=advice) from error
 
     @torch.no_grad()
     def forward_there(self, step: Step, cache: PagedCache) -> Tensor:

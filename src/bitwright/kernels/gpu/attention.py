@@ -211,4 +211,4 @@ def _width(head_dim: int) -> int:
 
 def _options(q: Tensor, block_rows: int) -> dict[str, int]:
     ampere = library.describe(q.device).capability >= (8, 0)
-    return {"num_warps": 4 if block_rows <= MANY_QUERIES else 8, "num_stages": 2 if ampere else 1}
+    return {"num_warps": 4 if block_rows <= FEW_QUERIES else 8, "num_stages": 2 if ampere else 1}

@@ -53,8 +53,10 @@ UNKNOWN = GpuFacts(name="unknown", capability=(9, 0), processors=4, shared_bytes
 
 
 def missing() -> str | None:
-    """Why there are no GPU kernels; ``None`` if Triton is installed."""
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed (bitwright[gpu])"
+    """Why there are no GPU kernels here; ``None`` if there are Triton and a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (bitwright[gpu])"
+    return None if torch.cuda.is_available() else "no usable GPU is present"
 
 
 @cache
