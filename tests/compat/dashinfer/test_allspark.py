@@ -158,6 +158,11 @@ def test_wrong_fields(started: Started, fields: dict[str, Any]) -> None:
 def test_wrong_fields_of_the_engine_itself(started: Started) -> None:
     refused(lambda: started.ask(logprobs=True, top_logprobs=99), PARAM, "logprobs is 99")
     refused(lambda: started.ask([5000]), PARAM, "token 5000")
+    engine, loader = started.engine, started.loader
+    refused(lambda: engine.start_request_ids("demo", loader, None, GREEDY), PARAM, "NoneType")  # type: ignore[arg-type]
+    refused(lambda: engine.start_request_ids("demo", loader, ["a"], GREEDY), PARAM, "'a'")  # type: ignore[list-item]
+    refused(lambda: engine.start_request_text("demo", loader, "\ud800", GREEDY), PARAM, "surrogate")
+    refused(lambda: engine.start_request_text("demo", None, "a", GREEDY), PARAM, "NoneType")  # type: ignore[arg-type]
     refused(lambda: started.ask(eos_token_id=9999), PARAM, "stop_ids")
     refused(lambda: started.engine.start_request_ids("demo", started.loader, [5], 3), PARAM, "config is a int")  # type: ignore[arg-type]
 

@@ -118,17 +118,17 @@ class Engine:
         self, model_name: str, model_loader: HuggingFaceModel, text: str, generation_config: GenerationConfig
     ) -> Started:
         """Ask for what continues ``text``, in which control tokens may be spelled, as a chat template does."""
-        tokens: list[int] = []
-        if isinstance(text, str) and text:
-            tokens = model_loader.get_tokenizer().encode(text)
-        return self.start_request_ids(model_name, model_loader, tokens, generation_config)
+        return self._begin(lambda: self._ask(model_name, _tokens(model_loader, text), generation_config))
 
     def start_request_ids(
         self, model_name: str, model_loader: HuggingFaceModel, ids: Sequence[int], generation_config: GenerationConfig
     ) -> Started:
         """Ask for what continues the tokens ``ids``; of the handle and the queue, both are ``None`` if it fails."""
+        return self._begin(lambda: self._ask(model_name, _list(ids), generation_config))
+
+    def _begin(self, ask: Callable[[], tuple[RequestHandle, ResultQueue]]) -> Started:
         started: list[tuple[RequestHandle, ResultQueue]] = []
-        status = self._answer(lambda: started.append(self._ask(model_name, list(ids), generation_config)))
+        status = self._answer(lambda: started.append(ask()))
         return (status, *started[0]) if started else (status, None, None)
 
     def _ask(self, model_name: str, ids: list[int], config: GenerationConfig) -> tuple[RequestHandle, ResultQueue]:
@@ -213,6 +213,20 @@ class Engine:
         except BitwrightError as error:
             return _tell(_status_of(error), error.render())
         return AsStatus.ALLSPARK_SUCCESS
+
+
+def _tokens(loader: object, text: object) -> list[int]:
+    if not isinstance(loader, HuggingFaceModel):
+        raise _wrong(f"model_loader is a {type(loader).__name__}, not a HuggingFaceModel")
+    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _wrong("the prompt is not a text, or has a lone surrogate")
+    return [int(token) for token in loader.get_tokenizer().encode(text)] if text else []
+
+
+def _list(ids: object) -> list[int]:
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+        raise _wrong(f"the prompt is a {type(ids).__name__}; accepted: a list of tokens")
+    return list(ids)
 
 
 def _wrong(what: str) -> Refusal:
