@@ -97,6 +97,7 @@ FAULTS = [
     Fault(23, put_nan, QUANTIZE, "BW309", [LAYER, "3"]),
     Fault(28, nothing, ("generate", "made", "a" * 200), "BW403", ["200", "128", "shorten"]),
     Fault(29, nothing, ("generate", "made", "once", "--max-tokens", "125"), "BW403", ["125", "128", "at most 124"]),
+    Fault(0, nothing, ("generate", "made", "once", "--kv-cache", "int8-static"), "BW404", ["made", "calibrate"]),
     Fault(0, nothing, ("quantize", "nowhere", "-o", "out", "--scheme", "w4"), "BW504", ["nowhere", "local directory"]),
     Fault(0, nothing, ("eval", "./modle"), "BW301", ["modle", "nearest names: model"]),
     Fault(0, nothing, (*QUANTIZE, "--scheme", "w9"), "BW202", ["bits", "9", "1 to 8"]),

@@ -268,7 +268,7 @@ def calibrate(
     json: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Measure the ranges of a model's keys and values, for cache schemes with fixed scales.
+    """Measure ranges of keys and values, for static cache schemes.
 
     Block by block; interrupted, the same command resumes where it stopped.
     """
@@ -310,7 +310,10 @@ def chat(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Talk with a model in the terminal; /help lists what can be typed besides questions."""
+    """Talk with a model in the terminal.
+
+    /help lists what can be typed besides questions.
+    """
     from bitwright.cli.chat import ENGINES, ChatRequest, run_chat
 
     names = words[1:] if words[0] in ENGINES and len(words) > 1 else words
