@@ -53,6 +53,24 @@ def _scores(even, odd, q_sum, keys, scales, rows, inside, head, HEAD: tl.constex
 
 
 @triton.jit
+def _add_values(weights, decay, mixed, other, offsets, values, scales, rows, inside, head, DTYPE: tl.constexpr,
+                HEAD: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+                STATIC: tl.constexpr):  # fmt: skip
+    """What was mixed so far, decayed, and a tile of values by its weights: even (or all) and odd channels, offsets."""
+    if KIND != "float":
+        scale, offset = parameters_of_tokens(scales, rows, head, inside, KIND, BITS, STATIC)
+        offsets = offsets * decay + tl.sum(weights * offset[None, :], axis=1)
+        weights = weights * scale[None, :]
+    weights = weights.to(DTYPE)
+    numbers = _numbers(values, rows, inside, 0, HEAD, WIDTH, KIND, BITS, DTYPE)
+    mixed = tl.dot(weights, numbers, mixed * decay[:, None], input_precision="ieee")
+    if BITS == 4:
+        numbers = _numbers(values, rows, inside, 1, HEAD, WIDTH, KIND, BITS, DTYPE)
+        other = tl.dot(weights, numbers, other * decay[:, None], input_precision="ieee")
+    return mixed, other, offsets
+
+
+@triton.jit
 def _token_rows(pages, first, length, head, kv_heads, page_tokens, BLOCK_T: tl.constexpr):
     """Positions of a tile of tokens, which of them there are, and where they lie in the cache (int64)."""
     token = first + tl.arange(0, BLOCK_T)
@@ -109,16 +127,10 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
         weights = tl.where(scores > LOWEST, tl.exp2(scores - higher[:, None]), 0.0)
         decay = tl.exp2(largest - higher)
         total, largest = total * decay + tl.sum(weights, axis=1), higher
-        if VALUE_KIND != "float":
-            scale, offset = parameters_of_tokens(value_scales, rows, head, inside, VALUE_KIND, VALUE_BITS, VALUE_STATIC)
-            offsets = offsets * decay + tl.sum(weights * offset[None, :], axis=1)
-            weights = weights * scale[None, :]
-        weights = weights.to(even.dtype)
-        numbers = _numbers(values, rows, inside, 0, HEAD, WIDTH, VALUE_KIND, VALUE_BITS, even.dtype)
-        mixed = tl.dot(weights, numbers, mixed * decay[:, None], input_precision="ieee")
-        if VALUE_BITS == 4:
-            numbers = _numbers(values, rows, inside, 1, HEAD, WIDTH, VALUE_KIND, VALUE_BITS, even.dtype)
-            other = tl.dot(weights, numbers, other * decay[:, None], input_precision="ieee")
+        mixed, other, offsets = _add_values(
+            weights, decay, mixed, other, offsets, values, value_scales, rows, inside, head, even.dtype, HEAD, WIDTH,
+            VALUE_KIND, VALUE_BITS, VALUE_STATIC,
+        )  # fmt: skip
     mixed, other = mixed + offsets[:, None], other + offsets[:, None]
     if PARTIAL:
         at = ((block.to(tl.int64) * kv_heads + head) * tl.num_programs(2) + split) * BLOCK_Q + tl.arange(0, BLOCK_Q)
