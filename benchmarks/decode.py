@@ -125,7 +125,7 @@ def build_floor(work: Path) -> Path:
     return program
 
 
-def prepare(work: Path, peers: Path | None, name: str, scheme: str) -> dict[str, Path]:
+def prepare(work: Path, peers: Path | None, wanted: list[str], name: str, scheme: str) -> dict[str, Path]:
     """The model for each engine; what cannot be made is not there."""
     source = work / name
     if not source.exists():
@@ -140,14 +140,14 @@ def prepare(work: Path, peers: Path | None, name: str, scheme: str) -> dict[str,
         target = work / f"{name}-{kind}{suffix}"
         python = None if peers is None else peers / engine / "bin" / "python"
         writer = DRIVERS / ("gguf_writer.py" if engine == "llama-cpp" else "openvino_writer.py")
-        if not target.exists() and python is not None and python.exists():
+        if engine in wanted and not target.exists() and python is not None and python.exists():
             subprocess.run([str(python), str(writer), str(source), str(target), kind], check=False)
         files[engine] = target
     return files
 
 
 def engines(args: argparse.Namespace, name: str, scheme: str, threads: int) -> list[Engine]:
-    files = prepare(args.work_dir, args.peers_dir, name, scheme)
+    files = prepare(args.work_dir, args.peers_dir, args.peers, name, scheme)
     path = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
     quiet = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0", "PYTHONPATH": path}
     ours = [sys.executable, str(DRIVERS / "bitwright_driver.py"), str(files["bitwright"]), str(threads), HEADS[scheme]]
