@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,20 @@ def test_equal_models_in_two_places_give_equal_weights(tmp_path: Path) -> None:
     left, right = digests(tmp_path / "a-out"), digests(tmp_path / "b-out")
     differing = {name for name in left if left[name] != right[name]}
     assert differing <= {"report.json", "README.md"}  # they name where the model came from
+
+
+def test_the_identity_sees_a_change_at_the_start_the_middle_and_the_end(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama", hidden_size=256, intermediate_size=1024, vocab_size=2048)
+    path = tmp_path / "model.safetensors"
+    status = path.stat()
+    assert status.st_size > 5 << 20
+    source = DiskSource(tmp_path)
+    before = source.identity()
+    for position in (100, status.st_size // 2 + 9, status.st_size - 1):
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        after = source.identity()
+        assert after != before
+        before = after

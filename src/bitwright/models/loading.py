@@ -24,6 +24,7 @@ from bitwright.models.location import resolve_model
 from bitwright.models.names import match_names
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
+from bitwright.models.tying import untie_stored
 
 __all__ = ["check_vocabulary", "load", "load_checkpoint", "load_with_tokenizer"]
 
@@ -118,8 +119,9 @@ def load_checkpoint(
         layers = _place_layers(model, checkpoint, records)
     taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
     taken |= _zero_biases(model, checkpoint, layers)
-    matched = match_names(model, [name for name in checkpoint.tensors if name not in taken])
-    _fill(model, checkpoint, matched)
+    available = {name: None for name in checkpoint.tensors if name not in taken}
+    untie_stored(model, checkpoint, available)
+    _fill(model, checkpoint, match_names(model, available))
     for name, (stored, record) in layers.items():
         assert layout is not None
         bias = model.get_submodule(name).bias

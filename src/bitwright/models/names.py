@@ -9,7 +9,7 @@ from torch import nn
 
 from bitwright.core.errors import BitwrightError
 
-__all__ = ["IGNORABLE", "match_names", "shared_names", "state_names"]
+__all__ = ["IGNORABLE", "match_names", "shared_names", "state_names", "stored_names"]
 
 # Other names that tensors have in files: ``(in the model, in the file)``, as beginnings of the name.
 RENAMED = (("lm_head.", "embed_out."),)  # GPT-NeoX, whose head transformers has called so since version 5
@@ -39,7 +39,8 @@ def shared_names(model: nn.Module) -> dict[str, str]:
 def match_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """Which stored tensor fills each parameter and persistent buffer: ``{model name: stored name}``.
 
-    Files may carry the name of the base model as a prefix or lack it, and may hold a tied weight under either name.
+    Files may carry the name of the base model as a prefix or lack it, and may hold a tied weight under either name, or
+    under both (where those differ, :func:`bitwright.models.tying.untie_stored` makes them two parameters beforehand).
 
     Raises:
         BitwrightError: BW303 if tensors are missing, or stored ones have no place (constants that models compute
@@ -62,6 +63,12 @@ def match_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
         "in the files without a place in the model", [n for n in stored if n not in used and not IGNORABLE.fullmatch(n)]
     )
     return matched
+
+
+def stored_names(model: nn.Module, name: str, stored: Collection[str]) -> list[str]:
+    """Which of the ``stored`` names stand for the parameter ``name`` itself, the likeliest first."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return [spelling for spelling in _spellings(name, prefix) if spelling in stored]
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.safetensors_file import TensorSource
-from bitwright.models.blocks import find_blocks
+from bitwright.models.blocks import find_blocks, output_head
 from bitwright.models.hf import empty_model, read_config
 from bitwright.models.names import match_names, shared_names, state_names
+from bitwright.models.tying import untie_stored
 
 __all__ = ["DiskSource", "MemorySource", "Source", "refuse_nonfinite"]
 
@@ -28,6 +29,7 @@ EXPONENTS = {
     torch.float32: (np.uint32, np.uint32(0x7F800000)),
     torch.float64: (np.uint64, np.uint64(0x7FF0000000000000)),
 }
+SAMPLED = 1 << 20  # bytes of a file that are hashed in each of three places
 PIECE = 1 << 18  # numbers looked at together, so that the copy stays in cache
 MOVED = 1 << 24  # numbers fetched together from another device
 
@@ -70,6 +72,8 @@ class DiskSource:
         self.model: nn.Module = empty_model(read_config(checkpoint))
         self._checkpoint = checkpoint
         find_blocks(self.model)  # says what is not supported; names of such models may differ from the files', too
+        if untie_stored(self.model, checkpoint, checkpoint.tensors):
+            self.config = {**self.config, "tie_word_embeddings": False}
         self._files = match_names(self.model, checkpoint.tensors)
         self._shapes = state_names(self.model)
         self._shared = shared_names(self.model)
@@ -119,14 +123,21 @@ class DiskSource:
         return self._checkpoint.source(self._files[name])
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption: sizes, times and headers of the files."""
+        """What must not change between a run and its resumption: of each file its size, its time, and a hash.
+
+        The hash is of the header's first MiB and of one MiB each from the middle and the end, not of the whole file:
+        a change elsewhere that leaves size and time as they were goes unseen.
+        """
         files = {}
         for file in sorted({stored.file for stored in self._checkpoint.tensors.values()}):
             path = self._checkpoint.directory / file
             status = path.stat()
+            digest = hashlib.sha256()
             with path.open("rb") as opened:
-                head = hashlib.sha256(opened.read(1 << 20)).hexdigest()
-            files[file] = [status.st_size, status.st_mtime_ns, head]
+                for start in (0, status.st_size // 2, max(0, status.st_size - SAMPLED)):
+                    opened.seek(start)
+                    digest.update(opened.read(SAMPLED))
+            files[file] = [status.st_size, status.st_mtime_ns, digest.hexdigest()]
         return {"directory": str(self._checkpoint.directory.resolve()), "config": dict(self.config), "files": files}
 
     def byte_count(self) -> int:
@@ -181,6 +192,8 @@ class MemorySource:
             if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
                 # The configuration may still tell the dtype that the model was made with.
                 self.config = {**self.config, "dtype": str(dtype).removeprefix("torch.")}
+            if self.config.get("tie_word_embeddings") and output_head(model) is not None and not shared_names(model):
+                self.config = {**self.config, "tie_word_embeddings": False}  # so it was loaded, from files with both
 
     def unify(self) -> None: ...
 
