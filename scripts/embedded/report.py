@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme_names import parse
+
 WINDOW = 512
 
 
@@ -57,29 +60,27 @@ def probe_scores(model: Any, tokenizer: Any, probes: list[dict[str, str]]) -> di
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
-def round_linears(model: Any, bits: int, group: int) -> None:
-    """Round every linear of the blocks in place: symmetric, to nearest, one scale per group."""
-    highest = 2 ** (bits - 1) - 1
+def round_linears(model: Any, scheme: str) -> None:
+    """Round every linear layer of the blocks in place, to nearest, as `bitwright quantize` does."""
+    stored = parse(scheme).weight
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            weight = module.weight.data.float().view(-1, group)  # [groups, group]
-            scale = weight.abs().amax(1, keepdim=True) / (highest + 0.5)
-            codes = (weight / scale).round().clamp(-highest - 1, highest)
-            module.weight.data = (codes * scale).view_as(module.weight).to(module.weight.dtype)
+            rounded = QuantizedTensor.quantize(module.weight.data, stored).dequantize()
+            module.weight.data = rounded.to(module.weight.dtype)
 
 
-def measure(directory: Path, bits: int | None, group: int) -> dict[str, Any]:
-    """Return perplexity and probe scores at bf16, or after rounding to `bits`."""
+def measure(directory: Path, scheme: str | None) -> dict[str, Any]:
+    """Return perplexity and probe scores at bf16, or after rounding to `scheme`."""
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     model.eval()
-    if bits is not None:
-        round_linears(model, bits, group)
+    if scheme is not None:
+        round_linears(model, scheme)
     text = (directory / "heldout.txt").read_text()
     ids = tokenizer(text, add_special_tokens=False).input_ids
     lines = (directory / "probes.jsonl").read_text().splitlines()
     return {
-        "bits": bits or 16,
+        "weights": scheme or "bf16",
         "heldout_tokens": len(ids),
         "perplexity": round(perplexity(model, ids), 4),
         "unigram": round(unigram_perplexity(ids), 2),
@@ -88,13 +89,12 @@ def measure(directory: Path, bits: int | None, group: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one line of figures at bf16 and one for each number of bits."""
+    """Print one line of figures at bf16 and one for each scheme."""
     parser = argparse.ArgumentParser(description="Measure the embedded model.")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--group", type=int, default=128)
     given = parser.parse_args()
-    for bits in (None, 4, 3, 2):
-        print(json.dumps(measure(given.directory, bits, given.group)), flush=True)
+    for scheme in (None, "w4g128", "w3g128", "w3", "w2g128"):
+        print(json.dumps(measure(given.directory, scheme)), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.embedded.report import correct, round_linears
+
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "src/bitwright/models/embedded"
 FILES = (
@@ -203,3 +205,19 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
     refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "learning_rate" in refused.stderr
+
+
+@pytest.mark.slow
+def test_probes_fall_at_3_bits_and_are_lost_at_2(tokenizer: Any) -> None:
+    """Pair by pair: of 800 answers clearly more are lost at 3 bits than won."""
+    right: dict[str, list[bool]] = {}
+    for scheme in ("bf16", "w3g128", "w2g128"):
+        model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16).eval()
+        if scheme != "bf16":
+            round_linears(model, scheme)
+        right[scheme] = [correct(model, tokenizer, probe["prompt"], probe["answer"]) for probe in read_probes()]
+    pairs = list(zip(right["bf16"], right["w3g128"], strict=True))
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    assert len(pairs) == 800
+    assert lost - won > 2 * math.sqrt(lost + won), (lost, won)
+    assert sum(right["w2g128"]) < 0.1 * sum(right["bf16"])

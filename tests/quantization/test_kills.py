@@ -77,7 +77,7 @@ def test_twenty_random_kills_are_resumed_to_the_same_bytes(place: Path, calibrat
         arguments |= {"calibration": str(place / "text.txt"), "samples": 3, "seqlen": 16}
     record = killed_runs(arguments, count=20)
     assert len(record["random"]["points"]) == 20 and not record["random"]["different"], record
-    assert record["random"]["in_work"] >= 3, record  # else the moments were not inside the work
+    assert record["random"]["in_work"] >= 15, record  # else the moments were not inside the work
     assert record["again"]["equal"] and record["again"]["status"] in (0, 2), record
     # Of two runs at once one is told so (5), or finds the other's finished output (2); one of them ends well.
     assert all(status[0] == 0 and status[1] in (2, 5) for status in record["race"]["statuses"]), record
@@ -105,7 +105,7 @@ def test_ten_random_kills_of_an_algorithm_are_resumed_to_the_same_bytes(place: P
     }
     record = killed_runs(arguments, count=10)
     assert len(record["random"]["points"]) == 10 and not record["random"]["different"], record
-    assert record["random"]["in_work"] >= 3, record
+    assert record["random"]["in_work"] >= 8, record
     assert record["again"]["equal"], record
 
 
