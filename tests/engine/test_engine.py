@@ -268,7 +268,8 @@ def test_numbers_that_are_not_finite_fail_one_request(tiny: PreTrainedModel, mon
         ({"decoder": "x"}, "decoder"),
         ({"reuse_seconds": -1}, "reuse_seconds"), ({"speculate": -1}, "speculate"), ({"kv_cache": "int3"}, "int3"),
         ({"step_tokens": 0}, "step_tokens"), ({"max_length": 0}, "max_length"), ({"kv_cache": "int2"}, "int2"),
-        ({"cache_memory": 1 << 60}, "BW503"), ({"max_length": 129}, "max_length.*at most 128"),
+        ({"cache_memory": 1 << 60}, "BW503"), ({"cache_tokens": 1 << 60}, "BW503"),
+        ({"max_length": 129}, "max_length.*at most 128"),
     ],
 )  # fmt: skip
 def test_wrong_engines(tiny: PreTrainedModel, fields: dict[str, Any], words: str) -> None:

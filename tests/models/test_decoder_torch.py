@@ -50,7 +50,6 @@ def decoders() -> list[tuple[str, PreTrainedModel]]:
         ("mistral, windows", build("mistral")),
         ("qwen3, bfloat16", build("qwen3", dtype=torch.bfloat16)),
         ("qwen2, quantized", quantize_module(build("qwen2"), scheme="w4g32")),  # type: ignore[list-item]
-        ("the embedded model", load("demo:")),
     ]
 
 

@@ -98,19 +98,17 @@ def page_count(
     """
     if cache_tokens is not None and cache_memory is not None:
         raise ArgumentError("BW201", "both cache_tokens and cache_memory are given", suggestion="one of them")
-    page_bytes = decoder.new_cache(1, scheme).bytes()
+    page_bytes, available = decoder.new_cache(1, scheme).bytes(), machine_memory()[1]
     if cache_tokens is not None:
-        least, given, pages = PAGE, cache_tokens, cache_tokens // PAGE
-        name, unit = "cache_tokens", ""
+        name, given, least, pages = "cache_tokens", cache_tokens, str(PAGE), cache_tokens // PAGE
     else:
-        available = decoder.available_memory() if isinstance(decoder, CudaDecoder) else machine_memory()[1]
-        least, given = page_bytes, available // SHARE if cache_memory is None else cache_memory
-        pages, name, unit = given // page_bytes, "cache_memory", " bytes"
+        given = available // SHARE if cache_memory is None else cache_memory
+        name, least, pages = "cache_memory", f"{page_bytes} bytes", given // page_bytes
         if cache_memory is None:
             pages = min(pages, max_batch * -(-max_length // PAGE))
-        if pages * page_bytes > available:
-            what = f"a cache of {given} bytes does not fit the memory: {available} bytes are available"
-            raise BitwrightError("BW503", what, suggestion="less cache_memory, or kv_cache='int8'")
     if pages < 1:
-        raise ArgumentError("BW201", f"{name} is {given}", suggestion=f"at least {least}{unit}, one page")
+        raise ArgumentError("BW201", f"{name} is {given}", suggestion=f"at least {least}, one page")
+    if pages * page_bytes > available:
+        what = f"a cache of {pages * page_bytes} bytes does not fit the memory: {available} bytes are available"
+        raise BitwrightError("BW503", what, suggestion="a smaller cache, or kv_cache='int8'")
     return pages
