@@ -59,9 +59,9 @@ def test_the_same_seed_is_the_same_answer_alone_and_in_company(engine: Engine) -
 
 
 def test_pieces_make_the_text(engine: Engine) -> None:
-    whole = engine.generate("Once upon a time", max_tokens=30)
-    assert "".join(engine.stream("Once upon a time", max_tokens=30)) == whole.text
-    handle, tokens, text = engine.submit("Once upon a time", max_tokens=30), [], ""
+    whole = engine.generate("Once upon a time", max_tokens=12)
+    assert "".join(engine.stream("Once upon a time", max_tokens=12)) == whole.text
+    handle, tokens, text = engine.submit("Once upon a time", max_tokens=12), [], ""
     statuses = [handle.status]
     while (delta := handle.next()) is not None:
         tokens += delta.tokens
@@ -74,13 +74,13 @@ def test_pieces_make_the_text(engine: Engine) -> None:
 
 
 def test_stops(engine: Engine) -> None:
-    whole = engine.generate("Once upon a time", max_tokens=40)
+    whole = engine.generate("Once upon a time", max_tokens=20)
     stop = whole.text[30:36]
     assert stop.strip()
-    stopped = engine.generate("Once upon a time", max_tokens=40, stop=["never there", stop])
+    stopped = engine.generate("Once upon a time", max_tokens=20, stop=["never there", stop])
     assert stopped.text == whole.text[: whole.text.find(stop)] and stopped.stopped_by == stop
-    assert stopped.finish_reason == "stop" and len(stopped.tokens) < 40
-    by_token = engine.generate("Once upon a time", max_tokens=40, stop_ids=[whole.tokens[5]])
+    assert stopped.finish_reason == "stop" and len(stopped.tokens) < 20
+    by_token = engine.generate("Once upon a time", max_tokens=20, stop_ids=[whole.tokens[5]])
     assert by_token.tokens == whole.tokens[: whole.tokens.index(whole.tokens[5]) + 1]
     assert by_token.stopped_by == whole.tokens[5] and by_token.finish_reason == "stop"
 
