@@ -207,8 +207,9 @@ def test_directories_are_made_with_their_parents(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_bytes(b"")
     for taken in (tmp_path / "file", tmp_path / "file" / "c"):
-        with pytest.raises(BitwrightError, match="BW501"):
+        with pytest.raises(BitwrightError, match="BW501") as caught:
             make_directory(taken)
+        assert caught.value.where == str(tmp_path / "file")  # what is in the way, not what was wanted
     count = _calls_of(monkeypatch, lambda: make_directory(tmp_path / "x" / "y"))
     remove_tree(tmp_path / "x")
     for k in range(1, count + 1):

@@ -35,6 +35,15 @@ def test_a_new_nested_or_empty_directory_is_written(tmp_path: Path) -> None:
         assert (output / INDEX).is_file() and not (output / WORK_DIRECTORY).exists()
 
 
+def test_an_output_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("mine")
+    for output in (tmp_path / "short.txt/x", tmp_path / "short.txt/x/y"):
+        error = refused(Plain(width=32, blocks=1), output)
+        assert error.code == "BW203" and error.exit_status == 2
+        assert error.what.endswith("short.txt is a file") and error.suggestion
+    assert (tmp_path / "short.txt").read_text() == "mine"
+
+
 def test_a_finished_checkpoint_is_kept_unless_it_may_be_overwritten(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     quantize(model, output, scheme="w4g32")

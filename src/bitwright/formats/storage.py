@@ -31,6 +31,7 @@ __all__ = [
     "remove_empty_directory",
     "remove_file",
     "remove_tree",
+    "renew_time",
     "write_file",
 ]
 
@@ -120,15 +121,27 @@ def make_directory(path: Path) -> None:
         while not path.is_dir():
             missing.append(path)
             path = path.parent
-        for directory in reversed(missing):
+        for path in reversed(missing):
             try:
-                os.mkdir(directory)
+                os.mkdir(path)
             except FileExistsError:  # another process made it just now
-                if not directory.is_dir():
+                if not path.is_dir():
                     raise
-            _sync_directory(directory.parent)
+            _sync_directory(path.parent)
     except OSError as error:
-        raise _write_error(missing[0] if missing else path, error, 0) from error
+        raise _write_error(path, error, 0) from error  # the one that failed, not the last that was wanted
+
+
+def renew_time(path: Path) -> None:
+    """Set the time of a file or directory to now, as if it had just been written.
+
+    Raises:
+        BitwrightError: BW501 if that is not allowed, or it is not there.
+    """
+    try:
+        os.utime(path)
+    except OSError as error:
+        raise _write_error(path, error, 0) from error
 
 
 def move_file(source: Path, target: Path) -> None:

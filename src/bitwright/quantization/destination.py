@@ -155,6 +155,9 @@ def _refusal(output: Path, source: Path | None, *, overwrite: bool) -> tuple[str
     """What is wrong with the directory, and what to do."""
     if output.exists() and not output.is_dir():
         return f"{output} is a file", "give a directory that is new or empty"
+    above = next((folder for folder in output.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        return f"{output} cannot be made: {above} is a file", "give a directory that is new or empty"
     if source is not None and output.resolve() == source.resolve():
         return f"{output} is the source model itself", "choose another output directory"
     work = output / WORK_DIRECTORY
