@@ -128,6 +128,33 @@ def test_the_oldest_entries_make_room(model: LlamaForCausalLM, tmp_path: Path) -
     assert kept == [False, False, True, True]
 
 
+def test_an_entry_in_use_is_not_the_oldest(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Three texts, room for two: the one that was opened again stays."""
+    size = TEXT.predicted * 64 * 4
+    directories = []
+    for age, name in enumerate("abac"):
+        cache = opened(tmp_path, model=name, budget=int(1.3 * size))
+        assert cache is not None
+        source = CachedLogits(lambda: model, TEXT, cache)
+        for numbers in TEXT.batches(2):
+            source(numbers)
+        if age < 2:
+            os.utime(cache.directory, (1000 + age, 1000 + age))
+        directories.append(cache.directory)
+    assert [directory.exists() for directory in directories] == [True, False, True, True]
+
+
+def test_threads_and_instructions_change_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        threads = opened(tmp_path)
+    monkeypatch.setattr(reference_cache.native_library, "instruction_set", lambda: "another")
+    instructions = opened(tmp_path)
+    assert first is not None and threads is not None and instructions is not None
+    assert len({first.directory, threads.directory, instructions.directory}) == 3
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(model: LlamaForCausalLM, tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "file").write_text("in the way")

@@ -6,6 +6,7 @@ agree with itself; so nothing is rounded, and what does not fit is computed agai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -20,7 +21,8 @@ from bitwright.evaluation.perplexity import read_windows
 from bitwright.evaluation.windows import TokenWindows
 from bitwright.formats.safetensors_file import read_tensor, serialize
 from bitwright.formats.safetensors_index import read_index
-from bitwright.formats.storage import file_sha256, make_directory, remove_tree, write_file
+from bitwright.formats.storage import file_sha256, make_directory, remove_tree, renew_time, write_file
+from bitwright.kernels import native_library
 from bitwright.models.hf import VERSION
 
 __all__ = ["BUDGET", "CachedLogits", "LogitCache", "model_fingerprint", "open_cache"]
@@ -121,7 +123,7 @@ def open_cache(
 ) -> LogitCache | None:
     """The cache of one model's logits on one text, or ``None`` if they are more than the budget or the disk holds.
 
-    Older entries are removed so that all together stay within twice the budget.
+    The entries that were opened longest ago are removed so that all together stay within twice the budget.
 
     Args:
         root: where caches are kept.
@@ -136,7 +138,10 @@ def open_cache(
             "tokens": hashlib.sha256(b"".join(window.numpy().tobytes() for window in text.windows)).hexdigest(),
             "seqlen": text.seqlen,
             "dtype": str(dtype),
-            "batch": batch,  # sums of another shape may end in other last bits
+            # Sums of another shape, divided among other threads, or of other instructions may end in other last bits.
+            "batch": batch,
+            "threads": torch.get_num_threads(),
+            "instructions": [torch.backends.cpu.get_cpu_capability(), native_library.instruction_set()],
             "versions": [torch.__version__, VERSION],
         }
     )
@@ -144,6 +149,8 @@ def open_cache(
     if size > budget:
         return None
     if directory.is_dir():
+        with contextlib.suppress(BitwrightError):  # whoever may only read can use it all the same
+            renew_time(directory)
         return LogitCache(directory)
     try:
         make_directory(directory)
