@@ -88,6 +88,14 @@ def test_an_override_that_matches_nothing_names_what_is_near(rule: str) -> None:
         assert "Linear" in caught.value.suggestion
 
 
+def test_an_override_of_an_embedding_says_that_none_is_quantized() -> None:
+    for rule in ("model.embed_tokens=w8", "type:Embedding=w8", ".*embed.*=float"):
+        with pytest.raises(BitwrightError) as caught:
+            plan_of(build_model("llama"), "w4g32", rule)
+        assert caught.value.code == "BW208" and "embeddings are never quantized" in caught.value.why
+        assert caught.value.suggestion.startswith("nearest: ")
+
+
 def test_an_override_of_a_layer_outside_the_blocks_is_not_ignored() -> None:
     """OPT projects between its embedding and its blocks: such layers are not quantized, and asking for it says so."""
     model = build_model("opt", word_embed_proj_dim=16)

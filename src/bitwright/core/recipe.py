@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,10 @@ class Recipe:
             return Choice(rule.scheme, self.algorithm, self.options)
         return Choice(rule.scheme, rule.algorithm, rule.options)
 
-    def check_overrides(self, layers: Iterable[tuple[str, str]]) -> None:
-        """Raise if an override matches none of ``layers`` (pairs of name and class name).
+    def check_overrides(
+        self, layers: Iterable[tuple[str, str]], *, embeddings: Collection[tuple[str, str]] = ()
+    ) -> None:
+        """Raise if an override matches none of ``layers`` (pairs of name and class name), as ``embeddings`` are.
 
         Raises:
             BitwrightError: BW208, naming the override and the nearest layers.
@@ -109,11 +111,14 @@ class Recipe:
             if any(override.matches(name, type_name) for name, type_name in known):
                 continue
             names = sorted({type_name for _, type_name in known} if override.is_type else {name for name, _ in known})
+            never = next((name for name, type_name in embeddings if override.matches(name, type_name)), None)
             near = difflib.get_close_matches(override.pattern, names, n=3, cutoff=0.0)
             raise BitwrightError(
                 "BW208",
                 f"override {override.pattern!r} matches no {'layer type' if override.is_type else 'layer'}",
-                why="patterns are regular expressions that must match the whole name",
+                why="patterns are regular expressions that must match the whole name"
+                if never is None
+                else f"{never} is an embedding, and embeddings are never quantized",
                 suggestion="nearest: " + ", ".join(near),
             )
 

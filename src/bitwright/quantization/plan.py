@@ -119,15 +119,15 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     blocks = find_blocks(model)
     layers = _quantizable(model, blocks)
     every_linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-    recipe.check_overrides((name, type(module).__name__) for name, module in every_linear.items())
+    embeddings = [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    recipe.check_overrides(((n, type(m).__name__) for n, m in every_linear.items()), embeddings=embeddings)
     shapes = {name: linear_shape(module) for name, module in layers.items()}
     _check_reach(recipe, layers, every_linear)
     head = output_head(model)
     choices: dict[str, Choice] = {}
     for name, module in layers.items():
         is_head = head is not None and module is head[1]
-        choice = recipe.choice_for(name, type(module).__name__, is_head=is_head)
-        if choice is not None:
+        if (choice := recipe.choice_for(name, type(module).__name__, is_head=is_head)) is not None:
             choices[name] = choice
     schemes = {name: choice.scheme for name, choice in choices.items()}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
