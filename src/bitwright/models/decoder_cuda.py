@@ -6,8 +6,10 @@ recorded once for each size of batch and context, padded up to it, and replayed 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +44,9 @@ def refuse(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     if config.hidden_act not in ("silu", "swish"):
         return f"activations of type {config.hidden_act!r} are not supported, only silu"
+    facts = library.describe(torch.device(model.device))
+    if model.dtype == torch.bfloat16 and not facts.has_bfloat16:
+        return f"{facts.name} has no bfloat16: load the model in float16"
     return None
 
 
@@ -109,7 +114,8 @@ class CudaDecoder:
         self._head = self._read_product([whole.get_output_embeddings()])
         if not self.shape.tied:
             self._weight_bytes += self._embedding.nbytes
-        self._recordings: dict[tuple[int, int, int], _Recording] = {}
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._recorded: Callable[[], PagedCache | None] = lambda: None
 
     def _read_block(self, layer: Any, *, release: bool) -> _Block:
         own = layer.self_attn
@@ -235,7 +241,10 @@ class CudaDecoder:
         while context < longest:
             context *= 2
         rows = decode_rows(step, size, context)
-        key = (id(cache), size, context)
+        if self._recorded() is not cache:  # a graph holds the addresses of one cache's pages
+            self._recordings.clear()
+            self._recorded = weakref.ref(cache)
+        key = (size, context)
         if key not in self._recordings:
             self._recordings[key] = self._record(rows, cache)
         recording = self._recordings[key]
@@ -312,4 +321,10 @@ def _sides(cache: PagedCache, layer: int) -> tuple[StoredSide, StoredSide]:
 
 def _rotated(x: Tensor) -> Tensor:
     """Heads times the orthonormal Hadamard matrix, which undoes itself; contiguous, same dtype."""
-    return rotate_head(x.to(torch.float32)).to(x.dtype)
+    return (x.to(torch.float32) @ _rotation(x.shape[-1], x.device)).to(x.dtype)
+
+
+@cache
+def _rotation(head_dim: int, device: torch.device) -> Tensor:
+    """The matrix that ``core.kv_codes`` rotates heads with, on the device once: a graph cannot record its copying."""
+    return rotate_head(torch.eye(head_dim)).to(device)
