@@ -12,8 +12,15 @@ import torch
 from bitwright.core.errors import BitwrightError
 from bitwright.models.embedded_model import read_text
 from bitwright.models.hf import load_tokenizer
-from bitwright.quantization.api import DEFAULT_SEQLEN, quantize
-from bitwright.quantization.calibration import FEW_SAMPLES, cut_windows, read_calibration_text, tokenize
+from bitwright.quantization.api import quantize
+from bitwright.quantization.calibration import (
+    DEFAULT_SEQLEN,
+    FEW_SAMPLES,
+    cut_windows,
+    read_calibration_text,
+    tokenize,
+    window_length,
+)
 from bitwright.quantization.events import Event, Stopped
 from tests.quantization.tiny import ALPHABET, TEXT, build_model, digests, rewrite_tensors, save_model
 
@@ -216,3 +223,11 @@ def test_when_every_sample_makes_nan_nothing_is_left_to_drop(tmp_path: Path) -> 
 def test_a_module_in_memory_is_calibrated_through_prepare_alone(tmp_path: Path) -> None:
     error = refused(lambda: quantize(build_model(), tmp_path / "out", scheme="w4g32", calibration="heldout"))
     assert error.code == "BW401" and "prepare" in error.suggestion and not (tmp_path / "out").exists()
+
+
+def test_windows_beyond_the_context_are_a_usage_error_with_the_length_that_fits() -> None:
+    assert window_length(None, 64) == 64 and window_length(None, None) == DEFAULT_SEQLEN and window_length(8, 64) == 8
+    error = refused(lambda: window_length(65, 64))
+    assert error.code == "BW201" and error.suggestion == "--seqlen 64"
+    error = refused(lambda: quantize("demo:", "unused", scheme="w4g32", calibration="calibration", seqlen=9999))
+    assert error.code == "BW201" and error.suggestion == "--seqlen 512"

@@ -30,6 +30,7 @@ from bitwright.quantization.calibration import (
     cut_windows,
     read_calibration_text,
     tokenize,
+    window_length,
 )
 from bitwright.quantization.destination import (
     check_output,
@@ -50,9 +51,7 @@ from bitwright.quantization.rotated import RotatedSource, rotate_source
 from bitwright.quantization.sources import DiskSource, MemorySource, Source, refuse_nonfinite
 from bitwright.quantization.writer import check_companions, finish_checkpoint
 
-__all__ = ["DEFAULT_SEQLEN", "quantize"]
-
-DEFAULT_SEQLEN = 2048
+__all__ = ["quantize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,9 +267,7 @@ def _calibration(source: Source, name: str | Path, samples: int, seqlen: int | N
             "BW401", message, suggestion="use bitwright.prepare and run your own batches through the model"
         )
     context = context_length(getattr(source.model, "config"))  # noqa: B009 - nn.Module does not declare it
-    if seqlen is not None and context is not None and seqlen > context:
-        raise BitwrightError("BW401", f"--seqlen {seqlen} is beyond the model's context of {context} tokens")
-    length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
+    length = window_length(seqlen, context)
     tokenizer = load_tokenizer(source.directory)
     check_vocabulary(cast(PreTrainedModel, source.model), tokenizer)  # a directory's model is one of transformers
     ids = tokenize(tokenizer, read_calibration_text(name))

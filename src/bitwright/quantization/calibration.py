@@ -10,12 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.models.embedded_model import read_text
 from bitwright.models.hf import Tokenizer
 
-__all__ = ["FEW_SAMPLES", "CalibrationTokens", "cut_windows", "read_calibration_text", "tokenize"]
+__all__ = [
+    "DEFAULT_SEQLEN",
+    "FEW_SAMPLES",
+    "CalibrationTokens",
+    "cut_windows",
+    "read_calibration_text",
+    "tokenize",
+    "window_length",
+]
 
+DEFAULT_SEQLEN = 2048
 FEW_SAMPLES = 32  # below this many, statistics of wide layers rest on too few tokens
 EMBEDDED_TEXTS = ("calibration", "heldout")  # ship with the embedded model
 
@@ -46,7 +55,8 @@ def read_calibration_text(name: str | Path) -> str:
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
-            raise BitwrightError("BW401", f"{path} cannot be read as UTF-8 text: {error}") from None
+            what, suggestion = f"{path} cannot be read as UTF-8 text: {error}", "save it as UTF-8, or give another file"
+            raise BitwrightError("BW401", what, suggestion=suggestion) from None
         if not text.strip():
             raise BitwrightError(
                 "BW401", f"{path} holds no text", suggestion="give a file with text in the model's language"
@@ -81,6 +91,18 @@ def tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = Fals
         backend.no_padding()
         return torch.tensor(backend.encode(text, add_special_tokens=add_special_tokens).ids, dtype=torch.int64)
     return torch.tensor(tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=torch.int64)
+
+
+def window_length(seqlen: int | None, context: int | None, *, option: str = "--seqlen") -> int:
+    """How many tokens a window has: as asked, else ``DEFAULT_SEQLEN``, or the model's ``context`` if that is shorter.
+
+    Raises:
+        ArgumentError: BW201 if ``seqlen`` is beyond the context; ``option`` is its name there.
+    """
+    if seqlen is not None and context is not None and seqlen > context:
+        what = f"{option} {seqlen} is longer than the context of the model, {context} tokens"
+        raise ArgumentError("BW201", what, suggestion=f"{option} {context}")
+    return seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
 
 
 def cut_windows(ids: Tensor, *, samples: int, seqlen: int, seed: int, source: str) -> CalibrationTokens:

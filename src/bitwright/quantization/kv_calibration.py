@@ -37,7 +37,13 @@ from bitwright.models.kv_storage import SIDES
 from bitwright.models.loading import load_checkpoint
 from bitwright.models.location import resolve_model
 from bitwright.models.names import state_names
-from bitwright.quantization.calibration import CalibrationTokens, cut_windows, read_calibration_text, tokenize
+from bitwright.quantization.calibration import (
+    CalibrationTokens,
+    cut_windows,
+    read_calibration_text,
+    tokenize,
+    window_length,
+)
 from bitwright.quantization.capture import BlockCall, Captured, capture, run_block
 from bitwright.quantization.events import Event, EventSink, Stopped, ignore_event
 from bitwright.quantization.journal import Journal, UnitRecord
@@ -51,7 +57,6 @@ __all__ = ["STATISTICS_FILES", "Calibrated", "calibrate", "calibration_tokens"]
 STATISTICS_FILES = {kind: f"{kind}_stats.safetensors" for kind in KINDS}
 WORK = ".kv_calibration"
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache")
-DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,12 +276,10 @@ def calibration_tokens(
     """The windows of a data set (see :func:`calibrate`) that a model is calibrated, or checked, on."""
     config = read_config(checkpoint)
     context = context_length(config.get_text_config(decoder=True))
-    if seqlen is not None and context is not None and seqlen > context:
-        raise BitwrightError("BW401", f"--calib-seqlen {seqlen} is beyond the model's context of {context} tokens")
+    length = window_length(seqlen, context, option="--calib-seqlen")
     tokenizer = load_tokenizer(checkpoint.directory)
     text = read_named_text(dataset) or read_calibration_text(dataset)
     ids = tokenize(tokenizer, text)
-    length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
     if seqlen is None and len(ids) < length:
         length = max(2, len(ids))
     return cut_windows(ids, samples=samples, seqlen=length, seed=seed, source=str(dataset))
