@@ -20,6 +20,11 @@ LONGER: dict[str, str] = {
     "src/bitwright/evaluation/comparison.py::evaluate": "a public signature and its documentation; the body is short",
 }
 
+# Files whose errors need not say what to do next, with the reason.
+WITHOUT_SUGGESTION: dict[str, str] = {
+    "src/bitwright/models/decoder_cuda.py": "the engine asks refuse() and refuse_cache() first, and says what runs",
+}
+
 # Imports go down only; packages of one number are siblings and do not import each other.
 LAYERS = {
     "core": 0,
@@ -312,6 +317,18 @@ def machine_paths(source: SourceFile) -> Iterator[str]:
             yield f"{number}: {line.strip()}"
 
 
+def suggestions(source: SourceFile) -> Iterator[str]:
+    """Every error says what to do next: ``suggestion=`` is passed, and is not the empty text."""
+    if source.inside is None:
+        return
+    for call, name in _calls(source):
+        if name.rpartition(".")[2] not in {"BitwrightError", "ArgumentError"} or source.path in WITHOUT_SUGGESTION:
+            continue
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        if _is_constant(given.get("suggestion", ast.Constant("")), ""):
+            yield f"{call.lineno}: {name} without a suggestion"
+
+
 RULES: tuple[Rule, ...] = (
     layering,
     file_size,
@@ -325,4 +342,5 @@ RULES: tuple[Rule, ...] = (
     storage_only,
     module_names,
     machine_paths,
+    suggestions,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house_rules import LONGER, OPTIONAL_IMPORTS, RULES, Rule, machine_paths, violations
+from tests.house_rules import LONGER, OPTIONAL_IMPORTS, RULES, WITHOUT_SUGGESTION, Rule, machine_paths, violations
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [rule.__name__ for rule in RULES]
@@ -51,6 +51,8 @@ BROKEN: list[tuple[str, str, str]] = [
     ("storage_only", "src/bitwright/cli/a.py", "import torch\ntorch.save({}, 'x')\n"),
     ("module_names", "src/bitwright/core/grid_utils.py", ""),
     ("module_names", "tests/helpers/a.py", ""),
+    ("suggestions", "src/bitwright/core/a.py", "raise BitwrightError('BW201', 'x')\n"),
+    ("suggestions", "src/bitwright/core/a.py", "raise errors.ArgumentError('BW201', 'x', why='y', suggestion='')\n"),
     ("machine_paths", "src/bitwright/core/a.py", "x = '/wo" + "rk/main'\n"),
 ]
 # What the rules must leave alone.
@@ -59,6 +61,7 @@ SOUND: list[tuple[str, str]] = [
         "src/bitwright/engine/a.py",
         "__all__: list[str] = []\nfrom bitwright import __version__\nimport bitwright.models\n",
     ),
+    ("src/bitwright/core/a.py", "__all__: list[str] = []\nx = ArgumentError('BW201', 'x', suggestion=f'{1}')\n"),
     ("src/bitwright/cli/a.py", "__all__ = ['f']\ndef f():\n    import json\n    print('x', model.eval())\n"),
     ("src/bitwright/formats/a.py", "__all__: list[str] = []\nopen('x', 'rb')\nimport os\nos.open('x', os.O_RDONLY)\n"),
     ("src/bitwright/core/a.py", "import torch\n__all__: list[str] = []\ntorch.load('x', weights_only=True)\n"),
@@ -100,7 +103,7 @@ def _write(root: Path, path: str, text: str) -> None:
 
 def test_exceptions_name_what_exists_and_why() -> None:
     optional = {f"src/bitwright/{path}": reason for path, reason in OPTIONAL_IMPORTS.items()}
-    for path, reason in (LONGER | optional).items():
+    for path, reason in (LONGER | optional | WITHOUT_SUGGESTION).items():
         assert (ROOT / path.split("::")[0]).is_file(), f"{path} is an exception but does not exist"
         assert len(reason) > 10, f"{path}: an exception needs a reason"
 

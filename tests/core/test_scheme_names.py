@@ -136,3 +136,13 @@ def test_any_text_is_a_scheme_or_a_clear_refusal(text: str) -> None:
     except ArgumentError:
         return
     assert parse(scheme.name) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("w4-sym-asym", "keep one of asym, sym"), ("nf4-asym", "drop -asym"), ("w4g32-dq(w8g256-a8)", "put -a8 outside")],
+)
+def test_contradictions_say_what_to_change(text: str, told: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parse(text)
+    assert caught.value.code == "BW202" and told in caught.value.suggestion

@@ -40,7 +40,11 @@ def test_the_first_that_accepts_is_chosen_and_refusals_are_explained(monkeypatch
 
 def test_if_all_refuse_each_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "KERNELS", (picky("fast"), picky("faster")))
-    with pytest.raises(BitwrightError, match=r"BW206.*w8(?s:.*)fast: 4 bits only; faster: 4 bits only"):
+    with pytest.raises(BitwrightError, match=r"BW206.*w8(?s:.*)fast: 4 bits only; faster: 4 bits only") as caught:
+        select(spec("w8"))
+    assert "w4g128" in caught.value.suggestion
+    monkeypatch.setattr(table, "KERNELS", ())
+    with pytest.raises(BitwrightError, match="none of the usual schemes"):
         select(spec("w8"))
 
 

@@ -81,7 +81,8 @@ def fit(
     options = options or FitOptions()
     low, high, size = _ranges(values, scheme)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
+        suggestion = "look for NaN and infinity in the weights, or in what the layer reads; no scale covers them"
+        raise BitwrightError("BW602", "NaN or infinity among the values to quantize", suggestion=suggestion)
     if scheme.zero == "float":
         low, high = _with_near_zero(low, high, scheme)
     kinds = _kinds(scheme, options)

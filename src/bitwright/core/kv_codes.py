@@ -245,7 +245,10 @@ def _search(rows: Tensor, codes: Tensor, scale: Tensor, scheme: QuantScheme) -> 
 def _encode_static(numbers: Tensor, code: KVCode, parameters: StaticParameters) -> Tensor:
     """round((f - zero_point) / scale), clamped to [-128, 127]: the extremes fall on ±127.5."""
     if not bool(torch.isfinite(numbers).all()):
-        raise BitwrightError("BW602", "NaN or infinity among the keys or values to quantize")
+        what = "NaN or infinity among the keys or values to quantize"
+        raise BitwrightError(
+            "BW602", what, suggestion="run with the cache unquantized to see where the model overflows"
+        )
     scale, zero_point = (_per_head(each) for each in _parts(parameters))
     fp8 = code.kind == "fp8"
     kind = QuantScheme(code="fp8_e4m3" if fp8 else "int", bits=8, group=None, scale_dtype=torch.float32)

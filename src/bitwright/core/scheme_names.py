@@ -99,9 +99,11 @@ def _check_tags(tags: list[str], text: str, *, is_table: bool) -> None:
             raise ArgumentError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known: {known}")
     for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values())):
         if exclusive <= set(tags):
-            raise ArgumentError("BW202", f"{' and '.join(sorted(exclusive))} contradict each other in scheme {text!r}")
+            what = f"{' and '.join(sorted(exclusive))} contradict each other in scheme {text!r}"
+            raise ArgumentError("BW202", what, suggestion=f"keep one of {', '.join(sorted(exclusive))}")
     if is_table and not {"asym", "signed"}.isdisjoint(tags):
-        raise ArgumentError("BW202", f"a table of levels is neither asym nor signed: scheme {text!r}")
+        what = f"a table of levels is neither asym nor signed: scheme {text!r}"
+        raise ArgumentError("BW202", what, suggestion="drop -asym and -signed, or take a scheme of whole numbers: w4")
 
 
 def _double_quant(name: str, text: str) -> tuple[QuantScheme | None, str]:
@@ -114,5 +116,6 @@ def _double_quant(name: str, text: str) -> tuple[QuantScheme | None, str]:
         return DOUBLE_QUANT_PRESETS[inner], name
     layer = parse(inner)
     if layer.activation is not None:
-        raise ArgumentError("BW202", f"scales have no activations: {inner!r} in scheme {text!r}")
+        what = f"scales have no activations: {inner!r} in scheme {text!r}"
+        raise ArgumentError("BW202", what, suggestion="put -a8 outside the parentheses of -dq(...)")
     return layer.weight, name

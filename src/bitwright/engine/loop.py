@@ -59,7 +59,8 @@ class EngineLoop:
     def refuse_if_ended(self) -> None:
         """Raise BW209 if the engine is closed, BW505 if it has failed."""
         if self._error is not None:
-            raise BitwrightError(self._error.code, self._error.what, why=self._error.why) from self._error
+            known = self._error
+            raise BitwrightError(known.code, known.what, why=known.why, suggestion=known.suggestion) from known
         if self._is_closing:
             raise _closed()
 

@@ -66,7 +66,8 @@ def _digest(file: Path) -> str:
     try:
         return file_sha256(file)
     except OSError as error:
-        raise BitwrightError("BW303", f"{file.name} cannot be read: {error.strerror}", where=str(file)) from error
+        what, suggestion = f"{file.name} cannot be read: {error.strerror}", "make it readable, or fetch this file again"
+        raise BitwrightError("BW303", what, where=str(file), suggestion=suggestion) from error
 
 
 def _checked(path: Path, record: dict[str, Any]) -> dict[str, str]:

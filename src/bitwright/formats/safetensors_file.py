@@ -178,11 +178,16 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise BitwrightError("BW303", f"{path.name} cannot be opened: {error.strerror}", where=str(path)) from error
+        what, suggestion = (
+            f"{path.name} cannot be opened: {error.strerror}",
+            "make it readable, or fetch this file again",
+        )
+        raise BitwrightError("BW303", what, where=str(path), suggestion=suggestion) from error
 
 
 def _unreadable(path: Path, error: OSError) -> BitwrightError:
-    return BitwrightError("BW302", f"{path.name} cannot be read: {error.strerror}", where=str(path))
+    what = f"{path.name} cannot be read: {error.strerror}"
+    return BitwrightError("BW302", what, where=str(path), suggestion="check the disk, and fetch this file again")
 
 
 def _truncated(path: Path, entry: TensorEntry) -> BitwrightError:

@@ -151,7 +151,8 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         16 if activation is None else 8, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if not is_finite:
-        raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
+        suggestion = "the model overflows before this layer: load it with dtype float32"
+        raise BitwrightError("BW602", "NaN or infinity among the values to quantize", suggestion=suggestion)
     return y
 
 

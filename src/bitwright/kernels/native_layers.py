@@ -69,7 +69,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor) -> Tensor
         raise ArgumentError("BW201", f"x is {list(x.shape)}, cosine {list(cosine.shape)}", suggestion=wanted)
     _check("cosine and sine", [cosine, sine], torch.float32, cosine.shape)
     if positions.dtype != torch.int32 or positions.shape != x.shape[:1] or not positions.is_contiguous():
-        raise ArgumentError("BW201", f"positions are {positions.dtype} {list(positions.shape)}", why="int32 [tokens]")
+        what = f"positions are {positions.dtype} {list(positions.shape)}"
+        raise ArgumentError("BW201", what, suggestion=f"contiguous int32 [{x.shape[0]}]")
     tokens, heads, dimension = x.shape
     _native.rotate(
         x.data_ptr(), DTYPES[x.dtype], tokens, heads, dimension, cosine.data_ptr(), sine.data_ptr(),
@@ -81,7 +82,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor) -> Tensor
 def _check(names: str, tensors: list[Tensor], dtype: torch.dtype, shape: torch.Size) -> None:
     missing = native_library.missing()
     if missing is not None:
-        raise ArgumentError("BW201", missing)
+        raise ArgumentError("BW201", missing, suggestion=native_library.BUILD)
     native_library.instruction_set()
     for tensor in tensors:
         sound = tensor.dtype == dtype and dtype in DTYPES and tensor.shape == shape and tensor.dim() > 0

@@ -14,7 +14,9 @@ except ImportError:
 else:
     _MISSING = None
 
-__all__ = ["instruction_set", "instruction_sets", "missing", "use_instruction_set"]
+__all__ = ["BUILD", "instruction_set", "instruction_sets", "missing", "use_instruction_set"]
+
+BUILD = "install bitwright with a C++ compiler present, or run the model in plain torch"
 
 
 def missing() -> str | None:

@@ -159,7 +159,7 @@ def attend(pages: Pages, batch: Batch, queries: Tensor, *, scale: float, window:
 def _require_library() -> None:
     missing = native_library.missing()
     if missing is not None:
-        raise ArgumentError("BW201", missing)
+        raise ArgumentError("BW201", missing, suggestion=native_library.BUILD)
     native_library.instruction_set()
 
 

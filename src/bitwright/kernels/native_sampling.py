@@ -30,7 +30,7 @@ def choose(
     """
     missing = native_library.missing()
     if missing is not None:
-        raise ArgumentError("BW201", missing)
+        raise ArgumentError("BW201", missing, suggestion=native_library.BUILD)
     native_library.instruction_set()
     is_sound = logits.dtype == torch.float32 and logits.dim() == 1 and logits.is_contiguous()
     if not is_sound or logits.device.type != "cpu" or not logits.numel():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import cache
 
 from bitwright.core.errors import BitwrightError, Notice
+from bitwright.core.scheme_names import parse
 from bitwright.kernels import native, reference
 from bitwright.kernels.gpu import integer as gpu_integer
 from bitwright.kernels.gpu import linear as gpu_linear
@@ -13,6 +15,7 @@ from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
 __all__ = ["KERNELS", "Kernel", "KernelSpec", "PackedWeight", "explain", "select"]
 
+USUAL = ("w4g128", "w4g32", "w8g128", "w8", "w3g128", "w2g64")  # schemes that are named where another one cannot run
 KERNELS: tuple[Kernel, ...] = (gpu_linear.KERNEL, gpu_integer.KERNEL, native.KERNEL, reference.KERNEL)
 
 
@@ -28,7 +31,18 @@ def select(spec: KernelSpec) -> Kernel:
                 _tell_once(spec.scheme.name, "; ".join(f"{name}: {reason}" for name, reason in explain(spec)[:-1]))
             return kernel
     reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(spec))
-    raise BitwrightError("BW206", f"no kernel runs {spec.scheme.name} {list(spec.shape)} on {spec.device}", why=reasons)
+    what = f"no kernel runs {spec.scheme.name} {list(spec.shape)} on {spec.device}"
+    raise BitwrightError("BW206", what, why=reasons, suggestion=_nearest(spec))
+
+
+def _nearest(spec: KernelSpec) -> str:
+    """Which usual scheme, of about as many bits, some kernel runs for a layer of this shape on this device."""
+    bits = spec.scheme.weight.bits
+    usual = sorted(map(parse, USUAL), key=lambda scheme: abs(scheme.weight.bits - bits))
+    for scheme in usual:
+        if any(kernel.refuse(replace(spec, scheme=scheme)) is None for kernel in KERNELS):
+            return f"quantize the model to {scheme.name}, which runs here"
+    return "run the float model on this device; of quantized ones none of the usual schemes runs here"
 
 
 @cache

@@ -118,7 +118,8 @@ class NativeDecoder:
     def __init__(self, model: PreTrainedModel, *, head: LayerScheme | None = None, release: bool = False) -> None:
         reason = refuse(model)
         if reason is not None:
-            raise ArgumentError("BW201", f"the model cannot be decoded natively: {reason}")
+            what = f"the model cannot be decoded natively: {reason}"
+            raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
         self.shape = shape = read_shape(model)
         inner: Any = model.model
         embedding: nn.Embedding = inner.embed_tokens
@@ -154,7 +155,8 @@ class NativeDecoder:
         """
         reason = None if scheme is None else refuse_cache(scheme, self.shape.head_dim)
         if reason is not None:
-            raise ArgumentError("BW201", f"the native decoder cannot read such a cache: {reason}")
+            what = f"the native decoder cannot read such a cache: {reason}"
+            raise ArgumentError("BW201", what, suggestion="int8 or int4, or the decoder in torch")
         shape = CacheShape(
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
@@ -194,7 +196,8 @@ class NativeDecoder:
         spec = KernelSpec(scheme=scheme, shape=(layer.out_features, layer.in_features), device=torch.device("cpu"))
         reason = native.refuse(spec) or ("double quantization" if scheme.weight.scale_scheme is not None else None)
         if reason is not None:
-            raise ArgumentError("BW201", f"the output head cannot be stored as {scheme.name}: {reason}")
+            what = f"the output head cannot be stored as {scheme.name}: {reason}"
+            raise ArgumentError("BW201", what, suggestion="w8, or leave the head as it is")
         weight = native.pack(_quantize_rows(layer.weight.detach(), scheme.weight), scheme)
         self._operands.append(weight)
         return Dense(weight=weight, bias=None if layer.bias is None else _exact(layer.bias))

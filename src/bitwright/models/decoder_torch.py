@@ -47,7 +47,8 @@ class TorchDecoder:
     def __init__(self, model: PreTrainedModel, *, exact: bool | None = None) -> None:
         reason = refuse(model)
         if reason is not None:
-            raise ArgumentError("BW201", f"the model cannot be decoded: {reason}")
+            what = f"the model cannot be decoded: {reason}"
+            raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
         self.model, self.shape = model, read_shape(model)
         self.device = torch.device(model.device)
         self.exact = self.device.type == "cpu" if exact is None else exact

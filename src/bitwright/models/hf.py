@@ -110,7 +110,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             suggestion="fetch the tokenizer files of the model again",
         ) from None
     if not isinstance(tokenizer, Tokenizer):
-        raise BitwrightError("BW312", "the model's processor is not a text tokenizer", where=str(directory))
+        what, suggestion = "the model's processor is not a text tokenizer", "give a directory of a text model"
+        raise BitwrightError("BW312", what, where=str(directory), suggestion=suggestion)
     # What transformers makes of the settings alone has special tokens and no others.
     if tokenizer.vocab_size < 64 and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         what = "the tokenizer has no vocabulary"

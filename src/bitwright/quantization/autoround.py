@@ -89,10 +89,12 @@ def learn_rounding(
     if options.iters == 0 or not task.layers:
         return tensors
     if not task.inputs:
-        raise BitwrightError("BW401", f"autoround needs calibration samples for {task.name}")
+        what = f"autoround needs calibration samples for {task.name}"
+        raise BitwrightError("BW401", what, suggestion="give calibration text, or round to nearest: --algorithm rtn")
     for name, scheme in task.linears.items():
         if (reason := _refuse(scheme.weight, options)) is not None:
-            raise BitwrightError("BW201", f"autoround cannot use {scheme.weight.name}, the scheme of {name}: {reason}")
+            what = f"autoround cannot use {scheme.weight.name}, the scheme of {name}: {reason}"
+            raise BitwrightError("BW201", what, suggestion="whole numbers such as w4g128, or another algorithm: gptq")
     fit = FitOptions(symmetric_range="full" if options.full_range else "restricted")
     with gradients_enabled():
         loss = BlockLoss(task, on_float_inputs=not options.quantized_input)

@@ -87,7 +87,8 @@ def choose_rounder(
         BitwrightError: BW401 without calibration tokens; BW602 for weights that are not finite.
     """
     if statistics is None or not statistics.tokens or statistics.gram is None:
-        raise BitwrightError("BW401", "choosing by output error has no calibration tokens for this layer")
+        what = "choosing by output error has no calibration tokens for this layer"
+        raise BitwrightError("BW401", what, suggestion="give calibration text, or round to nearest: --algorithm rtn")
     best: tuple[float, str, Rounded] | None = None
     nearest_error = 0.0
     for name in options.names:

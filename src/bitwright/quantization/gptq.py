@@ -157,7 +157,8 @@ def round_by_error_feedback(
     if options.fp8_aware:
         fp8.check_scheme(scheme)
     if not torch.isfinite(weight).all():
-        raise BitwrightError("BW602", "NaN or infinity among the values to quantize")
+        suggestion = "fetch the weights again; no scale covers such numbers"
+        raise BitwrightError("BW602", "NaN or infinity among the values to quantize", suggestion=suggestion)
     weight = weight.detach()
     scale = fp8.power_scale(weight) if options.fp8_aware else None
     importance = importance_of(statistics)

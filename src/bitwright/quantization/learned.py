@@ -71,7 +71,8 @@ def learn_from_codes(
     if not task.layers:
         return tensors
     if not task.inputs:
-        raise BitwrightError("BW401", f"learning needs calibration samples for {task.name}")
+        what = f"learning needs calibration samples for {task.name}"
+        raise BitwrightError("BW401", what, suggestion="give calibration text, or round to nearest: --algorithm rtn")
     with gradients_enabled():
         loss = BlockLoss(task)
         generator = torch.Generator().manual_seed(task.seed)

@@ -121,9 +121,8 @@ def tune_logits(
         BitwrightError: BW401 for fewer than two windows, BW601 if the divergence is not finite.
     """
     if len(task.windows) < 2:
-        raise BitwrightError(
-            "BW401", "tuning by logits needs two windows at least, one to train on and one to judge by"
-        )
+        what = "tuning by logits needs two windows at least, one to train on and one to judge by"
+        raise BitwrightError("BW401", what, suggestion="--samples 2 or more, a longer text, or a smaller --seqlen")
     if options.steps == 0:
         return None
     with gradients_enabled():
@@ -217,7 +216,8 @@ class _Run:
                     hidden = run_block(block.block, hidden, calls[number])
             total += float(self._loss(hidden, batch)) * len(batch)
         if not total < float("inf"):
-            raise BitwrightError("BW601", "the divergence from the float model is not finite on calibration windows")
+            what = "the divergence from the float model is not finite on calibration windows"
+            raise BitwrightError("BW601", what, suggestion="a smaller learning rate (lr), or the algorithm without it")
         return total / len(self.judged)
 
     def close(self) -> None:

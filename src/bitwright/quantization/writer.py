@@ -85,7 +85,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BitwrightError("BW303", f"{path.name} cannot be read: {error.strerror}", where=str(path)) from error
+        what, suggestion = f"{path.name} cannot be read: {error.strerror}", "make it readable, or fetch this file again"
+        raise BitwrightError("BW303", what, where=str(path), suggestion=suggestion) from error
 
 
 def _config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     """
     reason = refuse_code(code)
     if reason is not None:
-        raise ArgumentError("BW201", f"no GPU attention on {code.name} codes: {reason}")
+        what = f"no GPU attention on {code.name} codes: {reason}"
+        raise ArgumentError("BW201", what, suggestion="a cache of one scale for each token and head: int8, int4")
     if code.is_float:
         return StoredSide(data, data, "float", 16, False)
     assert scales is not None

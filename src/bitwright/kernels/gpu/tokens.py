@@ -75,7 +75,8 @@ def norm_tokens(
         ArgumentError: BW201 for an order of columns, or a row longer than 65,536 numbers.
     """
     if layout.order is not None:
-        raise ArgumentError("BW201", "a norm cannot be fused with columns in another order")
+        what = "a norm cannot be fused with columns in another order"
+        raise ArgumentError("BW201", what, suggestion="rms_norm, and then quantize_tokens")
     found = _room(x.numel() // x.shape[-1], layout, x.device)
     return found, _normalize(x, weight, epsilon, residual, layout, x, found, quantized=True)
 
