@@ -15,7 +15,7 @@ import platform
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ def _stories(text: str) -> str:
 
 WIKITEXT = Text("wikitext-2/test.txt", _plain_words, f"`<unk>` read as `{UNKNOWN}`")
 TINYSTORIES = Text("tinystories/train_head_2MiB.txt", _stories, "`<s>` before each story, as the model was trained")
+# What none of the models was trained on: damage there is damage, too.
+OTHERS = (
+    Text("gutenberg/carroll-alice.txt", str.strip, "as it is"),
+    Text("tinyshakespeare/input.txt", str.strip, "as it is"),
+)
+OTHER_TOKENS = 16_384
 MODELS: Mapping[str, Text] = {
     "wikitext-qwen2-6m": WIKITEXT,
     "BabyLlama-361-0.97M": TINYSTORIES,
@@ -97,22 +103,32 @@ def main() -> None:
 def measure_model(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Quantize one model by every scheme and compare the results with it."""
     source = options.models / name
-    text = folder / f"{name}.txt"
-    text.write_text(MODELS[name].prepare((options.data / MODELS[name].path).read_text("utf-8")), encoding="utf-8")
     made: dict[str, dict[str, Any]] = {}
     for scheme in options.schemes:
         made[scheme] = quantize(source, folder / name / scheme, scheme)
         print(f"{name} {scheme}: {made[scheme]['format']}, {made[scheme]['seconds']:.1f} s", flush=True)
-    directories = [folder / name / scheme for scheme in made]
     started = time.perf_counter()
+    result = evaluate(source, folder, made, MODELS[name], options.data, options.max_tokens)
+    others = [text for text in OTHERS if (options.data / text.path).is_file()]
+    result["others"] = [
+        evaluate(source, folder, made, text, options.data, min(OTHER_TOKENS, options.max_tokens)) for text in others
+    ]
+    return result | {"quantized": made, "seconds": time.perf_counter() - started}
+
+
+def evaluate(
+    source: Path, folder: Path, made: Mapping[str, Any], text: Text, data: Path, tokens: int
+) -> dict[str, Any]:
+    """Compare what was made of ``source``, in ``folder``, with it on one text."""
+    prepared = folder / "text.txt"
+    prepared.write_text(text.prepare((data / text.path).read_text("utf-8")), encoding="utf-8")
     comparison = bitwright.eval(
-        directories,
+        [folder / source.name / scheme for scheme in made],
         reference=source,
-        text=text,
-        max_tokens=options.max_tokens,
+        text=prepared,
+        max_tokens=tokens,
         on_event=lambda event: print(f"  {event.message}", flush=True) if event.kind != "progress" else None,
     )
-    seconds = time.perf_counter() - started
     measured = comparison.to_dict()
     *rows, reference = measured.pop("rows")
     for row, scheme in zip(rows, made, strict=True):
@@ -120,12 +136,10 @@ def measure_model(name: str, options: argparse.Namespace, folder: Path) -> dict[
     reference["name"] = "original"
     notices = [notice.replace(f"{folder}{os.sep}", "") for notice in measured.pop("notices")]
     return {
-        "text": {**measured["text"], "source": MODELS[name].path, "prepared": MODELS[name].how},
+        "text": {**measured["text"], "source": text.path, "prepared": text.how},
         "dtype": measured["dtype"],
-        "quantized": made,
         "rows": [reference, *rows],
-        "notices": [notice.replace(str(source), name) for notice in notices],
-        "seconds": seconds,
+        "notices": [notice.replace(str(source), source.name) for notice in notices],
     }
 
 
@@ -207,6 +221,7 @@ def _render_model(name: str, result: Mapping[str, Any]) -> list[str]:
             low, high = row["kl_mean_ci"] or (row["kl_mean"], row["kl_mean"])
             cells += [f"{row['kl_mean']:.2e} [{low:.2e}, {high:.2e}]", f"{row['kl_p99']:.2e}", f"{row['top1']:.2%}"]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += _render_others(result["others"])
     lines += ["", "```", *(made["command"] for made in result["quantized"].values()), "```"]
     refusals: dict[tuple[str, str], list[str]] = {}
     for scheme, made in result["quantized"].items():
@@ -215,6 +230,22 @@ def _render_model(name: str, result: Mapping[str, Any]) -> list[str]:
     for (flags, refusal), schemes in refusals.items():
         lines += ["", f"`{flags}` is refused for {', '.join(schemes)}:", "", "```", refusal, "```"]
     return lines + [part for notice in result["notices"] for part in ("", f"> {notice}")]
+
+
+def _render_others(others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One table of all other texts: what becomes of the perplexity, and the divergence."""
+    if not others:
+        return []
+    texts = [f"{each['text']['source']} ({each['text']['used']:,} tokens)" for each in others]
+    lines = ["", "| | " + " | ".join(f"{text}: perplexity | KL mean" for text in texts) + " |"]
+    lines.append("|---|" + "---:|" * (2 * len(others)))
+    for rows in zip(*(each["rows"] for each in others), strict=True):
+        cells = [rows[0]["name"]]
+        for row in rows:
+            cells.append("inf" if row["perplexity"] is None else f"{row['perplexity']:.4g}")
+            cells.append("-" if row["is_reference"] else f"{row['kl_mean']:.2e}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Engine:
         reuse: how many tokens of equal beginnings are reused at a time, a multiple of 32; 0 for no reuse.
         reuse_seconds: for how long an unused beginning is kept; as long as there is room unless given.
         speculate: how many tokens at most are guessed from the text itself in a step; answers stay the same.
-        decoder: ``native``, ``torch``, or ``auto`` for the fastest that runs the model.
+        decoder: ``native``, ``cuda``, ``torch``, or ``auto`` for the fastest that runs the model.
         head: in which scheme the output head is rounded, for instance ``w8``; as it is stored unless given.
 
     Raises:
@@ -104,13 +104,8 @@ class Engine:
         decoder: str = "auto",
         head: str | None = None,
     ) -> None:
-        _check_sizes(
-            max_batch=max_batch,
-            step_tokens=step_tokens,
-            cache_tokens=cache_tokens,
-            cache_memory=cache_memory,
-            max_length=max_length,
-        )
+        room = {"cache_tokens": cache_tokens, "cache_memory": cache_memory}
+        _check_sizes(max_batch=max_batch, step_tokens=step_tokens, max_length=max_length, **room)
         _check_reuse(reuse, reuse_seconds)
         check_count("speculate", speculate, 0, MOST_GUESSED)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
@@ -119,14 +114,7 @@ class Engine:
         # Nobody else has a model that was loaded here.
         self.decoder, runs = choose_decoder(loaded, decoder, scheme, head=head_scheme, release=loaded is not model)
         self.max_length = _max_length(max_length, runs.shape.positions)
-        self.pages = page_count(
-            runs,
-            scheme,
-            cache_tokens=cache_tokens,
-            cache_memory=cache_memory,
-            max_batch=max_batch,
-            max_length=self.max_length,
-        )
+        self.pages = page_count(runs, scheme, max_batch=max_batch, max_length=self.max_length, **room)
         allocator = PageAllocator(self.pages, reuse=reuse, ttl=reuse_seconds)
         scheduler = Scheduler(
             allocator,

@@ -292,7 +292,8 @@ class CudaDecoder:
         shape, own = self.shape, cache.scheme.at(number)
         joined, total = block.attend.run_normed(hidden, block.first_norm, residual)
         q, k, v = (
-            part.unflatten(-1, (-1, shape.head_dim)) for part in torch.split(joined, list(block.attend.sizes), dim=-1)
+            part.reshape(*part.shape[:-1], -1, shape.head_dim)
+            for part in torch.split(joined, list(block.attend.sizes), dim=-1)
         )
         if block.q_norm is not None and block.k_norm is not None:
             q = rms_norm(q.contiguous(), block.q_norm.weight, block.q_norm.epsilon)[0]

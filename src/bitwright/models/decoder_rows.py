@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ def read_rows(layout: Layout, numbers: Tensor) -> Rows:
         for each in shape:
             count *= each
         views.append(numbers[start : start + count].view(shape))
-    return Rows(*views, layout.block_rows, layout.longest)
+    parts: dict[str, Any] = {field.name: view for field, view in zip(fields(Rows), views, strict=False)}
+    return Rows(**parts, block_rows=layout.block_rows, longest=layout.longest)
 
 
 def _padded(numbers: Tensor, size: int) -> Tensor:
