@@ -21,9 +21,7 @@ LONGER: dict[str, str] = {
 }
 
 # Files whose errors need not say what to do next, with the reason.
-WITHOUT_SUGGESTION: dict[str, str] = {
-    "src/bitwright/models/decoder_cuda.py": "the engine asks refuse() and refuse_cache() first, and says what runs",
-}
+WITHOUT_SUGGESTION: dict[str, str] = {}
 
 # Imports go down only; packages of one number are siblings and do not import each other.
 LAYERS = {

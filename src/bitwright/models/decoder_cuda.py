@@ -100,7 +100,8 @@ class CudaDecoder:
     ) -> None:
         reason = refuse(model)
         if reason is not None:
-            raise ArgumentError("BW201", f"the model cannot be decoded on a GPU: {reason}")
+            what = f"the model cannot be decoded on a GPU: {reason}"
+            raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
         self.shape, self.device = read_shape(model), torch.device(model.device)
         self.graphs, self.invariant = graphs and self.device.type == "cuda", invariant
         inner: Any = model.model
@@ -193,7 +194,8 @@ class CudaDecoder:
         """
         reason = None if scheme is None else refuse_cache(scheme)
         if reason is not None:
-            raise ArgumentError("BW201", f"the GPU decoder cannot read this cache: {reason}")
+            what = f"the GPU decoder cannot read this cache: {reason}"
+            raise ArgumentError("BW201", what, suggestion="int8 or int4, or the decoder in torch")
         shape = CacheShape(
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
