@@ -116,7 +116,7 @@ def test_impossible_numbers_are_refused_before_anything_is_made(model: Path, tmp
         error = refused(lambda change=change: run(model, tmp_path / "out", **change))
         assert error.code == "BW201" and next(iter(change)) in error.what
     error = refused(lambda: run(model, tmp_path / "out", seqlen=129))
-    assert error.code == "BW401" and "129" in error.what and "128" in error.what
+    assert error.code == "BW201" and "129" in error.what and "128" in error.what
     error = refused(lambda: run(model, tmp_path / "out", calibration=tmp_path / "missing.txt"))
     assert error.code == "BW402"
     (tmp_path / "short.txt").write_text("too short")
