@@ -54,6 +54,13 @@ def kill_after(pid: int, seconds: float) -> tuple[int, float]:
     return finish(pid), time.perf_counter() - began
 
 
+def finished_files(output: Path) -> dict[str, str]:
+    """The digests of a finished output, without the lock that a kill leaves between the journal's end and its own."""
+    found = digests(output)
+    found.pop(f"{WORK_DIRECTORY}/lock", None)
+    return found
+
+
 def run_again(arguments: dict[str, Any], expected: dict[str, str]) -> bool:
     """Whether the same command ends well with the expected files.
 
@@ -61,8 +68,7 @@ def run_again(arguments: dict[str, Any], expected: dict[str, str]) -> bool:
     """
     output = Path(arguments["output"])
     finished = (output / INDEX).exists() and not (output / WORK_DIRECTORY / WORK_JOURNAL).exists()
-    status, found = finish(start(arguments)), digests(output)
-    found.pop(f"{WORK_DIRECTORY}/lock", None)  # what a kill leaves in the moment between the journal's end and its own
+    status, found = finish(start(arguments)), finished_files(output)
     return status == (2 if finished else 0) and found == expected
 
 
@@ -106,7 +112,7 @@ def kill_again_and_again(arguments: dict[str, Any], seed: int) -> dict[str, Any]
     while True:
         status, _ = kill_after(start(arguments), generator.uniform(0.5, 1.0) * patience)
         if status >= 0:
-            return {"kills": kills, "status": status, "equal": digests(output) == expected}
+            return {"kills": kills, "status": status, "equal": finished_files(output) == expected}
         kills, patience = kills + 1, patience * 1.15
 
 
