@@ -89,6 +89,13 @@ def test_the_alarm_of_sigterm_is_off_afterwards(monkeypatch: pytest.MonkeyPatch)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_work_that_goes_on_after_sigterm_is_broken_off_when_its_grace_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.05)
+    with pytest.raises(Interrupted), stop_on_signals(lambda number: None, lambda: "broken off"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

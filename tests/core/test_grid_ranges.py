@@ -43,3 +43,13 @@ def test_a_search_finds_the_best_of_36_ranges_from_the_whole_to_three_tenths() -
         assert scale == pytest.approx(whole * (1 - 0.02 * step), rel=1e-5)
         chosen.add(step)
     assert max(chosen) > 15 and min(chosen) < 5
+
+
+@pytest.mark.parametrize("power", [-70, 70])
+def test_a_search_is_blind_to_the_unit(power: int) -> None:
+    """Squares of such numbers over- or underflow in float32."""
+    values = torch.randn(40, 16, generator=torch.Generator().manual_seed(2))
+    scheme, search = parse("w3g16-sf32").weight, FitOptions(search=True)
+    plain, scaled = (QuantizedTensor.quantize(x, scheme, search) for x in (values, values * 2.0**power))
+    assert torch.equal(plain.codes, scaled.codes)
+    assert torch.equal(plain.dense_scale() * 2.0**power, scaled.dense_scale())

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -71,6 +72,22 @@ def test_a_file_is_written_and_its_hash_returned(tmp_path: Path) -> None:
     assert path.read_bytes() == CONTENT
     assert write_file(path, [b"other"]) == file_sha256(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_bytes_are_safe_before_they_get_their_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or replace(*paths))
+    write_file(tmp_path / "a.bin", _chunks())
+    assert calls == ["file", "rename", "directory"]
 
 
 @pytest.mark.parametrize(
