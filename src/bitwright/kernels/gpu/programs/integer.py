@@ -7,6 +7,7 @@ long as one program has all groups of a tile.
 import triton
 import triton.language as tl
 
+from bitwright.kernels.gpu.programs.linear import add_parts
 from bitwright.kernels.gpu.programs.weights import half_of_pair, load_words, pair_of_runs
 
 __all__ = ["integer", "scale_products"]
@@ -35,23 +36,6 @@ def _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, gr
 def _tokens(codes, first, at_rows, in_rows, STEP: tl.constexpr):
     """Codes of ``STEP`` slots, transposed: int8 ``[STEP, BLOCK_M]``."""
     return tl.load(codes + at_rows[None, :] + (first + tl.arange(0, STEP))[:, None], mask=in_rows[None, :], other=0)
-
-
-@triton.jit
-def _add_parts(total, partials, counters, tile, split,
-               SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """The sum of all programs' parts of a tile, in order, for the last of them to end; whether this is it."""
-    inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    tiles = partials + tile.to(tl.int64) * SPLIT * BLOCK_N * BLOCK_M
-    tl.store(tiles + split * BLOCK_N * BLOCK_M + inner, total)
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
-    if is_last:
-        total = tl.load(tiles + inner, cache_modifier=".cg")
-        for part in range(1, SPLIT):
-            total += tl.load(tiles + part * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
-        tl.store(counters + tile, 0)
-    return total, is_last
 
 
 @triton.jit
@@ -100,9 +84,9 @@ def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, 
             products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     is_last = True
     if SPLIT > 1 and SINGLE:
-        products, is_last = _add_parts(products, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
+        products, is_last = add_parts(products, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
     elif SPLIT > 1:
-        total, is_last = _add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
+        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
     if SINGLE:
         total = _scaled(products, scale, zero, remainder, sums, tile * 0, n, m, n_out, rows, groups, ZERO)
     if is_last:

@@ -16,7 +16,7 @@ from bitwright.kernels.gpu.programs.weights import (
     with_exponents,
 )
 
-__all__ = ["codes_of_runs", "columns_of_slots", "linear", "zero_points"]
+__all__ = ["add_parts", "codes_of_runs", "columns_of_slots", "linear", "zero_points"]
 
 
 @triton.jit
@@ -60,22 +60,30 @@ def codes_of_runs(words, at, rows_in, RUN_INDEX: tl.constexpr, P0: tl.constexpr,
 
 
 @triton.jit
+def add_parts(total, partials, counters, tile, split,
+               SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """The sum of all programs' parts of a tile, in order, for the last of them to end; whether this is it."""
+    inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    tiles = partials + tile.to(tl.int64) * SPLIT * BLOCK_N * BLOCK_M
+    tl.store(tiles + split * BLOCK_N * BLOCK_M + inner, total)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+    if is_last:
+        total = tl.load(tiles + inner, cache_modifier=".cg")
+        for part in range(1, SPLIT):
+            total += tl.load(tiles + part * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    return total, is_last
+
+
+@triton.jit
 def _finish(y, total, partials, counters, bias, n, m, n_out, rows, tile, split,
             SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Store a tile; where several programs have parts of it, the last to end adds them up, in the parts' order."""
     here = (n < n_out)[:, None] & (m < rows)[None, :]
     is_last = True
     if SPLIT > 1:
-        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tiles = partials + tile.to(tl.int64) * SPLIT * BLOCK_N * BLOCK_M
-        tl.store(tiles + split * BLOCK_N * BLOCK_M + inner, total)
-        tl.debug_barrier()
-        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
-        if is_last:
-            total = tl.load(tiles + inner, cache_modifier=".cg")
-            for part in range(1, SPLIT):
-                total += tl.load(tiles + part * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
-            tl.store(counters + tile, 0)
+        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
     if is_last:
         if HAS_BIAS:
             total += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
