@@ -88,3 +88,12 @@ def _no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         yield
+
+
+@pytest.fixture(params=native_library.instruction_sets() or ["none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this processor in turn, as the native kernels' tests ask for it."""
+    before = native_library.instruction_set()
+    native_library.use_instruction_set(request.param)
+    yield request.param
+    native_library.use_instruction_set(before)

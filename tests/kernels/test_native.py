@@ -37,14 +37,6 @@ TOKENS = (1, 2, 3, 7, 14)
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=native_library.instruction_sets() or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native_library.instruction_set()
-    native_library.use_instruction_set(request.param)
-    yield request.param
-    native_library.use_instruction_set(before)
-
-
 def quantized(scheme: LayerScheme, shape: tuple[int, int]) -> QuantizedTensor:
     """A random weight whose rows have means of their own."""
     return QuantizedTensor.quantize(torch.randn(shape) + 0.3 * torch.randn(shape[0], 1), scheme.weight)

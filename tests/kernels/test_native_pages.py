@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,14 +23,6 @@ STORAGES = [*DTYPES, *CODED]
 SHAPES = [(1, 1, 2, 16), (7, 1, 64, 32), (6, 2, 80, 64), (4, 4, 24, 32), (20, 1, 128, 128), (3, 1, 512, 16)]
 # New tokens and lengths of the contexts of each sequence.
 BATCHES = [[(1, 1)], [(1, 300), (1, 5), (1, 128)], [(40, 40), (1, 129), (9, 400)], [(130, 257)]]
-
-
-@pytest.fixture(params=native_library.instruction_sets() or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native_library.instruction_set()
-    native_library.use_instruction_set(request.param)
-    yield request.param
-    native_library.use_instruction_set(before)
 
 
 @dataclass(frozen=True)

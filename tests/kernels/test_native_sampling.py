@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,14 +16,6 @@ SETTINGS = [
     {}, {"temperature": 0.3}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 1e-9},
     {"min_p": 0.05}, {"top_k": 50, "top_p": 0.8}, {"top_k": 300, "top_p": 0.95, "min_p": 0.02, "temperature": 0.8},
 ]  # fmt: skip
-
-
-@pytest.fixture(params=native_library.instruction_sets() or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native_library.instruction_set()
-    native_library.use_instruction_set(request.param)
-    yield request.param
-    native_library.use_instruction_set(before)
 
 
 def naive_chances(

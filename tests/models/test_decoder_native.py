@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,6 @@ from tests.models.architectures import build
 from tests.models.test_decoder_torch import CASES
 
 pytestmark = pytest.mark.skipif(native_library.missing() is not None, reason="the native kernels are not built")
-
-
-@pytest.fixture(params=native_library.instruction_sets() or ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native_library.instruction_set()
-    native_library.use_instruction_set(request.param)
-    yield request.param
-    native_library.use_instruction_set(before)
 
 
 def quantized(name: str, scheme: str, **fields: Any) -> PreTrainedModel:
