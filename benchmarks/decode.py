@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,10 @@ HEADS = {scheme: "w8a8" if scheme.endswith("a8") else "w8" for scheme in SCHEMES
 
 @dataclass(kw_only=True)
 class Engine:
-    """A process that answers lines with seconds, and what it has answered: ``{line: [seconds]}``."""
+    """A process that answers lines with seconds, and what it has answered: ``{line: [seconds]}``.
+
+    It is stopped while it has nothing to answer: some engines' threads spin then, and would take the others' cores.
+    """
 
     name: str
     command: list[str]
@@ -59,11 +63,14 @@ class Engine:
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=settings)
         if self.says_ready:
             self.start = float((self._read() or "ready 0").split()[1])
+        else:
+            self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, line: str) -> str:
         if self.process is None or self.problem:
             return ""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
@@ -78,6 +85,8 @@ class Engine:
             assert self.process.stderr is not None
             self.process.stdin.close() if self.process.stdin else None
             self.problem = (self.process.stderr.read().strip().splitlines() or ["it ended without a word"])[-1]
+        else:
+            self.process.send_signal(signal.SIGSTOP)
         return answer
 
     def measure(self, line: str) -> None:
@@ -149,14 +158,14 @@ def prepare(work: Path, peers: Path | None, wanted: list[str], name: str, scheme
 def engines(args: argparse.Namespace, name: str, scheme: str, threads: int) -> list[Engine]:
     files = prepare(args.work_dir, args.peers_dir, args.peers, name, scheme)
     path = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    quiet = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0", "PYTHONPATH": path}
+    settings = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}  # how they wait for each other is theirs to choose
     ours = [sys.executable, str(DRIVERS / "bitwright_driver.py"), str(files["bitwright"]), str(threads), HEADS[scheme]]
-    found = [Engine(name="bitwright", command=ours, environment=quiet)]
+    found = [Engine(name="bitwright", command=ours, environment=settings)]
     for peer in args.peers:
         own = peer == "transformers"
         python = sys.executable if own else str(args.peers_dir / peer / "bin" / "python")
         driver = DRIVERS / f"{peer.replace('-', '_')}_driver.py"
-        engine = Engine(name=peer, command=[python, str(driver), str(files[peer]), str(threads)], environment=quiet)
+        engine = Engine(name=peer, command=[python, str(driver), str(files[peer]), str(threads)], environment=settings)
         if not Path(python).exists() or not files[peer].exists():
             engine.problem = "not installed, or its model could not be made"
         found.append(engine)
