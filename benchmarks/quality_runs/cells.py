@@ -72,7 +72,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gptq-columns": ("gptq", {"act_order": False}),
     "gptq-actorder": ("gptq", {"static_groups": False}),
     "gptq-search": ("gptq", {"static_groups": False, "search": "auto"}),
-    "best-long": ("best", {"logits.steps": 250}),
+    "best-100": ("best", {"logits.steps": 100}),
 }
 # Peer: the name of its environment.
 PEERS: Mapping[str, str] = {

@@ -47,7 +47,7 @@ class LogitsOptions:
         check_every: steps between two looks at the windows held back.
     """
 
-    steps: int = 100
+    steps: int = 250
     batch: int = 8
     lr: float = 5e-3
     codes_up_to: int = 50_000_000
