@@ -24,7 +24,9 @@ REPORT_LIMIT = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """One quantized layer. ``error``: relative error of its weights, from the report, if there is one.
+    """One quantized layer.
+
+    ``error``: relative error of its weights in the report, weighted by their inputs' power if those were seen.
 
     ``kernels``: each kernel's reason for refusing the layer on this machine's CPU; ``None``: it accepts.
     """
@@ -118,7 +120,7 @@ def _layer_facts(name: str, record: LayerRecord, size: int, report: Mapping[str,
     reasons = explain(spec)
     rows = report.get("layers")
     row = rows.get(name, {}) if isinstance(rows, dict) else {}
-    error = row.get("relative_error") if isinstance(row, dict) else None
+    error = row.get("weighted_error", row.get("relative_error")) if isinstance(row, dict) else None
     return LayerFacts(
         name=name,
         scheme=record.scheme.name,

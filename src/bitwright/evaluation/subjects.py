@@ -21,6 +21,7 @@ from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer, read_config
 from bitwright.models.loading import load
 from bitwright.models.location import resolve_model
+from bitwright.quantization.rows import layer_error
 
 __all__ = ["ModelLike", "Subject", "check_tokenizers", "choose_window", "find_subjects", "worst_layers"]
 
@@ -194,10 +195,10 @@ def _fingerprint(directory: Path) -> str:
 
 
 def worst_layers(directory: Path | None, count: int = 5) -> list[str]:
-    """The layers of largest relative error in the report beside a checkpoint; none if there is no readable report."""
+    """The layers of largest error in the report beside a checkpoint; none if there is no readable report."""
     try:
         layers = json.loads((directory / "report.json").read_bytes())["layers"] if directory else {}
-        errors = {str(name): float(row["relative_error"]) for name, row in layers.items()}
+        errors = {str(name): layer_error(row) for name, row in layers.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
     return sorted(errors, key=lambda name: -errors[name])[:count]

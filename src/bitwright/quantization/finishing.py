@@ -23,6 +23,7 @@ from bitwright.formats.storage import write_file
 from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.capture import head_output
+from bitwright.quantization.decoded import DecodedLinear
 from bitwright.quantization.events import Event, EventSink, Stopped
 from bitwright.quantization.journal import Journal, UnitRecord
 from bitwright.quantization.logits import LogitsTask, LogitsUpdates
@@ -114,6 +115,7 @@ class Finish:
                 reference=self._reference,
                 load_block=None if is_resident else load_block,
                 float_weight=None if self.plan.is_equalized else self._float_weight,
+                outer=self._quantized_head(checkpoint),
             )
             updates = stage.run(task, options, seed=self.seed, state=self._saved_state(), on_check=self._save_state)
         finally:
@@ -162,13 +164,12 @@ class Finish:
         )
 
     def _rounded(self) -> Checkpoint:
-        """The blocks as they were rounded, to be read tensor by tensor."""
+        """The units as they were rounded, to be read tensor by tensor."""
         tensors: dict[str, StoredTensor] = {}
-        for index, unit in enumerate(self.plan.units):
-            if unit.is_block:
-                file = block_shard(self.plan, index)
-                entries = read_index(self.output / file).tensors
-                tensors |= {name: StoredTensor(file, entry) for name, entry in entries.items()}
+        for index in range(len(self.plan.units)):
+            file = block_shard(self.plan, index)
+            entries = read_index(self.output / file).tensors
+            tensors |= {name: StoredTensor(file, entry) for name, entry in entries.items()}
         config = {"quantization_config": self.plan.format.config(self.plan.records, ())}
         return Checkpoint(self.output, config, tensors, {}, {})
 
@@ -176,12 +177,9 @@ class Finish:
         """Block ``number`` with its quantized layers, from the work directory."""
         prefix = self.plan.blocks.names()[number] + "."
         block = copy.deepcopy(self.plan.blocks.modules[number])
-        for name, record in self.plan.records.items():
-            if not name.startswith(prefix):
-                continue
-            tensor = self.plan.format.decode(checkpoint, name, record)
-            bias, scale = (_read_if_there(checkpoint, f"{name}.{part}") for part in ("bias", "input_scale"))
-            set_module(block, name.removeprefix(prefix), QuantizedLinear.build(tensor, bias, record.scheme, scale))
+        for name in self.plan.records:
+            if name.startswith(prefix):
+                set_module(block, name.removeprefix(prefix), self._quantized(checkpoint, name))
         for name, holder, leaf in _float_places(block):
             stored = _read_if_there(checkpoint, prefix + name)
             if stored is not None and leaf in holder._parameters:
@@ -189,6 +187,18 @@ class Finish:
             elif stored is not None:
                 holder._buffers[leaf] = stored
         return block
+
+    def _quantized_head(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+        """What the finished model has in place of its float head, if that is quantized, to be run and not tuned."""
+        names = [layer for unit in self.plan.units if not unit.is_block for layer in unit.layers]
+        dtype = self.references[0].dtype
+        return {name: DecodedLinear(self._quantized(checkpoint, name), dtype) for name in names}
+
+    def _quantized(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear:
+        record = self.plan.records[name]
+        tensor = self.plan.format.decode(checkpoint, name, record)
+        bias, scale = (_read_if_there(checkpoint, f"{name}.{part}") for part in ("bias", "input_scale"))
+        return QuantizedLinear.build(tensor, bias, record.scheme, scale)
 
     def _reference(self, number: int) -> Tensor:
         """The float model's logits (``[length, vocabulary]``) of a window."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -82,6 +82,8 @@ class LogitsTask:
             It may be called many times for each block; what it returned before is no longer used then.
         float_weight: the float weight ``[out, in]`` of a layer by full name, to which moving codes are drawn at the
             start; ``None``: they start in the middle of their roundings.
+        outer: what takes the place of modules outside the blocks, by full name, where the quantized model is run: the
+            output head's, if that is quantized. Gradients pass through it.
     """
 
     model: nn.Module
@@ -90,6 +92,7 @@ class LogitsTask:
     reference: Callable[[int], Tensor]
     load_block: Callable[[int], nn.Module] | None = None
     float_weight: Callable[[str], Tensor] | None = None
+    outer: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +292,8 @@ class _Run:
     def _loss(self, hidden: Tensor, batch: Sequence[int]) -> Tensor:
         """The mean KL divergence (nats a token) of what the model makes of the last block's output."""
         blocks = Blocks(name=self.task.blocks, modules=_children(self.task))
-        logits = head_output(self.task.model, blocks, hidden, partial(self._read, batch), as_tuple=self.as_tuple)
+        with _replaced(self.task.model, self.task.outer):
+            logits = head_output(self.task.model, blocks, hidden, partial(self._read, batch), as_tuple=self.as_tuple)
         found = torch.log_softmax(logits.to(torch.float32), -1)
         wanted = torch.stack([self.task.reference(index) for index in batch]).to(torch.float32)
         sums = functional.kl_div(found, torch.log_softmax(wanted, -1), log_target=True, reduction="sum")
@@ -323,6 +327,18 @@ class _Run:
 
 def _children(task: LogitsTask) -> tuple[nn.Module, ...]:
     return tuple(task.model.get_submodule(task.blocks).children())
+
+
+@contextmanager
+def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    originals = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        set_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            set_module(model, name, original)
 
 
 def _float_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 
 from bitwright import __version__
 from bitwright.models.hf import VERSION as TRANSFORMERS_VERSION
+from bitwright.quantization.rows import layer_error
 
 __all__ = ["REPORT_FILE", "Report", "host_facts", "peak_resident_bytes", "versions"]
 
@@ -50,8 +51,8 @@ class Report:
         return asdict(self)
 
     def worst_layers(self, count: int = 5) -> list[tuple[str, float]]:
-        """The layers of largest relative error, largest first."""
-        errors = [(name, float(row["relative_error"])) for name, row in self.layers.items()]
+        """The layers of largest :func:`.rows.layer_error`, largest first."""
+        errors = [(name, layer_error(row)) for name, row in self.layers.items()]
         return sorted(errors, key=lambda pair: -pair[1])[:count]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from bitwright.core.scheme import LayerScheme
 from bitwright.models.blocks import linear_weight
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["layer_row"]
+__all__ = ["layer_error", "layer_row"]
 
 TILE = 1 << 18  # weights compared at a time, so that the float32 copies stay in cache
 
@@ -39,6 +40,14 @@ def layer_row(
             "torch."
         )  # the scheme's would have under- or overflowed
     return row
+
+
+def layer_error(row: Mapping[str, Any]) -> float:
+    """What a layer's row says of its error, to compare layers by: weighted by the inputs' power where they were seen.
+
+    That one stays the same when an equalizer divides a weight's columns and multiplies its inputs.
+    """
+    return float(row.get("weighted_error", row["relative_error"]))
 
 
 def _errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None) -> tuple[float, float | None]:

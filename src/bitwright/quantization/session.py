@@ -19,6 +19,7 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
 from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.capture import Captured, capture, head_output, observe_head
+from bitwright.quantization.decoded import DecodedLinear
 from bitwright.quantization.logits import LogitsTask
 from bitwright.quantization.plan import FINISH, GroupFallback, Plan, make_plan
 from bitwright.quantization.sources import MemorySource, Source, refuse_nonfinite
@@ -238,7 +239,7 @@ def _convert_units(
         elif layers:
             head = _round_head(model, plan, layers, captured, forwards, inputs)
     if plan.finish is not None and captured is not None and references is not None:
-        _finish(prepared, plan, references, captured.as_tuple, originals)
+        _finish(prepared, plan, references, captured.as_tuple, originals, head)
     for name, layer in head.items():
         set_module(model, name, layer)
 
@@ -263,9 +264,14 @@ def _round_head(
 
 
 def _finish(
-    prepared: Prepared, plan: Plan, references: Sequence[Tensor], as_tuple: bool, originals: Mapping[str, nn.Module]
+    prepared: Prepared,
+    plan: Plan,
+    references: Sequence[Tensor],
+    as_tuple: bool,
+    originals: Mapping[str, nn.Module],
+    head: Mapping[str, QuantizedLinear],
 ) -> None:
-    """The pass over the whole model, with every row of the batches a window."""
+    """The pass over the whole model, whose head is still the float one, with every row of the batches a window."""
     assert plan.finish is not None
     model, (stage, options) = prepared.model, plan.finish
     windows = [row for batch in prepared.batches for text in _texts(batch) for row in _token_rows(text)]
@@ -288,6 +294,7 @@ def _finish(
         windows=windows,
         reference=reference,
         float_weight=None if plan.is_equalized else lambda name: linear_weight(originals[name]).detach().clone(),
+        outer={name: DecodedLinear(layer, rows[0].dtype) for name, layer in head.items()},
     )
     updates = stage.run(task, options, seed=block_seed(prepared.recipe.seed, FINISH))
     if updates is None:
