@@ -73,8 +73,10 @@ def rounded_block(algorithm: str, options: dict[str, Any], *, moved: bool) -> Bl
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options"), [("rtn", {}), ("gptq", {}), ("hqq", {}), ("autoround", {"iters": 2})]
-)
+    ("algorithm", "options"),
+    [("rtn", {}), ("gptq", {}), ("hqq", {}), ("autoround", {"iters": 2}), ("awq", {"grid": 4}), ("teq", {"steps": 3}),
+     ("awq+gptq", {"grid": 4}), ("awq", {"grid": 4, "folding": False}), ("gptq", {"true_sequential": True})],
+)  # fmt: skip
 def test_a_whole_block_is_quantized_on_the_device(algorithm: str, options: dict[str, Any]) -> None:
     with PretendGpu():
         here, away = (rounded_block(algorithm, options, moved=moved) for moved in (False, True))

@@ -159,6 +159,8 @@ def render_plan(event: ProgressEvent, output: Path) -> str:
         rows["time"] = f"about {format_duration(data['seconds'])}" if data["seconds"] > 1 else "about a second"
     if "peak_bytes" in data:
         rows["memory"] = f"about {format_size(data['peak_bytes'])} at most"
+    if "device_bytes" in data:
+        rows["device"] = f"{data['device']}, about {format_size(data['device_bytes'])} at most"
     rows["output"] = str(output)
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items()) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,6 +40,8 @@ from bitwright.quantization.destination import (
     resumes_replacement,
     shard_directory,
 )
+from bitwright.quantization.device_memory import DEVICE_LEVERS, check_device, device_bytes, free_bytes
+from bitwright.quantization.device_stream import CudaLane, find_device, on_device
 from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
 from bitwright.quantization.finishing import final_records
@@ -67,6 +69,7 @@ class _Request:
     command: str
     sink: EventSink
     should_stop: Callable[[], bool]
+    device: torch.device
 
 
 def quantize(
@@ -83,6 +86,7 @@ def quantize(
     overrides: Sequence[str | Override] = (),
     seed: int = 0,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
     group_fallback: GroupFallback = "error",
     on_nonfinite: Literal["stop", "drop-sample"] = "stop",
     overwrite: bool = False,
@@ -109,6 +113,8 @@ def quantize(
         overrides: rules such as ``lm_head=w8``, ``.*[.]down_proj=w8g32``, ``type:Linear=float``; the last match wins.
         seed: of everything random.
         threads: for arithmetic; part of what a resumed run must repeat.
+        device: where blocks are worked on, ``cpu`` or a GPU such as ``cuda``; part of what a resumed run must repeat.
+            A GPU holds one block while the next is copied to it, and the activations of all samples.
         group_fallback: what to do where groups do not divide a layer: ``error``, ``pad``, ``per-channel``, ``skip``.
         on_nonfinite: what to do with a calibration sample that makes NaN or infinity inside the model.
         overwrite: replace a finished checkpoint, once the new one is complete; there must be room for both.
@@ -137,6 +143,7 @@ def quantize(
         "overrides",
         "seed",
         "threads",
+        "device",
     )
     given = {name: value for name, value in locals().items() if name in (*shown, "group_fallback", "on_nonfinite")}
     recipe = _recipe(scheme, algorithm, options, overrides, seed)
@@ -153,6 +160,7 @@ def quantize(
         command=command or _python_call(model, output, given),
         sink=on_event,
         should_stop=should_stop,
+        device=find_device(device),
     )
     with thread_count(threads):
         source, name = _open_source(model, recipe, request)
@@ -163,6 +171,7 @@ def quantize(
         if plan.finish is not None and tokens is not None and len(tokens.windows) < 2:
             what = f"{algorithm} needs two calibration samples at least: one to train on and one to judge by"
             raise BitwrightError("BW401", what, suggestion="more --samples, or a longer text")
+        _check_device(source, plan, tokens, request.device)
         return _run(source, name, plan, recipe, tokens, samples, request)
 
 
@@ -179,6 +188,8 @@ def _run(
     notices = plan.notices + sample_notices(tokens, samples)
     needed = estimate(source, plan, tokens)
     planned = plan_facts(name, plan, recipe, tokens, needed, request.output)
+    if request.device.type != "cpu":
+        planned |= {"device": str(request.device), "device_bytes": device_bytes(source, plan, tokens)}
     request.sink(Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", planned))
     for notice in notices:
         request.sink(Event("notice", notice))
@@ -194,7 +205,7 @@ def _run(
             check_output(request.output, source.directory, overwrite=request.overwrite)
             shards = shard_directory(request.output, overwrite=request.overwrite)
             check_resources(shards, plan, needed)
-            settings = fingerprint(source, plan, recipe, tokens)
+            settings = fingerprint(source, plan, recipe, tokens, request.device)
             journal = Journal(request.output, settings, request.command, plan.unit_names, shards=shards)
             is_new = not _resumes(request)
             journal.open(anew=is_new)
@@ -230,19 +241,34 @@ def _do_units(
     needed: Estimate,
     request: _Request,
 ) -> None:
-    job = Job(
-        source=source,
-        plan=plan,
-        recipe=recipe,
-        calibration=tokens,
-        output=journal.shards,
-        journal=journal,
-        sink=request.sink,
-        should_stop=request.should_stop,
-        drop_nonfinite=request.drop_nonfinite,
-    )
-    with torch.no_grad(), _memory_errors(needed):
-        job.run()
+    with ExitStack() as stack:
+        if request.device.type != "cpu":
+            order = [unit.tensors for unit in plan.units if unit.is_block]
+            source = stack.enter_context(on_device(source, CudaLane(request.device), order))
+        job = Job(
+            source=source,
+            plan=plan,
+            recipe=recipe,
+            calibration=tokens,
+            output=journal.shards,
+            journal=journal,
+            sink=request.sink,
+            should_stop=request.should_stop,
+            drop_nonfinite=request.drop_nonfinite,
+            device=request.device,
+        )
+        with torch.no_grad(), _memory_errors(needed):
+            job.run()
+
+
+def _check_device(source: Source, plan: Plan, tokens: CalibrationTokens | None, device: torch.device) -> None:
+    """Refuse what does not run on a GPU, or does not fit it."""
+    if device.type == "cpu":
+        return
+    if plan.finish is not None:
+        what = f"{plan.finish[0].name} goes over the whole model at the end, which it does on the CPU alone"
+        raise BitwrightError("BW201", what, suggestion="device='cpu', or an algorithm without that pass")
+    check_device(device, device_bytes(source, plan, tokens), *free_bytes(device))
 
 
 def _open_source(model: str | Path | nn.Module, recipe: Recipe, request: _Request) -> tuple[Source, str]:
@@ -314,6 +340,9 @@ def _memory_errors(needed: Estimate) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            what = f"the memory of the GPU ran out: {str(error).partition('.')[0]}"
+            raise BitwrightError("BW503", what, suggestion=f"{DEVICE_LEVERS}; the same command resumes") from error
         if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
             raise
         message = f"memory ran out; about {needed.peak_bytes / 1e9:.1f} GB were expected to be enough"

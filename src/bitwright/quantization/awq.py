@@ -164,9 +164,10 @@ def _search_scale(task: BlockTask, site: Site, bench: SiteBench, options: AwqSca
     """The candidate of least loss; the first of equals, so that none wins where nothing is gained."""
     weights = {name: linear_weight(layer) for name, layer in bench.layers.items()}
     rows = sum(weight.shape[0] for weight in weights.values())
-    columns = sum((weight.abs().sum(0, dtype=torch.float32) for weight in weights.values()), torch.zeros(1)) / rows
-    activations = share_scale(site.fold, mean_magnitude(task, site))
-    least, best = float("inf"), torch.ones(site.width)
+    first, *others = (weight.abs().sum(0, dtype=torch.float32) for weight in weights.values())
+    columns = sum(others, first) / rows
+    activations = share_scale(site.fold, mean_magnitude(task, site).to(columns.device))
+    least, best = float("inf"), torch.ones_like(columns)
     for scale in candidate_scales(activations, share_scale(site.fold, columns), options.grid):
         rounded = {}
         for name, weight in weights.items():

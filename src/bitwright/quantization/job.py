@@ -29,7 +29,7 @@ from bitwright.quantization.finishing import Finish, block_shard
 from bitwright.quantization.journal import Journal, UnitRecord
 from bitwright.quantization.plan import FINISH, Plan, Unit, head_note
 from bitwright.quantization.report import versions
-from bitwright.quantization.rows import layer_row
+from bitwright.quantization.rows import layer_error, layer_row
 from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics
 from bitwright.quantization.stream import BlockResult, BlockWork, Flow, block_seed, quantize_block, round_layers
@@ -38,6 +38,7 @@ from bitwright.quantization.writer import tensor_bytes
 __all__ = ["Job", "fingerprint"]
 
 WAITING_BYTES = 128 << 20  # of small units that may wait while a large one is written
+CPU = torch.device("cpu")
 REFERENCE = "reference."  # begins the names of the float model's hidden states in the work directory
 
 
@@ -63,6 +64,8 @@ class _Work:
 class Job:
     """A planned run on one output directory.
 
+    ``source`` loads onto ``device``, where everything is computed; what is written comes from the CPU.
+
     In calibrated runs ``captured`` is what the model hands to its blocks, and ``inputs`` the next block's inputs by the
     number of their sample; ``references`` are the same in the float model, where an algorithm needs them; ``dropped``
     are the samples left out because they made NaN or infinity.
@@ -77,6 +80,7 @@ class Job:
     sink: EventSink
     should_stop: Callable[[], bool]
     drop_nonfinite: bool = False
+    device: torch.device = CPU
     captured: Captured | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     references: dict[int, Tensor] = field(default_factory=dict)
@@ -174,7 +178,7 @@ class Job:
         if self.captured is None or self.calibration is None:
             return {}
         with_gram = any(self.plan.methods[name].algorithm.with_gram for name in layers)
-        windows = [self.calibration.windows[number] for number in self.inputs]
+        windows = [self.calibration.windows[number].to(self.device) for number in self.inputs]
         forwards = [partial(_forward, self.source.model, window) for window in windows]
         hidden = tuple(self.inputs.values())
         return observe_head(
@@ -192,7 +196,7 @@ class Job:
         already_dropped = len(self.dropped)
         result = self._quantize(unit)
         tensors: dict[str, Tensor | TensorSource] = dict(_float_tensors(self.source, unit))
-        tensors.update({f"{name}.input_scale": scale for name, scale in result.input_scales.items()})
+        tensors.update({f"{name}.input_scale": scale.cpu() for name, scale in result.input_scales.items()})
         encoded, rows = self._encode(unit, result.tensors, result.rows)
         tensors.update(encoded)
         self.inputs = dict(zip(self.inputs, result.outputs, strict=True))
@@ -211,8 +215,8 @@ class Job:
 
     def _saved_inputs(self) -> dict[str, Tensor]:
         """The next block's inputs as they are kept in the work directory, by name."""
-        saved = {f"{number:06d}": tensor for number, tensor in self.inputs.items()}
-        return saved | {f"{REFERENCE}{number:06d}": tensor for number, tensor in self.references.items()}
+        saved = {f"{number:06d}": tensor.cpu() for number, tensor in self.inputs.items()}
+        return saved | {f"{REFERENCE}{number:06d}": tensor.cpu() for number, tensor in self.references.items()}
 
     def _quantize(self, unit: Unit) -> BlockResult:
         """Quantize a block, again without the sample that made NaN or infinity if that is allowed."""
@@ -259,7 +263,7 @@ class Job:
         encoded: dict[str, Tensor] = {}
         measured: dict[str, Mapping[str, Any]] = {}
         for name, tensor in tensors.items():
-            parts = self.plan.format.encode(name, tensor, unit.layers[name])
+            parts = self.plan.format.encode(name, tensor.to(CPU), unit.layers[name])
             bits = 8 * sum(map(tensor_bytes, parts.values()))
             measured[name] = {**rows[name], "bits_per_weight": round(bits / tensor.codes.numel(), 4)}
             encoded |= parts
@@ -302,7 +306,7 @@ class Job:
         self.source.unify()
         self.source.load([*before, *first.tensors])
         base = getattr(self.source.model, getattr(self.source.model, "base_model_prefix", ""), self.source.model)
-        forwards = [partial(_forward, base, window) for window in self.calibration.windows]
+        forwards = [partial(_forward, base, window) for window in self.calibration.windows.to(self.device)]
         self.captured = capture(self.source.model, self.plan.blocks, forwards)
         self.source.release([*before, *first.tensors])
         self.inputs = dict(enumerate(self.captured.inputs))
@@ -310,7 +314,7 @@ class Job:
         self.dropped = [number for record in self.journal.done for number in record.dropped]
         saved = self.journal.done[-1].inputs if self.journal.done else None
         if saved is not None:
-            tensors = _open_inputs(self.journal.work / saved[0])
+            tensors = _open_inputs(self.journal.work / saved[0], self.device)
             self.inputs = {int(name): tensors[name] for name in tensors if name.isdigit()}
             self.references = {
                 int(name.removeprefix(REFERENCE)): tensors[name] for name in tensors if name.startswith(REFERENCE)
@@ -320,7 +324,7 @@ class Job:
         self.seconds.append(seconds)
         remaining = len(self.plan.unit_names) - index - 1
         eta = remaining * sum(self.seconds) / len(self.seconds)
-        errors = [float(row["relative_error"]) for row in record.layers.values()]
+        errors = [layer_error(row) for row in record.layers.values()]
         data = {
             "unit": record.unit,
             "done": index + 1,
@@ -334,7 +338,9 @@ class Job:
         self.sink(Event("unit", f"{record.unit} done{worst}", data))
 
 
-def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: CalibrationTokens | None) -> dict[str, Any]:
+def fingerprint(
+    source: Source, plan: Plan, recipe: Recipe, calibration: CalibrationTokens | None, device: torch.device = CPU
+) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it resumes."""
     return {
         "model": source.identity(),
@@ -344,14 +350,15 @@ def fingerprint(source: Source, plan: Plan, recipe: Recipe, calibration: Calibra
         "format": plan.format.name,
         "calibration": None if calibration is None else calibration.fingerprint(),
         "threads": torch.get_num_threads(),
+        **({} if device.type == "cpu" else {"device": device.type}),
         "versions": versions(),
     }
 
 
-def _open_inputs(path: Path) -> dict[str, Tensor]:
+def _open_inputs(path: Path, device: torch.device) -> dict[str, Tensor]:
     """A block's inputs from the work directory, by name, in the order of the samples."""
     index = read_index(path)
-    return {name: read_tensor(path, index.tensors[name]) for name in sorted(index.tensors)}
+    return {name: read_tensor(path, index.tensors[name]).to(device) for name in sorted(index.tensors)}
 
 
 def _forward(base: nn.Module, window: Tensor) -> object:
@@ -374,5 +381,5 @@ def _float_tensors(source: Source, unit: Unit) -> dict[str, Tensor]:
             holder = source.model.get_submodule(parent)
             tensor = holder._parameters.get(leaf, holder._buffers.get(leaf))
             assert tensor is not None
-            tensors[name] = tensor.detach().to(source.stored(name).dtype).contiguous()
+            tensors[name] = tensor.detach().to(CPU, source.stored(name).dtype).contiguous()
     return tensors

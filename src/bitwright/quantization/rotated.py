@@ -80,6 +80,9 @@ class RotatedSource:
         """The rotated tensor, as it is loaded."""
         return self.rotation.transform(name, self.original.read(name))
 
+    def assign(self, name: str, tensor: Tensor) -> None:
+        self.original.assign(name, tensor)
+
     def stored(self, name: str) -> Tensor:
         """The rotated tensor, as it is written."""
         return self.read(name).to(self.original.stored(name).dtype)

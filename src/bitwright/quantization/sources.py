@@ -45,6 +45,8 @@ class Source(Protocol):
     def unify(self) -> None: ...
     def load(self, names: Iterable[str]) -> None: ...
     def release(self, names: Iterable[str]) -> None: ...
+    def read(self, name: str) -> Tensor: ...
+    def assign(self, name: str, tensor: Tensor) -> None: ...
     def stored(self, name: str) -> Tensor | TensorSource: ...
     def identity(self) -> dict[str, Any]: ...
     def byte_count(self) -> int: ...
@@ -202,15 +204,18 @@ class MemorySource:
 
     def load(self, names: Iterable[str]) -> None:
         for name in names:
-            places = self._places(name)
-            holder, leaf = places[0]
-            if name not in self._own:
-                present = holder._parameters.get(leaf, holder._buffers.get(leaf))
-                assert present is not None
-                self._own[name] = present
-            own = self._own[name]
-            copy = own.detach().clone()
-            self._assign(places, nn.Parameter(copy, requires_grad=False) if isinstance(own, nn.Parameter) else copy)
+            self.assign(name, self.read(name).clone())
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """Let ``tensor`` stand in for the parameter or buffer ``name``, until it is released."""
+        places = self._places(name)
+        holder, leaf = places[0]
+        if name not in self._own:
+            present = holder._parameters.get(leaf, holder._buffers.get(leaf))
+            assert present is not None
+            self._own[name] = present
+        is_parameter = isinstance(self._own[name], nn.Parameter)
+        self._assign(places, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
@@ -233,8 +238,8 @@ class MemorySource:
         return [(self.model.get_submodule(parent), leaf) for parent, _, leaf in pairs]
 
     def read(self, name: str) -> Tensor:
-        """The module's own tensor, which is not to be changed."""
-        return self.stored(name)
+        """The module's own tensor, which is not to be changed, also while another one stands in for it."""
+        return self._own[name].detach() if name in self._own else self.stored(name)
 
     def stored(self, name: str) -> Tensor:
         tensor: Tensor = self.model.state_dict()[name]

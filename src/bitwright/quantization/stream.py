@@ -346,7 +346,7 @@ def _split_sites(sites: Sequence[Sequence[str]], scales: Mapping[str, Tensor]) -
     for number, site in enumerate(sites):
         for name in site:
             scale = scales.get(name)
-            parts.setdefault((number, b"" if scale is None else scale.numpy().tobytes()), []).append(name)
+            parts.setdefault((number, b"" if scale is None else scale.cpu().numpy().tobytes()), []).append(name)
     return list(parts.values())
 
 

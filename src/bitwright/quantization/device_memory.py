@@ -1,0 +1,68 @@
+"""What a run takes of a GPU's memory, estimated from sizes and looked at before any work."""
+
+from __future__ import annotations
+
+import torch
+
+from bitwright.core.errors import BitwrightError
+from bitwright.quantization.calibration import CalibrationTokens
+from bitwright.quantization.plan import Plan, Unit
+from bitwright.quantization.sources import Source
+from bitwright.quantization.stream import COMPARED_SAMPLES
+
+__all__ = ["DEVICE_LEVERS", "HEADROOM", "check_device", "device_bytes", "free_bytes"]
+
+DEVICE_LEVERS = "fewer --samples, a shorter --seqlen, another GPU, or --device cpu"
+HEADROOM = 0.08  # of the GPU's memory: the driver's own, and what the allocator cannot use
+COPIES = 6  # float32 copies of the largest layer, or of its Hessian, that a rounder works with
+TUNED_BYTES = 16  # for each weight of a block that is tuned: what is learned, its gradient, and both moments
+BATCH = 8  # samples of a tuner's batch, whose activations are kept for the way back
+KEPT = 12  # hidden states' worth of them for each token
+
+
+def device_bytes(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> int:
+    """The most that a run holds on its device: two blocks' weights, one block's codes, sums of its inputs, activations.
+
+    The block at work is there as floats, as codes, packed and decoded; the next one as floats.
+    """
+    shapes = source.shapes()
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    element = max(1, plan.source_bytes // max(1, parameters))
+
+    def size(unit: Unit) -> int:
+        return sum(torch.Size(shapes[name]).numel() for name in unit.tensors)
+
+    quantized = [plan.shapes[name] for name in plan.schemes]
+    largest = max(size(unit) for unit in plan.units if unit.layers)
+    layer = max(out * columns for out, columns in quantized)
+    peak = largest * (2 * element + 2 + max(element, 4)) + COPIES * 4 * layer
+    if tokens is None:
+        return peak
+    samples, seqlen = tokens.windows.shape
+    narrow, width = min(columns for _, columns in quantized), max(columns for _, columns in quantized)
+    if any(method.algorithm.with_gram for method in plan.methods.values()):
+        peak += 4 * (COPIES * width**2 + sum({columns: columns**2 for _, columns in quantized}.values()))
+    flows = 4 if plan.with_float_flow else 2
+    peak += seqlen * narrow * element * (flows * samples + COMPARED_SAMPLES) + seqlen * width * 16
+    if any(method.algorithm.tune for method in plan.methods.values()):
+        peak += TUNED_BYTES * largest + BATCH * KEPT * seqlen * narrow * 4
+    outer = sum(size(unit) for unit in plan.units if not unit.is_block)
+    return peak + max(0, outer - largest) * element  # the embeddings, while inputs are made
+
+
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a GPU, by its driver."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total
+
+
+def check_device(device: torch.device, needed: int, free: int, total: int) -> None:
+    """Refuse a run that the device does not hold, before it starts.
+
+    Raises:
+        BitwrightError: BW503 naming both sizes.
+    """
+    room = max(0, free - int(HEADROOM * total))
+    if needed > room:
+        what = f"the run needs about {needed / 1e9:.1f} GB on {device}, and {room / 1e9:.1f} GB of it can be used"
+        raise BitwrightError("BW503", what, suggestion=DEVICE_LEVERS)
