@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bitwright.core.errors import BitwrightError
 from bitwright.engine.handle import Completion, FinishReason, Status
 from bitwright.engine.pages import PageAllocator
+from bitwright.engine.pressure import Pressure
 from bitwright.engine.request import Request
 from bitwright.engine.runner import Runner
 from bitwright.engine.scheduler import Scheduler, Work
@@ -28,7 +30,7 @@ class EngineLoop:
 
     def __init__(self, runner: Runner, allocator: PageAllocator, scheduler: Scheduler) -> None:
         self._runner, self._allocator, self._scheduler = runner, allocator, scheduler
-        self._counters = Counters()
+        self._counters, self._pressure = Counters(), Pressure(runner, scheduler)
         self._changed = threading.Condition()
         self._arrived: list[Request] = []
         self._open: dict[int, Request] = {}  # all that have not ended, wherever they are
@@ -127,7 +129,7 @@ class EngineLoop:
         return True
 
     def step(self) -> None:
-        """Plan, run, choose, hand over."""
+        """Plan, run, choose, hand over. A step that memory runs out in is only made smaller."""
         began = time.perf_counter()
         with self._changed:
             begun = {request for request in self._scheduler.waiting if request.reused is None}
@@ -135,8 +137,14 @@ class EngineLoop:
             self._counters.reused_tokens += sum(request.reused or 0 for request in begun)
         if not works:
             return
-        logits = self._runner.run(works)
+        try:
+            logits = self._runner.run(works)
+        except torch.OutOfMemoryError as error:
+            with self._changed:
+                self._pressure.relieve(works, error)
+            return
         with self._changed:
+            self._pressure.ease()
             for work, rows in zip(works, logits, strict=True):
                 self._advance(work, rows)
             self._counters.steps += 1

@@ -46,7 +46,7 @@ class Scheduler:
     Args:
         allocator: of the cache's pages.
         max_batch: how many requests run at once.
-        step_tokens: how many tokens a step computes, guessed ones aside.
+        step_tokens: how many tokens a step computes, guessed ones aside. (:meth:`limit` can lower both.)
         draft: guesses at most so many tokens that follow the given ones; ``None`` for no guesses.
         most_drafted: how many are guessed for one request.
     """
@@ -60,7 +60,8 @@ class Scheduler:
         draft: Drafter | None = None,
         most_drafted: int = 0,
     ) -> None:
-        self._allocator, self._max_batch, self._step_tokens = allocator, max_batch, step_tokens
+        self._allocator, self._most = allocator, (max_batch, step_tokens)
+        self.batch, self.step_tokens = max_batch, step_tokens
         self._draft, self._most_drafted = draft, most_drafted
         self.running: list[Request] = []  # both lists: oldest first
         self.waiting: list[Request] = []
@@ -82,9 +83,20 @@ class Scheduler:
             self.waiting.remove(request)
         self._give_up(request)
 
+    def limit(self, *, batch: int | None = None, step_tokens: int | None = None, drafted: int | None = None) -> None:
+        """Let steps be of at most so many requests, tokens and guesses, never more than was asked for at first.
+
+        Requests beyond that give up their pages and wait, those that came last first.
+        """
+        self.batch = self.batch if batch is None else min(batch, self._most[0])
+        self.step_tokens = self.step_tokens if step_tokens is None else min(step_tokens, self._most[1])
+        self._most_drafted = self._most_drafted if drafted is None else drafted
+        while len(self.running) > self.batch:
+            self._preempt(self.running[-1])
+
     def plan(self) -> list[Work]:
         """The parts of the next step; empty if there is nothing to do."""
-        before, budget = self.preemptions, self._step_tokens
+        before, budget = self.preemptions, self.step_tokens
         works: dict[Request, Work] = {}
         # Next tokens before pieces of prompts, so that a long prompt delays no answer by more than a step.
         for request in sorted(self.running, key=lambda each: len(each.tokens) - each.computed > 1):
@@ -124,7 +136,7 @@ class Scheduler:
 
     def _admit(self, works: dict[Request, Work], budget: int) -> None:
         """Begin waiting requests in their order, with room for all of their tokens and some for those that run."""
-        while self.waiting and budget > 0 and len(self.running) < self._max_batch:
+        while self.waiting and budget > 0 and len(self.running) < self.batch:
             request = self.waiting[0]
             hashes = request.hash_pages(self._allocator.salt)
             found = self._allocator.find(hashes, (len(request.tokens) - 1) // PAGE)

@@ -10,12 +10,12 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import rotate_head
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
@@ -25,9 +25,11 @@ from bitwright.kernels.gpu.layers import Norm, Product, dense_product, join_rows
 from bitwright.kernels.gpu.tokens import rms_norm
 from bitwright.models.decoder import Step, read_shape, refuse_architecture
 from bitwright.models.decoder_rows import Layout, Rows, decode_rows, read_rows, stage, step_rows
-from bitwright.models.hf import PreTrainedModel
 from bitwright.models.paged_cache import CacheShape, PagedCache
 from bitwright.models.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel
 
 __all__ = ["CudaDecoder", "refuse", "refuse_cache"]
 
@@ -215,14 +217,16 @@ class CudaDecoder:
         """Logits of the rows ``step.outputs``, float32 ``[m, vocabulary]`` on the CPU.
 
         Raises:
-            BitwrightError: BW503 if the GPU's memory does not hold the activations; the cache may then lack the step.
+            torch.OutOfMemoryError: if the GPU's memory does not hold the activations; the cache may then hold a part of
+                the step, which the same step writes again.
         """
-        try:
-            return self.forward_there(step, cache).to("cpu", torch.float32)
-        except torch.OutOfMemoryError as error:
-            what = f"the GPU has no memory left for a step of {len(step.tokens)} tokens"
-            advice = "less cache_memory, or fewer tokens a step"
-            raise BitwrightError("BW503", what, suggestion=advice) from error
+        return self.forward_there(step, cache).to("cpu", torch.float32)
+
+    def free_memory(self) -> None:
+        """Give up what can be made again: recorded graphs, and what the allocator keeps."""
+        self._recordings.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def forward_there(self, step: Step, cache: PagedCache) -> Tensor:

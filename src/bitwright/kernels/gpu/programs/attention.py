@@ -138,8 +138,8 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
         tl.store(statistics + 2 * at + 1, total)
         _store_rows(out, at * HEAD, mixed, other, rows_in, HEAD, WIDTH, VALUE_BITS)
     else:
-        share = 1.0 / tl.where(total > 0.0, total, 1.0)[:, None]
-        _store_rows(out, at * HEAD, mixed * share, other * share, rows_in, HEAD, WIDTH, VALUE_BITS)
+        total = tl.where(total > 0.0, total, 1.0)[:, None]  # divided as in `combine`: to the same bit
+        _store_rows(out, at * HEAD, mixed / total, other / total, rows_in, HEAD, WIDTH, VALUE_BITS)
 
 
 @triton.jit
