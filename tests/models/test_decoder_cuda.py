@@ -11,7 +11,7 @@ import torch
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import parse_kv
-from bitwright.kernels.gpu import integer, library, linear
+from bitwright.kernels.gpu import attention, integer, layers, library, linear
 from bitwright.models.decoder import Step
 from bitwright.models.decoder_cuda import CudaDecoder, refuse, refuse_cache
 from bitwright.models.decoder_rows import decode_rows, read_rows, stage, step_rows
@@ -127,6 +127,49 @@ def test_padded_steps_give_the_same_logits() -> None:
         written = [int(tensor.abs().sum((1, 2, 3)).count_nonzero()) for tensor in (*cache.keys, *cache.values)]
         assert set(written) == {2}, "each sequence has one page"
     assert torch.allclose(found[0], found[1], atol=1e-4)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_text_is_the_same_beside_a_long_one_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other text is a prompt (blocks of many rows), with a context that is split and one part that is not."""
+    monkeypatch.setattr(attention, "FIXED_SPLIT", 64)
+    decoder = CudaDecoder(build("llama", num_hidden_layers=1), invariant=True)
+    vocabulary, found = decoder.shape.vocabulary, []
+    for company in (False, True):
+        cache, first = decoder.new_cache(8), decoder_laws.random_text(34, vocabulary, [7, 1])
+        other = decoder_laws.random_text(90, vocabulary, [2, 3, 4], 1)
+        decoder_laws.run(decoder, cache, [decoder_laws.Piece(first, 33)])
+        more = [decoder_laws.Piece(other, 90)] if company else []
+        found.append(decoder_laws.run(decoder, cache, [*more, decoder_laws.Piece(first, 1)])[-1])
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("scheme", [None, "w4g32", "w4g32-a8"])
+def test_answers_do_not_depend_on_company_or_chunks_where_that_is_asked_for(
+    scheme: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = integer.KERNEL if scheme == "w4g32-a8" else linear.KERNEL
+    monkeypatch.setattr("bitwright.models.quantized.select", lambda _spec: chosen)
+    monkeypatch.setattr(attention, "FIXED_SPLIT", 64)
+    model = build("llama", num_hidden_layers=1)
+    decoder = CudaDecoder(model if scheme is None else quantize_module(model, scheme=scheme), invariant=True)
+    decoder_laws.does_not_depend_on_company(decoder)
+    decoder_laws.does_not_depend_on_pages(decoder)
+
+
+def test_dense_products_have_one_size_where_the_order_of_sums_must_not_change() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return 2 * x
+
+    for rows in (1, layers.TILE, layers.TILE + 1):
+        x = torch.randn(rows, 3)
+        assert torch.equal(layers.in_tiles(run, x), 2 * x)
+    assert seen == [(layers.TILE, 3)] * 4 and layers.in_tiles(run, torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -21,7 +21,7 @@ from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
 from bitwright.kernels.gpu.attention import AttentionBatch, StoredSide
 from bitwright.kernels.gpu.gates import silu_multiply
-from bitwright.kernels.gpu.layers import Norm, Product, dense_product, join_rows, packed_product
+from bitwright.kernels.gpu.layers import Norm, Product, dense_product, in_tiles, join_rows, packed_product
 from bitwright.kernels.gpu.tokens import rms_norm
 from bitwright.models.decoder import Step, read_shape, refuse_architecture
 from bitwright.models.decoder_rows import Layout, Rows, decode_rows, read_rows, stage, step_rows
@@ -89,8 +89,8 @@ class CudaDecoder:
     Args:
         graphs: whether to record and replay steps of single tokens; without a CUDA device nothing is recorded.
         invariant: add in an order that does not depend on the batch: a row's logits are then the same in any company,
-            bit for bit, as far as the vendor's dense products of float layers allow. Slower for a few sequences of long
-            contexts and for many rows. ``BITWRIGHT_INVARIANT`` does the same for the packed products.
+            bit for bit. Slower for prompts (every product has tiles of one row's launch, or of 64 rows), and for a few
+            sequences of long contexts. ``BITWRIGHT_INVARIANT`` does the same.
         release: whether the weights may be taken from the model, which then no longer runs.
 
     Raises:
@@ -105,7 +105,7 @@ class CudaDecoder:
             what = f"the model cannot be decoded on a GPU: {reason}"
             raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
         self.shape, self.device = read_shape(model), torch.device(model.device)
-        self.graphs, self.invariant = graphs and self.device.type == "cuda", invariant
+        self.graphs, self.invariant = graphs and self.device.type == "cuda", invariant or library.is_invariant()
         inner: Any = model.model
         self._weight_bytes = 0
         self._embedding: Tensor = inner.embed_tokens.weight.detach()
@@ -154,7 +154,7 @@ class CudaDecoder:
             weights = [layer.weight.detach() for layer in layers]
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             self._weight_bytes += weight.nbytes
-            return dense_product(weight, bias, sizes)
+            return dense_product(weight, bias, sizes, invariant=self.invariant)
         if all(isinstance(layer, QuantizedLinear) and layer.input_scale is None for layer in layers):
             found = self._read_packed(layers, bias, sizes)
             if found is not None:
@@ -181,12 +181,12 @@ class CudaDecoder:
                 return None
             weight = first.kernel.pack(joined, first.scheme)
         self._weight_bytes += sum(tensor.nbytes for tensor in weight.tensors.values())
-        return packed_product(first.kernel, weight, bias, sizes)
+        return packed_product(first.kernel, weight, bias, sizes, invariant=self.invariant)
 
     def _apart(self, layer: Any) -> Callable[[Tensor], Tensor]:
         tensors = (*layer.parameters(), *layer.buffers())
         self._weight_bytes += sum(tensor.nbytes for tensor in tensors)
-        return lambda x: layer(x)
+        return (lambda x: in_tiles(layer, x)) if self.invariant else layer.forward
 
     def new_cache(self, page_count: int, scheme: KVScheme | None = None) -> PagedCache:
         """Room for ``page_count`` pages; see :class:`bitwright.models.decoder.Decoder`.
@@ -235,7 +235,7 @@ class CudaDecoder:
         is_decoding = len(step.tokens) == sequences and len(step.outputs) == sequences
         if self.graphs and is_decoding and sequences <= BATCHES[-1]:
             return self._replay(step, cache)
-        few = library.describe(self.device).capability < library.PROGRAMMED
+        few = self.invariant or library.describe(self.device).capability < library.PROGRAMMED
         rows = step_rows(step, self.shape.heads // self.shape.kv_heads, few=few)
         layout, host = stage(rows, pinned=self.device.type == "cuda")
         return self._run(read_rows(layout, host.to(self.device, non_blocking=True)), cache)
@@ -307,13 +307,19 @@ class CudaDecoder:
         q = attention.turn(q, turns)
         angles: tuple[Tensor, Tensor] | None = turns
         if own.key.rotated:
-            q, k, angles = _rotated(q), _rotated(attention.turn(k, turns)), None
-        v = _rotated(v) if own.value.rotated else v
+            q, k, angles = self._rotated(q), self._rotated(attention.turn(k, turns)), None
+        v = self._rotated(v) if own.value.rotated else v
         keys, values = _sides(cache, number)
         attention.append(k, v, rows.pages, rows.offsets, keys, values, angles)
         mixed = attention.attend(q, keys, values, batch, window=shape.windows[number], invariant=self.invariant)
-        mixed = _rotated(mixed) if own.value.rotated else mixed
+        mixed = self._rotated(mixed) if own.value.rotated else mixed
         return block.output.run(mixed.flatten(1)), hidden, total
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Heads times the orthonormal Hadamard matrix, which undoes itself; contiguous, same dtype."""
+        matrix, heads = _rotation(x.shape[-1], x.device), x.to(torch.float32).flatten(0, 1)
+        rotated = in_tiles(lambda tile: tile @ matrix, heads) if self.invariant else heads @ matrix
+        return rotated.view(x.shape).to(x.dtype)
 
 
 def _sides(cache: PagedCache, layer: int) -> tuple[StoredSide, StoredSide]:
@@ -324,11 +330,6 @@ def _sides(cache: PagedCache, layer: int) -> tuple[StoredSide, StoredSide]:
         attention.stored_side(own.key, key, cache.key_scale[layer]),
         attention.stored_side(own.value, value, cache.value_scale[layer]),
     )
-
-
-def _rotated(x: Tensor) -> Tensor:
-    """Heads times the orthonormal Hadamard matrix, which undoes itself; contiguous, same dtype."""
-    return (x.to(torch.float32) @ _rotation(x.shape[-1], x.device)).to(x.dtype)
 
 
 @cache

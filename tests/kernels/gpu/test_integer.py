@@ -41,6 +41,14 @@ def test_results_are_bit_for_bit_the_reference_kernels(name: str) -> None:
     check(name)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_a_row_does_not_depend_on_its_neighbours_where_that_is_asked_for() -> None:
+    tensor, scheme = layer("w4g32-a8", 24, 600)
+    weight, x = integer.pack(tensor, scheme), torch.randn(18, 600)
+    together = integer.run(x, weight, invariant=True)
+    assert torch.equal(integer.run(x[7:8], weight, invariant=True), together[7:8])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", [*FEW, *MANY])

@@ -31,6 +31,11 @@ def test_the_order_of_sums_does_not_depend_on_the_rows_where_that_is_asked_for()
         for rows in (1, 5, 16, 17, 300, 5000)
     }
     assert len(launches) == 1
+    launches = {
+        launch_integer(rows=rows, out=4096, chunks=32, single=False, facts=HOPPER, invariant=True)
+        for rows in (1, 16, 17, 300)
+    }
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("facts", GENERATIONS.values(), ids=[str(number) for number in GENERATIONS])

@@ -91,8 +91,9 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     )
 
 
-def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
+    """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``; ``invariant`` as in
+    :func:`bitwright.kernels.gpu.linear.run`.
 
     A token with a number that is not finite gives NaN: looking for it first would stop the GPU at every layer.
     """
@@ -100,7 +101,8 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     tokens = quantize_tokens(rows, token_layout(weight))
-    return multiply(tokens, weight, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    found = multiply(tokens, weight, bias, x.dtype, invariant=invariant)
+    return found.view(*x.shape[:-1], weight.shape[0])
 
 
 KERNEL = Kernel(name="triton-int8", refuse=refuse, pack=pack, unpack=unpack, run=run)
@@ -117,7 +119,7 @@ def token_layout(weight: PackedWeight) -> TokenLayout:
 
 
 def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, *,
-             chosen: launch.LinearLaunch | None = None) -> Tensor:  # fmt: skip
+             invariant: bool = False, chosen: launch.LinearLaunch | None = None) -> Tensor:  # fmt: skip
     """Tokens in the layout of :func:`token_layout` times the weight: ``[rows, out]`` in ``dtype``."""
     tensors, scheme, out = weight.tensors, weight.scheme.weight, weight.shape[0]
     rows, slots = tokens.codes.shape
@@ -137,7 +139,8 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
         return y
     chunks, of_group = slots // chunk, max(1, group // chunk) if groups > 1 else 1
     units = -(-chunks // of_group)  # no group is cut: its sum of codes is taken off once
-    plan = chosen or launch.launch_integer(rows=rows, out=out, chunks=units, single=groups == 1, facts=facts)
+    plan = chosen or launch.launch_integer(rows=rows, out=out, chunks=units, single=groups == 1, facts=facts,
+                                           invariant=invariant or library.is_invariant())  # fmt: skip
     split, each = launch.cut_columns(units, plan.split)
     tiles = -(-out // plan.block_n) * -(-rows // plan.block_m)
     size = tiles * split * plan.block_n * plan.block_m if split > 1 else 1

@@ -81,9 +81,12 @@ def launch_linear(
     )
 
 
-def launch_integer(*, rows: int, out: int, chunks: int, single: bool, facts: GpuFacts) -> LinearLaunch:
+def launch_integer(
+    *, rows: int, out: int, chunks: int, single: bool, facts: GpuFacts, invariant: bool = False
+) -> LinearLaunch:
     """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers, split without
-    any loss; with several, columns are split for a few rows alone."""
+    any loss; with several, columns are split for a few rows alone, or with ``invariant`` as for one row."""
+    rows = 1 if invariant and not single else rows
     row = next(row for row in _entry(facts)["integer"] if rows <= row["rows"])
     block_n, block_m = int(row["block_n"]), int(row["block_m"])
     tiles = -(-out // block_n) * -(-rows // block_m)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.kernels.gpu import integer, tokens
+from bitwright.kernels.gpu import integer, linear, tokens
 from bitwright.kernels.records import Kernel, PackedWeight
 
-__all__ = ["Norm", "Product", "dense_product", "join_rows", "packed_product"]
+__all__ = ["TILE", "Norm", "Product", "dense_product", "in_tiles", "join_rows", "packed_product"]
+
+TILE = 64  # rows of a dense product whose order of sums must not depend on how many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +57,47 @@ def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     return QuantizedTensor(scheme=first.scheme, codes=codes, scale=scale, zero=torch.cat(zeros) if zeros else None)
 
 
-def dense_product(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Product:
-    """Of a weight ``[sum of sizes, in]`` that is not quantized."""
-    return _product(sizes, lambda x: functional.linear(x, weight, bias))
+def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run`` on ``TILE`` rows of ``x`` (``[rows, ...]``) at a time, zeros after the last ones.
+
+    The vendor's products choose their order of sums by their sizes: where those are always alike, so are a row's sums.
+    """
+    rows = x.shape[0]
+    padded = functional.pad(x, (0, 0) * (x.dim() - 1) + (0, -rows % TILE))
+    return torch.cat([run(tile) for tile in torch.split(padded, TILE)])[:rows] if rows else run(x)
 
 
-def packed_product(kernel: Kernel, weight: PackedWeight, bias: Tensor | None, sizes: tuple[int, ...]) -> Product:
-    """Of a packed weight. Where the kernel quantizes its tokens, the norm before it does."""
-    if kernel is not integer.KERNEL or "order" in weight.tensors:
-        return _product(sizes, lambda x: kernel.run(x, weight, bias))
+def dense_product(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], *, invariant: bool = False) -> Product:
+    """Of a weight ``[sum of sizes, in]`` that is not quantized; ``invariant``: a row's result in any company."""
+
+    def run(x: Tensor) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    return _product(sizes, (lambda x: in_tiles(run, x)) if invariant else run)
+
+
+def packed_product(
+    kernel: Kernel, weight: PackedWeight, bias: Tensor | None, sizes: tuple[int, ...], *, invariant: bool = False
+) -> Product:
+    """Of a packed weight. Where the kernel quantizes its tokens, the norm before it does. ``invariant`` as above."""
+    if kernel is linear.KERNEL:
+        return _product(sizes, lambda x: linear.run(x, weight, bias, invariant=invariant))
+    if kernel is not integer.KERNEL:
+        return _product(sizes, lambda x: in_tiles(lambda y: kernel.run(y, weight, bias), x)
+                        if invariant else kernel.run(x, weight, bias))  # fmt: skip
+
+    def run(x: Tensor) -> Tensor:
+        return integer.run(x, weight, bias, invariant=invariant)
+
+    if "order" in weight.tensors:
+        return _product(sizes, run)
     layout = integer.token_layout(weight)
 
     def run_normed(x: Tensor, norm: Norm, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         codes, total = tokens.norm_tokens(x, norm.weight, norm.epsilon, layout, residual)
-        return integer.multiply(codes, weight, bias, x.dtype), total
+        return integer.multiply(codes, weight, bias, x.dtype, invariant=invariant), total
 
-    return Product(sizes, lambda x: kernel.run(x, weight, bias), run_normed)
+    return Product(sizes, run, run_normed)
 
 
 def _product(sizes: tuple[int, ...], run: Callable[[Tensor], Tensor]) -> Product:

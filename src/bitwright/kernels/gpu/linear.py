@@ -125,15 +125,18 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     )
 
 
-def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``."""
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
+    """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
+
+    ``invariant`` (or ``BITWRIGHT_INVARIANT``): a row's result is the same whatever other rows there are.
+    """
     facts = library.describe(x.device)
     computed = torch.float16 if x.dtype == torch.bfloat16 and not facts.has_bfloat16 else x.dtype
     if computed not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
         return functional.linear(x, unpack(weight).dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
     rows = x.detach().reshape(-1, weight.shape[1]).to(computed).contiguous()
     bias = None if bias is None else bias.detach().contiguous()
-    invariant = library.is_invariant()
+    invariant = invariant or library.is_invariant()
     if launch.expands(rows.shape[0], facts) and not invariant:
         y = _run_expanded(rows, weight, None if bias is None else bias.to(computed))
     else:
