@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from bitwright import Engine
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.handle import Status
-from bitwright.models.generation import Sampling, end_tokens, generate_tokens
+from bitwright.models.generation import Sampling, generate_tokens
+from bitwright.models.limits import end_tokens
 from tests.models.architectures import build
 
 PROMPTS = ["Once upon a time", "The sea is", "Tom had a red ball. He", "What is 3 plus 4?"]

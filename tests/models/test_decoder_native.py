@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import parse_kv
+from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.kernels import native_library
 from bitwright.models import decoder_native
@@ -104,7 +105,7 @@ def test_a_rounded_head_is_the_embedding_too() -> None:
     decoder = NativeDecoder(model, head=parse("w8"))
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
-        weight.copy_(decoder_native._quantize_rows(weight.detach(), parse("w8").weight, rows=50).dequantize())
+        weight.copy_(QuantizedTensor.quantize(weight.float(), parse("w8").weight).dequantize())
     decoder_laws.agrees_with_transformers(decoder, model, 1e-5)
     assert decoder.weight_bytes() < NativeDecoder(model).weight_bytes()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from bitwright.models import generation
 from bitwright.models.blocks import is_linear
 from bitwright.models.generation import Sampling, generate, generate_tokens
 from bitwright.models.hf import PreTrainedModel, load_tokenizer
+from bitwright.models.limits import DEFAULT_MAX_TOKENS, room
 from bitwright.models.loading import load
 from tests.models.checkpoints import ARCHITECTURES, byte_tokenizer, save_float, save_quantized
 
@@ -187,13 +187,11 @@ def test_the_context_can_be_filled_to_the_last_position(random_model: PreTrained
         generate(random_model, "x" * 128)
 
 
-def test_the_default_length(random_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert generation._room(random_model, 1, None) == 127
-    monkeypatch.setattr(random_model.config, "max_position_embeddings", 4096)
-    assert generation._room(random_model, 1, None) == generation.DEFAULT_MAX_TOKENS == 128
-    assert generation._room(random_model, 1, 4000) == 4000
-    boundless: Any = SimpleNamespace(config=SimpleNamespace())
-    assert generation._room(boundless, 10**6, None) == 128
+def test_the_default_length() -> None:
+    assert room(1, None, 128) == 127
+    assert room(1, None, 4096) == DEFAULT_MAX_TOKENS == 128
+    assert room(1, 4000, 4096) == 4000
+    assert room(10**6, None, None) == 128
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "generation_config", "list", "config"])

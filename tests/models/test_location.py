@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from bitwright.core.errors import BitwrightError
-from bitwright.models import location
+from bitwright.models import hub
 from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.location import resolve_model
 
@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def unexpected(*_: Any, **__: Any) -> str:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(location, "snapshot_download", unexpected)
+    monkeypatch.setattr(hub, "snapshot_download", unexpected)
     return tmp_path
 
 
@@ -100,7 +100,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch, result: str | Exception) -> list[
             raise result
         return result
 
-    monkeypatch.setattr(location, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     return calls
 
 

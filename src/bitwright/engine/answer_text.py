@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from bitwright.models.hf import Tokenizer
 from bitwright.models.prompts import Detokenizer
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import Tokenizer
 
 __all__ = ["AnswerText"]
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack, overload
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import KVScheme, parse_kv
@@ -20,18 +20,17 @@ from bitwright.engine.handle import Completion, RequestHandle
 from bitwright.engine.loop import EngineLoop
 from bitwright.engine.options import RequestOptions, check_count, check_number
 from bitwright.engine.pages import PageAllocator
-from bitwright.engine.prompting import Prompt, check_tokens, encode, room
+from bitwright.engine.prompting import Prompt, check_tokens, encode, room_of
 from bitwright.engine.request import Request
-from bitwright.engine.resources import choose_decoder, page_count
+from bitwright.engine.resources import open_model, page_count
 from bitwright.engine.runner import Runner
 from bitwright.engine.sampler import Sampler
 from bitwright.engine.scheduler import Scheduler
 from bitwright.engine.statistics import Statistics
-from bitwright.formats.directory import find_file
-from bitwright.models.generation import end_tokens
-from bitwright.models.hf import PreTrainedModel, Tokenizer, load_tokenizer
-from bitwright.models.loading import check_vocabulary, load, load_with_tokenizer
 from bitwright.models.paged_cache import PAGE
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel, Tokenizer
 
 __all__ = ["Engine", "RequestFields"]
 
@@ -110,9 +109,8 @@ class Engine:
         check_count("speculate", speculate, 0, MOST_GUESSED)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
         head_scheme = None if head is None else parse(head)
-        loaded, self.tokenizer = _load(model, tokenizer)
-        # Nobody else has a model that was loaded here.
-        self.decoder, runs = choose_decoder(loaded, decoder, scheme, head=head_scheme, release=loaded is not model)
+        opened = open_model(model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme)
+        self.decoder, self.tokenizer, runs = opened.name, opened.tokenizer, opened.decoder
         self.max_length = _max_length(max_length, runs.shape.positions)
         self.pages = page_count(runs, scheme, max_batch=max_batch, max_length=self.max_length, **room)
         allocator = PageAllocator(self.pages, reuse=reuse, ttl=reuse_seconds)
@@ -123,7 +121,7 @@ class Engine:
             draft=look_up if speculate else None,
             most_drafted=speculate,
         )
-        self._vocabulary, self._ends = runs.shape.vocabulary, _ends(loaded, self.tokenizer)
+        self._vocabulary, self._ends = runs.shape.vocabulary, opened.ends
         self._numbers, self._encoding = itertools.count(1), threading.Lock()
         self._loop = EngineLoop(Runner(runs, runs.new_cache(self.pages, scheme)), allocator, scheduler)
         # Also when the process ends, or nobody holds the engine any more.
@@ -159,7 +157,7 @@ class Engine:
         check_tokens(tokens, options, self._vocabulary)
         if options.stop and self.tokenizer is None:
             raise ArgumentError("BW201", "stop needs a tokenizer", suggestion="stop_ids, or a tokenizer for the engine")
-        request = self._request(tokens, options, room(len(tokens), options.max_tokens, self.max_length, self.pages))
+        request = self._request(tokens, options, room_of(len(tokens), options.max_tokens, self.max_length, self.pages))
         self._loop.add(request)
         return request.handle
 
@@ -301,27 +299,6 @@ def _check_reuse(reuse: int, seconds: float | None) -> None:
         raise ArgumentError("BW201", f"reuse is {reuse}", suggestion=f"accepted: a multiple of {PAGE}, or 0")
     if seconds is not None:
         check_number("reuse_seconds", seconds, lambda x: x >= 0, "a finite number, 0 or more")
-
-
-def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> tuple[PreTrainedModel, Tokenizer | None]:
-    """The model, and a tokenizer if there is one that fits it."""
-    if isinstance(model, str | Path):
-        if tokenizer is None:
-            return load_with_tokenizer(model)
-        model = load(model)
-    elif not isinstance(model, PreTrainedModel):
-        what = f"model is a {type(model).__name__}"
-        raise ArgumentError("BW201", what, suggestion="accepted: a directory, an id, or what bitwright.load gives")
-    elif tokenizer is None and model.name_or_path and find_file(Path(model.name_or_path), "tokenizer.json"):
-        tokenizer = load_tokenizer(Path(model.name_or_path))
-    if tokenizer is not None:
-        check_vocabulary(model, tokenizer)
-    return model, tokenizer
-
-
-def _ends(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:
-    end = None if tokenizer is None else tokenizer.eos_token_id
-    return frozenset(end_tokens(model) | ({end} if isinstance(end, int) else set()))
 
 
 def _several(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.options import RequestOptions
 from bitwright.engine.scheduler import pages_of
-from bitwright.models.generation import DEFAULT_MAX_TOKENS
-from bitwright.models.hf import Tokenizer
+from bitwright.models.limits import room
 from bitwright.models.paged_cache import PAGE
 from bitwright.models.prompts import encode_chat, encode_messages, encode_prompt
 
-__all__ = ["Prompt", "check_tokens", "encode", "room"]
+if TYPE_CHECKING:
+    from bitwright.models.hf import Tokenizer
+
+__all__ = ["Prompt", "check_tokens", "encode", "room_of"]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -73,22 +75,13 @@ def check_tokens(tokens: Sequence[int], options: RequestOptions, vocabulary: int
             raise ArgumentError("BW201", f"{field} has the token {wrong}", suggestion=f"from 0 to {vocabulary - 1}")
 
 
-def room(prompt: int, max_tokens: int | None, max_length: int, pages: int) -> int:
-    """How many tokens may be generated after so many of the prompt.
+def room_of(prompt: int, max_tokens: int | None, max_length: int, pages: int) -> int:
+    """How many tokens may be generated after so many of the prompt, in a cache of so many pages.
 
     Raises:
         BitwrightError: BW403 if they do not fit the context, or could never fit the cache.
     """
-    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-    left = max_length - prompt
-    if left < (1 if max_tokens is None else wanted):
-        raise BitwrightError(
-            "BW403",
-            f"the prompt has {prompt} tokens and {wanted} are to be generated; the context holds {max_length}",
-            why="text is never cut off silently",
-            suggestion=f"max_tokens of at most {left}" if left > 0 else "shorten the prompt",
-        )
-    limit = min(wanted, left)
+    limit = room(prompt, max_tokens, max_length)
     if max_tokens is None:
         limit = min(limit, max(1, pages * PAGE - prompt + 1))
     if pages_of(prompt + limit - 1) > pages:  # the last token is generated, and never computed

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,19 +13,92 @@ from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.core.memory import machine_memory
 from bitwright.core.scheme import LayerScheme
+from bitwright.formats.directory import find_file
 from bitwright.kernels import native_library
-from bitwright.models import decoder_cuda, decoder_native, decoder_torch
+from bitwright.models import decoder_cuda, decoder_native, decoder_torch, hf
 from bitwright.models.decoder import Decoder, read_shape
 from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.decoder_torch import TorchDecoder
-from bitwright.models.hf import PreTrainedModel
+from bitwright.models.direct_loading import open_direct
+from bitwright.models.hf import load_tokenizer
+from bitwright.models.limits import end_tokens
+from bitwright.models.loading import check_vocabulary, load, load_with_tokenizer
+from bitwright.models.location import resolve_model
 from bitwright.models.paged_cache import PAGE, refuse_scheme
 
-__all__ = ["DECODERS", "choose_decoder", "page_count"]
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel, Tokenizer
+
+__all__ = ["DECODERS", "Opened", "choose_decoder", "open_model", "page_count"]
 
 DECODERS = ("auto", "native", "cuda", "torch")
 SHARE = 4  # the cache takes at most one part in so many of the available memory, unless told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an engine runs: the name of the decoder and itself, the tokenizer, the tokens that end a text."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    ends: frozenset[int]
+
+
+def open_model(
+    model: PreTrainedModel | str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    decoder: str,
+    scheme: KVScheme,
+    head: LayerScheme | None,
+) -> Opened:
+    """A decoder of ``model``, and a tokenizer if there is one that fits it.
+
+    From a directory the native decoder's weights are read without loading the model, which takes less memory and time.
+
+    Raises:
+        BitwrightError: as :func:`choose_decoder` and :func:`bitwright.load`.
+    """
+    _check_name(decoder)
+    if isinstance(model, str | Path) and decoder in ("auto", "native"):
+        directory = resolve_model(model)
+        direct = open_direct(directory)
+        if direct is not None and decoder_native.refuse_cache(scheme, direct.model.config.head_dim) is None:
+            tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
+            check_vocabulary(direct.model, tokenizer)
+            return Opened("native", NativeDecoder(direct.pack(head)), tokenizer, _ends(direct.model, tokenizer))
+    loaded, tokenizer = _load(model, tokenizer)
+    # Nobody else has a model that was loaded here.
+    name, made = choose_decoder(loaded, decoder, scheme, head=head, release=loaded is not model)
+    return Opened(name, made, tokenizer, _ends(loaded, tokenizer))
+
+
+def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> tuple[PreTrainedModel, Tokenizer | None]:
+    """The model, and a tokenizer if there is one that fits it."""
+    if isinstance(model, str | Path):
+        if tokenizer is None:
+            return load_with_tokenizer(model)
+        model = load(model)
+    elif not isinstance(model, hf.PreTrainedModel):
+        what = f"model is a {type(model).__name__}"
+        raise ArgumentError("BW201", what, suggestion="accepted: a directory, an id, or what bitwright.load gives")
+    elif tokenizer is None and model.name_or_path and find_file(Path(model.name_or_path), "tokenizer.json"):
+        tokenizer = load_tokenizer(Path(model.name_or_path))
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
+def _ends(model: Any, tokenizer: Tokenizer | None) -> frozenset[int]:
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    return frozenset(end_tokens(model) | ({end} if isinstance(end, int) else set()))
+
+
+def _check_name(decoder: str) -> None:
+    if decoder not in DECODERS:
+        raise ArgumentError("BW201", f"decoder is {decoder!r}", suggestion=f"accepted: {', '.join(DECODERS)}")
 
 
 def choose_decoder(
@@ -38,8 +114,7 @@ def choose_decoder(
     Raises:
         ArgumentError: BW201 if there is no such decoder, or it does not run the model.
     """
-    if name not in DECODERS:
-        raise ArgumentError("BW201", f"decoder is {name!r}", suggestion=f"accepted: {', '.join(DECODERS)}")
+    _check_name(name)
     reasons = {
         "native": _refuse_native(model, scheme),
         "cuda": _refuse_cuda(model, scheme, head),

@@ -6,14 +6,17 @@ Two runners take and give exactly these records: one runs the model's own module
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.core.kv_scheme import KVScheme
-from bitwright.models.hf import PreTrainedModel, context_length
+from bitwright.models.hf import context_length
 from bitwright.models.paged_cache import PagedCache
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel
 
 __all__ = ["FAMILIES", "Decoder", "DecoderShape", "Step", "read_shape", "refuse_architecture"]
 
@@ -112,13 +115,13 @@ def refuse_architecture(model: PreTrainedModel) -> str | None:
     return None
 
 
-def read_shape(model: PreTrainedModel) -> DecoderShape:
-    """The shape of a model that :func:`refuse_architecture` does not refuse."""
+def read_shape(model: Any) -> DecoderShape:
+    """The shape of a model, or of its skeleton, that :func:`refuse_architecture` does not refuse."""
     config: Any = model.config
     rotary: Any = model.model.rotary_emb
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    first: Any = model.model.layers[0].self_attn
+    first = model.model.layers[0].self_attn
     frequencies = rotary.inv_freq.to("cpu", torch.float32).contiguous()
     return DecoderShape(
         layers=len(model.model.layers),

@@ -7,7 +7,7 @@ weights are bfloat16. In a float32 model they stay float32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,38 +15,21 @@ from torch import Tensor, nn
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import KVCode, KVScheme
-from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.core.scheme import LayerScheme
 from bitwright.kernels import native, native_library
-from bitwright.kernels.native_decoder import (
-    Block,
-    Dense,
-    NativeStack,
-    PackedFloats,
-    StackShape,
-    pack_floats,
-    resident_bytes,
-)
+from bitwright.kernels.native_decoder import NativeStack, StackShape
 from bitwright.kernels.native_pages import MOST_DIMENSION, Batch, Pages
-from bitwright.kernels.records import KernelSpec, PackedWeight
 from bitwright.models.decoder import Step, read_shape, refuse_architecture
-from bitwright.models.hf import PreTrainedModel
+from bitwright.models.decoder_weights import LAYERS, MOST_COLUMNS, DecoderWeights, ModelSource, pack_decoder
 from bitwright.models.paged_cache import CacheShape, PagedCache
 from bitwright.models.quantized import QuantizedLinear
 
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel
+
 __all__ = ["NativeDecoder", "refuse", "refuse_cache"]
 
-LAYERS = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 FIRST_POSITIONS = 1024  # whose angles are computed at once; more when a text is longer
-MOST_COLUMNS = 65536  # of a float weight
 
 
 def refuse(model: PreTrainedModel) -> str | None:
@@ -62,13 +45,13 @@ def refuse(model: PreTrainedModel) -> str | None:
     shape = read_shape(model)
     if shape.head_dim % 2 or shape.head_dim > MOST_DIMENSION or len(shape.inverse_frequencies) * 2 != shape.head_dim:
         return f"heads of {shape.head_dim} numbers are not supported"
-    inner: Any = model.model
-    for number, block in enumerate(inner.layers):
+    whole: Any = model
+    for number, block in enumerate(whole.model.layers):
         for path in LAYERS.values():
             reason = _refuse_layer(block.get_submodule(path))
             if reason is not None:
                 return f"layer {number}, {path}: {reason}"
-    return _refuse_layer(_head_of(model))
+    return _refuse_layer(whole.get_output_embeddings())
 
 
 def _refuse_layer(layer: nn.Module) -> str | None:
@@ -103,49 +86,39 @@ def _is_own(code: KVCode) -> bool:
 class NativeDecoder:
     """Runs steps of ``model`` natively; a row's logits are the same in any company, bit for bit.
 
-    Quantized layers are shared with the model. Float ones are packed anew: with ``release`` the model lets go of each
-    as soon as it is packed, and cannot be run itself any more.
-
     Args:
+        model: a loaded one, or weights that are packed already.
         head: how the output head is stored: as it is, or rounded to nearest in this scheme, for instance
             ``parse("w8")``. Where the embedding shares its weight, it is read from there, too.
-        release: see above.
+        release: whether the loaded model lets go of float weights as soon as they are packed, and cannot be run itself
+            any more. Quantized layers are shared with it.
 
     Raises:
         ArgumentError: BW201 if :func:`refuse` says why it cannot run the model, or the head cannot be stored so.
     """
 
-    def __init__(self, model: PreTrainedModel, *, head: LayerScheme | None = None, release: bool = False) -> None:
-        reason = refuse(model)
-        if reason is not None:
-            what = f"the model cannot be decoded natively: {reason}"
-            raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
-        self.shape = shape = read_shape(model)
-        inner: Any = model.model
-        embedding: nn.Embedding = inner.embed_tokens
-        self._dtype = embedding.weight.dtype
-        self._operands: list[PackedWeight | PackedFloats] = []
-        packed_head = self._head(model, head)
-        rows: Tensor | PackedWeight | PackedFloats = embedding.weight.detach().contiguous()
-        if shape.tied:
-            rows = packed_head.weight
-        elif isinstance(rows, Tensor):
-            self._embedding_bytes = rows.numel() * rows.element_size()
-        if release:
-            self._let_go(model, keep_embedding=not shape.tied)
-        blocks = [self._block(block, shape.windows[number], release) for number, block in enumerate(inner.layers)]
+    def __init__(
+        self, model: PreTrainedModel | DecoderWeights, *, head: LayerScheme | None = None, release: bool = False
+    ) -> None:
+        if not isinstance(model, DecoderWeights):
+            reason = refuse(model)
+            if reason is not None:
+                what = f"the model cannot be decoded natively: {reason}"
+                raise ArgumentError("BW201", what, suggestion="bitwright.generate runs every model")
+            model = pack_decoder(read_shape(model), ModelSource(model, release=release), head)
+        weights = model
+        self.shape = shape = weights.shape
+        self._dtype, self._weight_bytes = weights.dtype, weights.bytes()
         self._stack = NativeStack(
             StackShape(
                 hidden=shape.hidden, intermediate=shape.intermediate, heads=shape.heads, kv_heads=shape.kv_heads,
                 dimension=shape.head_dim, vocabulary=shape.vocabulary, epsilon=shape.norm_epsilon,
                 are_halves=self._dtype != torch.float32,
             ),
-            blocks, rows, _exact(inner.norm.weight), packed_head,
+            weights.blocks, weights.embedding, weights.final_norm, weights.head,
         )  # fmt: skip
         self._angles = self._turns(min(FIRST_POSITIONS, shape.positions))
         self._pages: WeakKeyDictionary[PagedCache, list[Pages]] = WeakKeyDictionary()
-
-    _embedding_bytes = 0
 
     def new_cache(self, page_count: int, scheme: KVScheme | None = None) -> PagedCache:
         """Room for ``page_count`` pages; see :class:`bitwright.models.decoder.Decoder`.
@@ -164,7 +137,7 @@ class NativeDecoder:
 
     def weight_bytes(self) -> int:
         """How much memory the weights take, without norms and biases."""
-        return self._embedding_bytes + sum(resident_bytes(operand) for operand in self._operands)
+        return self._weight_bytes
 
     def forward(self, step: Step, cache: PagedCache) -> Tensor:
         """Logits of the rows ``step.outputs``, float32 ``[m, vocabulary]``.
@@ -187,89 +160,6 @@ class NativeDecoder:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.shape.inverse_frequencies
         factor = self.shape.attention_factor
         return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
-
-    def _head(self, model: PreTrainedModel, scheme: LayerScheme | None) -> Dense:
-        layer = _head_of(model)
-        if scheme is None or isinstance(layer, QuantizedLinear):
-            return self._dense(layer)
-        assert isinstance(layer, nn.Linear)
-        spec = KernelSpec(scheme=scheme, shape=(layer.out_features, layer.in_features), device=torch.device("cpu"))
-        reason = native.refuse(spec) or ("double quantization" if scheme.weight.scale_scheme is not None else None)
-        if reason is not None:
-            what = f"the output head cannot be stored as {scheme.name}: {reason}"
-            raise ArgumentError("BW201", what, suggestion="w8, or leave the head as it is")
-        weight = native.pack(_quantize_rows(layer.weight.detach(), scheme.weight), scheme)
-        self._operands.append(weight)
-        return Dense(weight=weight, bias=None if layer.bias is None else _exact(layer.bias))
-
-    def _dense(self, layer: nn.Module) -> Dense:
-        assert isinstance(layer, QuantizedLinear | nn.Linear)
-        bias = None if layer.bias is None else _exact(layer.bias)
-        if isinstance(layer, QuantizedLinear):
-            dense = Dense(weight=layer.packed, bias=bias, input_scale=layer.input_scale)
-        else:
-            dense = Dense(weight=pack_floats(layer.weight), bias=bias)
-        self._operands.append(dense.weight)
-        return dense
-
-    def _block(self, block: Any, window: int, release: bool) -> Block:
-        layers = {}
-        for name, path in LAYERS.items():
-            layer = block.get_submodule(path)
-            layers[name] = self._dense(layer)
-            if release and isinstance(layer, nn.Linear):
-                _empty(layer)
-        for name, first in (("key", "query"), ("value", "query"), ("up", "gate")):
-            layers[name] = _share_scale(layers[name], layers[first])
-        norms = [getattr(block.self_attn, name, None) for name in ("q_norm", "k_norm")]
-        heads = [None if norm is None else _exact(norm.weight) for norm in norms]
-        return Block(
-            attention_norm=_exact(block.input_layernorm.weight), mlp_norm=_exact(block.post_attention_layernorm.weight),
-            query_norm=heads[0], key_norm=heads[1], window=window, **layers,
-        )  # fmt: skip
-
-    def _let_go(self, model: PreTrainedModel, *, keep_embedding: bool) -> None:
-        head = _head_of(model)
-        if isinstance(head, nn.Linear):
-            _empty(head)
-        if not keep_embedding:
-            _empty(model.get_input_embeddings())
-
-
-def _head_of(model: PreTrainedModel) -> nn.Module:
-    found: Any = model
-    head = found.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    return head
-
-
-def _empty(layer: nn.Module) -> None:
-    layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-
-
-def _exact(vector: Tensor) -> Tensor:
-    return vector.detach().to("cpu", torch.float32).contiguous()
-
-
-def _share_scale(dense: Dense, other: Dense) -> Dense:
-    """``dense`` with the other's input scale, if they are equal: inputs are then scaled and rounded once for both."""
-    one, two = dense.input_scale, other.input_scale
-    if one is None or two is None or one is two or not torch.equal(one, two):
-        return dense
-    return Dense(weight=dense.weight, bias=dense.bias, input_scale=two)
-
-
-def _quantize_rows(weight: Tensor, scheme: QuantScheme, rows: int = 8192) -> QuantizedTensor:
-    """Round to nearest, some rows at a time: a float32 copy of a large head would be the peak of memory."""
-    parts = [QuantizedTensor.quantize(part.to(torch.float32), scheme) for part in torch.split(weight, rows)]
-    scales, zeros = [part.scale for part in parts], [part.zero for part in parts if part.zero is not None]
-    assert all(isinstance(scale, Tensor) for scale in scales), "double quantization is refused before"
-    return QuantizedTensor(
-        scheme=scheme,
-        codes=torch.cat([part.codes for part in parts]),
-        scale=torch.cat([scale for scale in scales if isinstance(scale, Tensor)]),
-        zero=torch.cat(zeros) if zeros else None,
-    )
 
 
 def _pages(cache: PagedCache, layer: int) -> Pages:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.models.decoder import DecoderShape, Step, read_shape, refuse_architecture
-from bitwright.models.hf import PreTrainedModel
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel
 
 __all__ = ["TILE", "TorchDecoder", "refuse"]
 

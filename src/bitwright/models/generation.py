@@ -16,12 +16,11 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.kv_scheme import KVScheme, parse_kv
 from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
 from bitwright.models.kv_cache import QuantizedCache
+from bitwright.models.limits import end_tokens, room
 from bitwright.models.loading import check_vocabulary, load_with_tokenizer
 from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Sampling", "end_tokens", "generate", "generate_tokens", "stream_text"]
-
-DEFAULT_MAX_TOKENS = 128
+__all__ = ["Sampling", "generate", "generate_tokens", "stream_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +185,7 @@ def stream_text(
     Raises:
         BitwrightError: BW403 with the first piece if the text does not fit the context, BW601 if the model gives NaN.
     """
-    limit = _room(model, len(tokens), max_tokens)
+    limit = room(len(tokens), max_tokens, context_length(model.config))
     detokenizer = Detokenizer(tokenizer, tokens)
     all_ends = end_tokens(model) | {tokenizer.eos_token_id, *ends}
     for token in generate_tokens(model, tokens, limit=limit, sampling=sampling, cache=cache):
@@ -198,40 +197,6 @@ def stream_text(
     rest = detokenizer.finish()
     if rest:
         yield rest
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a text, from the model's generation settings and its configuration.
-
-    Raises:
-        BitwrightError: BW307 if what is there is no token.
-    """
-    found: set[int] = set()
-    for settings in (getattr(model, "generation_config", None), model.config):
-        ends = getattr(settings, "eos_token_id", None)
-        for end in ends if isinstance(ends, list | tuple) else () if ends is None else (ends,):
-            if type(end) is not int:
-                what = f"eos_token_id is {end!r}, which is no token"
-                raise BitwrightError("BW307", what, suggestion="restore config.json and generation_config.json")
-            found.add(end)
-    return found
-
-
-def _room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int | None) -> int:
-    """How many tokens may be generated."""
-    context = context_length(model.config)
-    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-    if context is None:
-        return wanted
-    room = context - prompt_tokens
-    if room < (1 if max_tokens is None else wanted):
-        raise BitwrightError(
-            "BW403",
-            f"the prompt has {prompt_tokens} tokens and {wanted} are to be generated; the context holds {context}",
-            why="text is never cut off silently",
-            suggestion=f"ask for at most {room} tokens" if room > 0 else "shorten the prompt",
-        )
-    return min(wanted, room)
 
 
 def _check(field: str, value: object, accepts: Callable[[float], bool], accepted: str) -> None:

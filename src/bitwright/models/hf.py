@@ -1,22 +1,21 @@
-"""Everything taken from transformers, in one module, so that its changes are mended in one place."""
+"""Everything taken from transformers, in one module, so that its changes are mended in one place.
+
+It is imported when something of it is first used: that takes seconds, and the engine can run most models without it.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint
@@ -27,7 +26,22 @@ __all__ = [
     "empty_model", "load_tokenizer", "read_config",
 ]  # fmt: skip
 
-VERSION = transformers.__version__
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    VERSION: str
+
+# Where the names of transformers that others import from here live: module, and what it is called there.
+SOURCES = {
+    "VERSION": ("transformers", "__version__"),
+    "Cache": ("transformers.cache_utils", "Cache"),
+    "CacheLayerMixin": ("transformers.cache_utils", "CacheLayerMixin"),
+    "PreTrainedModel": ("transformers", "PreTrainedModel"),
+    "PretrainedConfig": ("transformers", "PretrainedConfig"),
+    "Tokenizer": ("transformers", "PreTrainedTokenizerBase"),
+}
 LAYER_COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 SIZE_FIELDS = (
     *LAYER_COUNT_FIELDS, "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
@@ -38,6 +52,15 @@ TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
+def __getattr__(name: str) -> Any:
+    """A name of transformers at its first use (PEP 562)."""
+    if name not in SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, original = SOURCES[name]
+    globals()[name] = value = getattr(importlib.import_module(module), original)
+    return value
+
+
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The transformers configuration of a checkpoint, without its quantization record and without remote code.
 
@@ -45,24 +68,26 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         BitwrightError: BW306 for a model type that transformers does not know, BW307 for fields that contradict
             themselves or the weights.
     """
+    known: Any = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     fields = dict(checkpoint.config)
     fields.pop("quantization_config", None)
     remote = fields.pop("auto_map", None)
     model_type = fields.pop("model_type", None)
-    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=3, cutoff=0.3)
+    if not isinstance(model_type, str) or model_type not in known:
+        near = difflib.get_close_matches(str(model_type), list(known), n=3, cutoff=0.3)
         raise BitwrightError(
             "BW306",
-            f"model type {model_type!r} is not a causal language model that transformers {VERSION} knows",
+            f"transformers {__getattr__('VERSION')} knows no causal language model of type {model_type!r}",
             where=str(checkpoint.directory / "config.json"),
             why="code shipped with a model (auto_map) is never run" if remote else "",
             suggestion=f"nearest known types: {', '.join(near) or 'none'}",
         )
     _check_fields(checkpoint, fields)
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        config: PretrainedConfig = importlib.import_module("transformers").AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # whatever a field of the wrong kind makes transformers raise
         raise _bad_config(checkpoint, f"{type(error).__name__}: {error}") from None
+    return config
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -75,7 +100,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about generation settings, which are not used here
-            build: Any = AutoModelForCausalLM.from_config
+            build: Any = importlib.import_module("transformers").AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, dtype=dtype)
     except Exception as error:  # sizes that do not fit together surface as any kind of exception
         message = f"config.json does not describe a model: {type(error).__name__}: {error}"
@@ -101,7 +126,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             "BW312", "the model has no tokenizer", where=str(directory), suggestion="copy tokenizer.json there"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        read: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained
+        tokenizer: object = read(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizer readers raise anything, also from native code
         raise BitwrightError(
             "BW312",
@@ -109,7 +135,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             where=str(directory),
             suggestion="fetch the tokenizer files of the model again",
         ) from None
-    if not isinstance(tokenizer, Tokenizer):
+    base: type[Tokenizer] = __getattr__("Tokenizer")
+    if not isinstance(tokenizer, base):
         what, suggestion = "the model's processor is not a text tokenizer", "give a directory of a text model"
         raise BitwrightError("BW312", what, where=str(directory), suggestion=suggestion)
     # What transformers makes of the settings alone has special tokens and no others.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,30 @@ from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.stored import check_finite, read_checked
 from bitwright.formats.table import find_format
 from bitwright.models.blocks import is_linear, linear_shape, set_module
-from bitwright.models.hf import PreTrainedModel, Tokenizer, empty_model, load_tokenizer, read_config
+from bitwright.models.hf import empty_model, load_tokenizer, read_config
 from bitwright.models.location import resolve_model
 from bitwright.models.names import match_names
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
 from bitwright.models.tying import untie_stored
 
-__all__ = ["check_vocabulary", "load", "load_checkpoint", "load_with_tokenizer"]
+if TYPE_CHECKING:
+    from bitwright.models.hf import PreTrainedModel, Tokenizer
+
+__all__ = [
+    "Contents",
+    "build_layer",
+    "check_vocabulary",
+    "load",
+    "load_checkpoint",
+    "load_with_tokenizer",
+    "match_contents",
+    "read_generation_settings",
+    "read_parameter",
+]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GENERATION_CONFIG = "generation_config.json"
 GENERATION_LIMIT = 1 << 20
 
 
@@ -77,7 +92,7 @@ def load_with_tokenizer(
     return loaded, tokenizer
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def check_vocabulary(model: Any, tokenizer: Tokenizer) -> None:
     """Raises BW312 if the tokenizer has a token without an embedding; spare embeddings are common and harmless."""
     embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
@@ -103,11 +118,47 @@ def load_checkpoint(
         BitwrightError: as :func:`load`; BW202 if ``activation`` cannot go with the weights.
     """
     quantization = checkpoint.quantization
-    layout = None if quantization is None else find_format(quantization)
+    layout = None if quantization is None else find_format(quantization)  # before the model, whose making takes seconds
     config = read_config(checkpoint)
     if dtype is not None:
         config.dtype = dtype
     model = empty_model(config)
+    contents = match_contents(model, checkpoint, activation=activation)
+    _fill(model, checkpoint, contents.matched)
+    for name in contents.layers:
+        set_module(model, name, build_layer(contents, name, model.get_submodule(name).bias))
+    fields = read_generation_settings(checkpoint.directory)
+    if fields is not None:
+        _take_generation_settings(model, checkpoint.directory, fields)
+    attach_saving(model, None if layout is None else layout.name)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """Which tensors of a checkpoint fill which places of a model.
+
+    Attributes:
+        layout: the format of the quantized layers, if there are any.
+        layers: of each quantized layer, by its name in the model, the name in the files and the record.
+        matched: of each other parameter or buffer, by its name in the model, the name in the files.
+    """
+
+    checkpoint: Checkpoint
+    layout: Format | None
+    layers: Mapping[str, tuple[str, LayerRecord]]
+    matched: Mapping[str, str]
+
+
+def match_contents(model: nn.Module, checkpoint: Checkpoint, *, activation: QuantScheme | None = None) -> Contents:
+    """Find the tensors of a model whose parameters are on the meta device; its quantized layers lose theirs.
+
+    Raises:
+        BitwrightError: as :func:`load_checkpoint`.
+    """
+    quantization = checkpoint.quantization
+    layout = None if quantization is None else find_format(quantization)
     layers: dict[str, tuple[str, LayerRecord]] = {}
     if layout is not None:
         records = layout.layers(checkpoint)
@@ -121,15 +172,7 @@ def load_checkpoint(
     taken |= _zero_biases(model, checkpoint, layers)
     available = {name: None for name in checkpoint.tensors if name not in taken}
     untie_stored(model, checkpoint, available)
-    _fill(model, checkpoint, match_names(model, available))
-    for name, (stored, record) in layers.items():
-        assert layout is not None
-        bias = model.get_submodule(name).bias
-        set_module(model, name, _build_layer(checkpoint, layout, stored, record, bias))
-    _read_generation_settings(model, checkpoint.directory)
-    attach_saving(model, None if layout is None else layout.name)
-    model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
-    return model
+    return Contents(checkpoint=checkpoint, layout=layout, layers=layers, matched=match_names(model, available))
 
 
 class _Vacancy(nn.Module):
@@ -141,14 +184,14 @@ class _Vacancy(nn.Module):
 
 
 def _place_layers(
-    model: PreTrainedModel, checkpoint: Checkpoint, records: Mapping[str, LayerRecord]
+    model: nn.Module, checkpoint: Checkpoint, records: Mapping[str, LayerRecord]
 ) -> dict[str, tuple[str, LayerRecord]]:
     """Empty the places of the quantized layers: ``{name in the model: (name in the files, record)}``.
 
     The names in the files may carry the name of the base model as a prefix or lack it.
     """
     modules = {name: module for name, module in model.named_modules() if is_linear(module)}
-    prefix = model.base_model_prefix + "."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     layers: dict[str, tuple[str, LayerRecord]] = {}
     homeless = []
     for stored, record in records.items():
@@ -172,9 +215,7 @@ def _place_layers(
     return layers
 
 
-def _zero_biases(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: Mapping[str, tuple[str, LayerRecord]]
-) -> set[str]:
+def _zero_biases(model: nn.Module, checkpoint: Checkpoint, layers: Mapping[str, tuple[str, LayerRecord]]) -> set[str]:
     """The biases that the files have where the model has none, if all zero: old writers of GPTQ give them to all."""
     found = set()
     for name, (stored, record) in layers.items():
@@ -191,19 +232,23 @@ def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
     return (name for name in checkpoint.tensors if name.startswith(stored + ".") and name != stored + ".bias")
 
 
-def _build_layer(checkpoint: Checkpoint, layout: Format, stored: str, record: LayerRecord, bias: object) -> nn.Module:
-    """One quantized layer; its unpacked codes are gone when this returns."""
+def build_layer(contents: Contents, name: str, bias: object) -> QuantizedLinear:
+    """One quantized layer, by its name in the model; its unpacked codes are gone when this returns."""
+    checkpoint, layout, (stored, record) = contents.checkpoint, contents.layout, contents.layers[name]
+    assert layout is not None
     tensor, scale = layout.decode(checkpoint, stored, record), f"{stored}.input_scale"
     input_scale: Tensor | None = None
     if scale in checkpoint.tensors:  # the formats that have none refuse the name when they list the layers
         input_scale = read_checked(checkpoint, scale, (torch.float32,), record.shape[1:])
         check_finite(scale, input_scale)
-    return QuantizedLinear.build(
+    built = QuantizedLinear.build(
         tensor, bias if isinstance(bias, Tensor) else None, record.scheme, input_scale=input_scale
-    ).eval()
+    )
+    built.eval()
+    return built
 
 
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:
     """Read each matched tensor into its parameter, wherever that is tied to, or its buffer."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -213,14 +258,14 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, matched: Mapping[str, 
     for name, stored in matched.items():
         if name in buffers:
             holder, _, leaf = name.rpartition(".")
-            model.get_submodule(holder)._buffers[leaf] = _read(model, checkpoint, stored, buffers[name])
+            model.get_submodule(holder)._buffers[leaf] = read_parameter(model, checkpoint, stored, buffers[name])
             continue
-        filled = nn.Parameter(_read(model, checkpoint, stored, parameters[name]), requires_grad=False)
+        filled = nn.Parameter(read_parameter(model, checkpoint, stored, parameters[name]), requires_grad=False)
         for module, leaf in places[parameters[name]]:
             module._parameters[leaf] = filled
 
 
-def _read(model: PreTrainedModel, checkpoint: Checkpoint, stored: str, like: Tensor) -> Tensor:
+def read_parameter(model: nn.Module, checkpoint: Checkpoint, stored: str, like: Tensor) -> Tensor:
     """One tensor from the files, of the shape of ``like`` and cast to its dtype."""
     wanted, found = tuple(like.shape), checkpoint.stored(stored).entry.shape
     if found != wanted:
@@ -230,13 +275,14 @@ def _read(model: PreTrainedModel, checkpoint: Checkpoint, stored: str, like: Ten
 
 
 def _wrong_shape(
-    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...], model: PreTrainedModel
+    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...], model: nn.Module
 ) -> BitwrightError:
     """BW304, with the fields of the configuration that have the numbers called for."""
     sizes = {size for size, other in zip_longest(wanted, found) if size != other and size is not None}
-    fields = vars(model.config)
+    config = getattr(model, "config", None)
+    fields = getattr(config, "__dict__", {})
     named = [f"{field} = {value}" for field, value in fields.items() if type(value) is int and value in sizes]
-    head = getattr(model.config, "head_dim", None)
+    head = getattr(config, "head_dim", None)
     for field in ("num_attention_heads", "num_key_value_heads"):
         if isinstance(head, int) and isinstance(fields.get(field), int) and fields[field] * head in sizes:
             named.append(f"{field} x head_dim = {fields[field] * head}")
@@ -249,17 +295,25 @@ def _wrong_shape(
     )
 
 
-def _read_generation_settings(model: PreTrainedModel, directory: Path) -> None:
-    """``generation_config.json``, where there is one: which tokens end a text."""
-    path = find_file(directory, "generation_config.json")
+def read_generation_settings(directory: Path) -> dict[str, Any] | None:
+    """The fields of ``generation_config.json``, where there is one.
+
+    Raises:
+        BitwrightError: BW307 if it cannot be read.
+    """
+    path = find_file(directory, GENERATION_CONFIG)
+    return None if path is None else read_object(path, code="BW307", limit=GENERATION_LIMIT)
+
+
+def _take_generation_settings(model: PreTrainedModel, directory: Path, fields: dict[str, Any]) -> None:
+    """Which tokens end a text, above all."""
     settings = model.generation_config
-    if path is None or settings is None:
+    if settings is None:
         return
-    fields = read_object(path, code="BW307", limit=GENERATION_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about settings that do not go together; they are not used here
             model.generation_config = type(settings).from_dict(fields)
     except Exception as error:  # whatever a field of the wrong kind makes transformers raise
-        what = f"generation_config.json cannot be read: {type(error).__name__}: {error}"
-        raise BitwrightError("BW307", what, where=str(path), suggestion="fetch this file again") from None
+        what, where = f"it cannot be read: {type(error).__name__}: {error}", str(directory / GENERATION_CONFIG)
+        raise BitwrightError("BW307", what, where=where, suggestion="fetch this file again") from None

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import errno
+import importlib
 import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from bitwright.core.errors import BitwrightError
 from bitwright.models.embedded_model import embedded_directory
 
-__all__ = ["DEMO", "HUB_FILES", "resolve_model"]
+__all__ = ["DEMO", "near_names", "resolve_model"]
 
 DEMO = "demo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_ID_LIMIT = 96
-# Pickled weights are never fetched, nor are second copies of the weights in other layouts.
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
-DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-HUB_SKIPPED = ("original/*", "onnx/*", "consolidated*.safetensors")
 
 
 def resolve_model(text: str | Path) -> Path:
@@ -46,35 +39,9 @@ def resolve_model(text: str | Path) -> Path:
     is_hub_id = HUB_ID.fullmatch(name) is not None and len(name) <= HUB_ID_LIMIT
     if isinstance(text, Path) or not is_hub_id or _exists(path) or _looks_local(path):
         raise _no_directory(path)
-    return _download(name)
-
-
-def _download(repository: str) -> Path:
-    """Fetch a repository, or find it in the cache."""
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_SKIPPED)))
-    except GatedRepoError:
-        advice = "ask for access on its page, then log in with `hf auth login`"
-        raise BitwrightError("BW301", f"{repository} is on the hub, but closed to you", suggestion=advice) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        why = "neither a directory here nor a public repository on the hub has that name"
-        near = _near(Path(repository))
-        raise BitwrightError("BW301", f"there is no model {repository!r}", why=why, suggestion=near) from None
-    except Exception as error:  # of the disk, the network, or the client's HTTP library, which has changed before
-        raise _failed_download(repository, error) from None
-
-
-def _failed_download(repository: str, error: Exception) -> BitwrightError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, OSError) and error.errno in DISK_FAILURES:
-        advice = "make room in the cache of the hub, or give the path of a local directory"
-        return BitwrightError("BW501", f"{repository!r} could not be stored", why=reason, suggestion=advice)
-    return BitwrightError(
-        "BW504",
-        f"{repository!r} is not a directory here, and could not be fetched from the hub",
-        why=reason,
-        suggestion="connect to the network, give the path of a local directory, or use demo:",
-    )
+    hub = importlib.import_module("bitwright.models.hub")  # whose client takes a third of a second to import
+    fetched: Path = hub.fetch_model(name)
+    return fetched
 
 
 def _is_directory(path: Path) -> bool:
@@ -98,11 +65,11 @@ def _looks_local(path: Path) -> bool:
 
 def _no_directory(path: Path) -> BitwrightError:
     what = f"{path} is a file" if _exists(path) else f"{path} does not exist"
-    suggestion = f"the directory of the model: {path.parent}" if _exists(path) else _near(path)
+    suggestion = f"the directory of the model: {path.parent}" if _exists(path) else near_names(path)
     return BitwrightError("BW301", what, why="a model is a directory with config.json", suggestion=suggestion)
 
 
-def _near(path: Path) -> str:
+def near_names(path: Path) -> str:
     """The siblings whose names are nearest."""
     try:
         siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright.core.errors import ArgumentError, BitwrightError
-from bitwright.models.hf import Tokenizer
+
+if TYPE_CHECKING:
+    from bitwright.models.hf import Tokenizer
 
 __all__ = ["Detokenizer", "encode_chat", "encode_messages", "encode_prompt"]
 
