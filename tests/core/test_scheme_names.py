@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitwright.core.errors import ArgumentError
-from bitwright.core.scheme import DYNAMIC_INT8, LayerScheme, QuantScheme
+from bitwright.core.scheme import DYNAMIC_FP8, DYNAMIC_INT8, LayerScheme, QuantScheme
 from bitwright.core.scheme_names import DOUBLE_QUANT_PRESETS, NAMED_SCHEMES, parse
 from tests.core.strategies import layer_schemes, schemes
 
@@ -79,6 +79,13 @@ def test_w8a8_is_symmetric_with_dynamic_activations() -> None:
         assert parse(name).activation == DYNAMIC_INT8
 
 
+@pytest.mark.parametrize("name", ["fp8-afp8", "w4g128-afp8", "w4g32-asym-afp8"])
+def test_e4m3_activations_go_with_e4m3_and_4_bit_weights(name: str) -> None:
+    scheme = parse(name)
+    assert scheme.activation == DYNAMIC_FP8 != DYNAMIC_INT8 and scheme.weight == parse(name[:-5]).weight
+    assert scheme.name.endswith("-afp8") and parse(scheme.name) == scheme
+
+
 def test_the_order_of_the_parts_does_not_matter() -> None:
     for base, parts in (("w4g32", ["asym", "signed", "sf32", "dq"]), ("w8", ["asym", "fz", "a8"])):
         assert len({parse("-".join([base, *order])) for order in permutations(parts)}) == 1
@@ -113,6 +120,12 @@ def test_named_schemes_have_plain_names_too(name: str) -> None:
         ("fp8-asym", "neither asym nor signed"),
         ("nf4-a8", "8-bit activations cannot"),
         ("w4-axis0-a8", "8-bit activations cannot"),
+        ("w4-a8-afp8", "contradict"),
+        ("nf4-afp8", "fp8 activations cannot"),
+        ("fp8g32-afp8", "fp8 activations cannot"),
+        ("w8-afp8", "fp8 activations cannot"),
+        ("w4-asym-fz-afp8", "fp8 activations cannot"),
+        ("w4-axis0-afp8", "fp8 activations cannot"),
         ("w4-dq(w8a8)", "scales have no activations"),
         ("w4-dq(w8-dq)", "one level of double quantization"),
         ("w4-dq(foo)", "'foo'"),

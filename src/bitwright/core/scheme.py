@@ -9,7 +9,7 @@ import torch
 
 from bitwright.core.errors import ArgumentError
 
-__all__ = ["CODEBOOK_BITS", "DYNAMIC_INT8", "Code", "LayerScheme", "QuantScheme"]
+__all__ = ["CODEBOOK_BITS", "DYNAMIC_FP8", "DYNAMIC_INT8", "Code", "LayerScheme", "QuantScheme"]
 
 Code = Literal["int", "uint", "nf4", "fp4_e2m1", "fp4_bnb", "fp8_e4m3"]
 
@@ -110,7 +110,11 @@ class LayerScheme:
         _check("weight", self.weight, isinstance(self.weight, QuantScheme), "a QuantScheme")
         if self.activation is None:
             return
-        _check("activation", self.activation, self.activation == DYNAMIC_INT8, "DYNAMIC_INT8, or None")
+        known = self.activation in (DYNAMIC_INT8, DYNAMIC_FP8)
+        _check("activation", self.activation, known, "DYNAMIC_INT8, DYNAMIC_FP8, or None")
+        if self.activation == DYNAMIC_FP8:
+            _check_fp8_product(self.weight)
+            return
         if self.weight.is_codebook:
             raise ArgumentError(
                 "BW202",
@@ -128,7 +132,9 @@ class LayerScheme:
 
     @property
     def name(self) -> str:
-        return self.weight.name if self.activation is None else self.weight.name + "-a8"
+        if self.activation is None:
+            return self.weight.name
+        return self.weight.name + ("-a8" if self.activation == DYNAMIC_INT8 else "-afp8")
 
 
 def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
@@ -152,5 +158,18 @@ def _check_combination(scheme: QuantScheme) -> None:
         _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "integers along axis 1")
 
 
-# The one way to quantize activations: an int8 scale per token, symmetric, as the integer product needs.
+def _check_fp8_product(weight: QuantScheme) -> None:
+    """Matrix units multiply e4m3 by e4m3: weights are such numbers with a scale a row, or small whole ones."""
+    is_whole = weight.bits == 4 and not weight.is_codebook and weight.zero == "integer" and weight.axis == 1
+    if not is_whole and not (weight.code == "fp8_e4m3" and weight.group is None and weight.axis == 1):
+        raise ArgumentError(
+            "BW202",
+            f"fp8 activations cannot be combined with {weight.name} weights",
+            why="both sides of the product must be e4m3 numbers, exactly",
+            suggestion="fp8-afp8, w4g128-afp8 or w4g128-asym-afp8",
+        )
+
+
+# The ways to quantize activations: a scale per token, symmetric, as integer products and those of fp8 units need.
 DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
+DYNAMIC_FP8 = QuantScheme(code="fp8_e4m3", bits=8, group=None, scale_dtype=torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bitwright.core.errors import ArgumentError
-from bitwright.core.scheme import CODEBOOK_BITS, DTYPE_TAGS, DYNAMIC_INT8, LayerScheme, QuantScheme
+from bitwright.core.scheme import CODEBOOK_BITS, DTYPE_TAGS, DYNAMIC_FP8, DYNAMIC_INT8, LayerScheme, QuantScheme
 
 __all__ = ["DOUBLE_QUANT_PRESETS", "DYNAMIC_INT8", "NAMED_SCHEMES", "parse"]
 
@@ -52,6 +52,7 @@ TAG_FIELDS: dict[str, dict[str, Any]] = {
     "axis0": {"axis": 0},
     **{tag: {"scale_dtype": dtype} for dtype, tag in DTYPE_TAGS.items()},
 }
+ACTIVATIONS = {"a8": DYNAMIC_INT8, "afp8": DYNAMIC_FP8}
 EXAMPLES = "w4g128, w4g128-asym, w8, w3g32, nf4g64, nf4g64-dq, fp4g32, fp8, w8a8, w4a8, A16W8, A16W4, A8W8, A8W4"
 
 
@@ -60,8 +61,8 @@ def parse(text: str) -> LayerScheme:
 
     Grammar: ``w<bits>`` or ``nf4|fp4|fp4e2m1|fp8``, then ``g<group>``, then any of ``-asym``, ``-signed`` (asymmetric
     codes centred on zero), ``-fz`` (float zero point), ``-axis0``, ``-sbf16``/``-sf32`` (dtype of the scales, float16
-    unless said), ``-dq`` or ``-dq(<scheme>)`` (double quantization), ``-a8`` (8-bit activations), in any order. Or one
-    of ``NAMED_SCHEMES``. Case does not matter.
+    unless said), ``-dq`` or ``-dq(<scheme>)`` (double quantization), ``-a8`` (8-bit activations) or ``-afp8`` (e4m3
+    ones), in any order. Or one of ``NAMED_SCHEMES``. Case does not matter.
 
     Raises:
         ArgumentError: BW202, quoting the part that was not understood.
@@ -89,15 +90,16 @@ def parse(text: str) -> LayerScheme:
     _check_tags(tags, text, is_table=bool(match["table"]))
     for tag, values in TAG_FIELDS.items():
         fields |= values if tag in tags else {}
-    return LayerScheme(weight=QuantScheme(**fields), activation=DYNAMIC_INT8 if "a8" in tags else None)
+    activation = next((scheme for tag, scheme in ACTIVATIONS.items() if tag in tags), None)
+    return LayerScheme(weight=QuantScheme(**fields), activation=activation)
 
 
 def _check_tags(tags: list[str], text: str, *, is_table: bool) -> None:
     for tag in tags:
-        if tag != "a8" and tag not in TAG_FIELDS:
-            known = ", ".join([*TAG_FIELDS, "a8", "dq"])
+        if tag not in ACTIVATIONS and tag not in TAG_FIELDS:
+            known = ", ".join([*TAG_FIELDS, *ACTIVATIONS, "dq"])
             raise ArgumentError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known: {known}")
-    for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values())):
+    for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values()), set(ACTIVATIONS)):
         if exclusive <= set(tags):
             what = f"{' and '.join(sorted(exclusive))} contradict each other in scheme {text!r}"
             raise ArgumentError("BW202", what, suggestion=f"keep one of {', '.join(sorted(exclusive))}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitwright.core import bitpack
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme
 from bitwright.formats import compressed_tensors_reading as reading
 from bitwright.formats.records import Format, LayerRecord, plain_scale
 
@@ -35,6 +35,8 @@ def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot store a layer ``shape`` (``[out, in]``), or ``None`` if it can."""
     weight = scheme.weight
     columns = shape[1]
+    if scheme.activation == DYNAMIC_FP8:
+        return "it has no fp8 activations for weights of this kind"
     if weight.is_codebook:
         return f"it has no {weight.code} codes for weights of this kind"
     if weight.scale_scheme is not None:

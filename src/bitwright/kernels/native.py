@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from bitwright.core.codebook import levels
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme, QuantScheme
 from bitwright.kernels import native_library, reference
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
@@ -43,6 +43,7 @@ def refuse(spec: KernelSpec) -> str | None:
         (spec.device.type != "cpu", f"runs on the CPU, not on {spec.device.type}"),
         (scheme.axis != 1, "groups along axis 0"),
         (scheme.code == "fp8_e4m3", "no fp8 weights"),
+        (spec.scheme.activation == DYNAMIC_FP8, "no fp8 activations"),
         (min(spec.shape) < 1, "an empty weight"),
         (group < columns and group % BLOCK != 0, f"groups of {scheme.group}, not of a multiple of {BLOCK}"),
         (group > MAX_GROUP, f"more than {MAX_GROUP} numbers share a scale"),

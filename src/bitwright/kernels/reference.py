@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.core import bitpack, grid
+from bitwright.core.codebook import FP8_MAX, decode_levels, encode_levels
 from bitwright.core.grid import Parameters
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
@@ -49,7 +50,8 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
 def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``."""
     rows = x.reshape(-1, weight.shape[1])
-    multiply = _run_float if weight.scheme.activation is None else _run_integer
+    activation = weight.scheme.activation
+    multiply = _run_float if activation is None else _run_fp8 if activation.is_codebook else _run_integer
     y = multiply(rows, weight, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -89,6 +91,18 @@ def _run_integer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor
         products = integer.multiply(tokens, _codes(weight, rows), tile, columns, weight.scheme.weight)
         y[:, rows] = (products if bias is None else products.add_(bias[rows].to(torch.float32))).to(x.dtype)
     return y
+
+
+@torch.no_grad()
+def _run_fp8(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Round each token to e4m3 with a scale of its own (largest magnitude / 448), and multiply in float32.
+
+    The products of both sides' numbers are exact in float32. A token that is not finite gives NaN.
+    """
+    numbers = x.to(torch.float32)
+    scale = (numbers.abs().amax(1, keepdim=True) / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+    seen = decode_levels(encode_levels(numbers / scale, "fp8_e4m3"), "fp8_e4m3")
+    return _run_float(seen * scale, weight, None if bias is None else bias.to(torch.float32)).to(x.dtype)
 
 
 def _tiles(shape: tuple[int, int]) -> Iterator[slice]:

@@ -9,6 +9,7 @@ from functools import cache
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.scheme_names import parse
 from bitwright.kernels import native, reference
+from bitwright.kernels.gpu import fp8 as gpu_fp8
 from bitwright.kernels.gpu import integer as gpu_integer
 from bitwright.kernels.gpu import linear as gpu_linear
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
@@ -16,7 +17,13 @@ from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 __all__ = ["KERNELS", "Kernel", "KernelSpec", "PackedWeight", "explain", "select"]
 
 USUAL = ("w4g128", "w4g32", "w8g128", "w8", "w3g128", "w2g64")  # schemes that are named where another one cannot run
-KERNELS: tuple[Kernel, ...] = (gpu_linear.KERNEL, gpu_integer.KERNEL, native.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (
+    gpu_linear.KERNEL,
+    gpu_integer.KERNEL,
+    gpu_fp8.KERNEL,
+    native.KERNEL,
+    reference.KERNEL,
+)
 
 
 def select(spec: KernelSpec) -> Kernel:

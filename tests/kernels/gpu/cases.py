@@ -70,8 +70,9 @@ def normed(columns: int, dtype: torch.dtype = torch.float16) -> Callable[[], Non
 
 def fp8_product(scheme: str, rows: int) -> Callable[[], None]:
     def work() -> None:
-        weight = fp8.pack_fp8(QuantizedTensor.quantize(torch.randn(OUT, IN), parse(scheme).weight))
-        fp8.fp8_linear(torch.zeros(rows, IN, dtype=torch.bfloat16), weight)
+        layer = parse(scheme)
+        weight = fp8.pack(QuantizedTensor.quantize(torch.randn(OUT, IN), layer.weight), layer)
+        fp8.run(torch.zeros(rows, IN, dtype=torch.bfloat16), weight)
 
     return work
 
@@ -96,8 +97,8 @@ CASES: dict[str, Callable[[], None]] = {
     "w4g128-a8 rows 1": a8("w4g128-a8", 1),
     "A8W4 rows 300": a8("A8W4", 300),
     "w4g32-asym-a8 rows 64": a8("w4g32-asym-a8", 64, torch.bfloat16),
-    "fp8 product, 8 bits": fp8_product("fp8", 300),
-    "fp8 product, 4 bits": fp8_product("w4g128-asym", 1),
+    "fp8 product, 8 bits": fp8_product("fp8-afp8", 300),
+    "fp8 product, 4 bits": fp8_product("w4g128-asym-afp8", 1),
     "norm": normed(4096),
     "float decode": cached("none", 1, 4096),
     "float bf16 prompt": cached("none", 100, 4096, torch.bfloat16),

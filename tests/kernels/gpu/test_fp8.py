@@ -1,4 +1,4 @@
-"""Products of e4m3 tokens against float64 on the very numbers that are multiplied."""
+"""Products of e4m3 tokens against float64 on the very numbers that are multiplied, and against the reference kernel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from bitwright.core.codebook import encode_levels
+from bitwright.core.scheme_names import parse
+from bitwright.kernels import reference
 from bitwright.kernels.gpu import fp8, library
+from bitwright.kernels.records import KernelSpec
 from tests.kernels.gpu.compilation_facts import AMPERE, HOPPER
 from tests.kernels.gpu.oracle import layer, relative_error
+
+NAMES = ("fp8-afp8", "w4g32-afp8", "w4g128-asym-afp8", "w4-afp8", "w4g64-dq-afp8", "w4g32-asym-signed-afp8")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -23,24 +28,59 @@ def test_tokens_are_the_nearest_e4m3_numbers() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["fp8", "w4g32", "w4g128-asym", "w4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_products_are_those_of_float64(name: str) -> None:
-    tensor, _ = layer(name, 20, 300)
+    tensor, scheme = layer(name, 20, 300)
     x, bias = torch.randn(3, 300), torch.randn(20)
     codes, scale = fp8.fp8_tokens(x, 512)
     seen = codes[:, :300].view(torch.float8_e4m3fn).double() * scale[:, None].double()
     exact = seen @ tensor.dequantize().double().t() + bias.double()
-    assert relative_error(fp8.fp8_linear(x, fp8.pack_fp8(tensor), bias), exact) < 2e-3
-    assert fp8.fp8_linear(x[:0], fp8.pack_fp8(tensor)).shape == (0, 20)
+    weight = fp8.pack(tensor, scheme)
+    found = fp8.run(x, weight, bias)
+    assert relative_error(found, exact) < 2e-3
+    assert relative_error(reference.run(x, reference.pack(tensor, scheme), bias), exact) < 1e-6
+    assert fp8.run(x[:0], weight).shape == (0, 20)
+    again = fp8.run(torch.stack([x, x]).to(torch.bfloat16), weight)
+    assert again.dtype == torch.bfloat16 and again.shape == (2, 3, 20)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_columns_in_any_order() -> None:
+    tensor, scheme = layer("w4g32-asym-afp8", 9, 320, shuffled=True)
+    x = torch.randn(2, 320)
+    expected = reference.run(x, reference.pack(tensor, scheme))
+    assert relative_error(fp8.run(x, fp8.pack(tensor, scheme)), expected.double()) < 2e-3
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_token_that_is_not_finite_gives_nan_and_spoils_no_other() -> None:
+    tensor, scheme = layer("fp8-afp8", 4, 40)
+    x = torch.randn(2, 40)
+    x[1, 7] = torch.inf
+    for found in (fp8.run(x, fp8.pack(tensor, scheme)), reference.run(x, reference.pack(tensor, scheme))):
+        assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpacking_is_the_inverse_of_packing(name: str) -> None:
+    tensor, scheme = layer(name, 5, 200)
+    found = fp8.unpack(fp8.pack(tensor, scheme))
+    assert found.scheme == tensor.scheme and torch.equal(found.codes, tensor.codes)
+    assert torch.equal(found.dequantize(), tensor.dequantize())
+    with pytest.raises(ValueError, match="a w8 layer"):
+        fp8.pack(tensor, parse("w8"))
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal(name: str, facts: library.GpuFacts = HOPPER) -> str | None:
+    def refusal(name: str, facts: library.GpuFacts = HOPPER, columns: int = 256) -> str | None:
         monkeypatch.setattr(library, "missing", lambda: None)
         monkeypatch.setattr(library, "describe", lambda _device: facts)
-        return fp8.refuse_fp8(layer(name, 4, 256)[0], torch.device("cuda"))
+        return fp8.refuse(KernelSpec(scheme=parse(name), shape=(4, columns), device=torch.device("cuda")))
 
-    assert refusal("fp8") is None and refusal("w4g32-asym") is None
-    assert refusal("fp8", AMPERE) == "needs compute capability 8.9 for fp8 matrix units; NVIDIA A100 has 8.0"
-    assert refusal("w8") == "neither e4m3 with a scale a row nor 4-bit codes with whole zero points"
-    assert refusal("w4g48") == "groups of 48, not of a multiple of 32"
+    assert refusal("fp8-afp8") is refusal("w4g32-asym-afp8") is refusal("w4g48-afp8", HOPPER, 48) is None
+    assert refusal("fp8-afp8", AMPERE) == "needs compute capability 8.9 for fp8 matrix units; NVIDIA A100 has 8.0"
+    assert refusal("w8a8") == refusal("w4g128") == "activations of e4m3 alone"
+    assert refusal("w4g48-afp8") == "groups of 48, not of a multiple of 32"
+    assert refusal("fp8-dq-afp8") == "e4m3 codes with doubly quantized scales"
+    assert refusal("w4-afp8", HOPPER, 1 << 17) == "more than 65536 input features"

@@ -1,13 +1,11 @@
-"""Products of e4m3 activations (W8A8-fp8, W4A8-fp8) on GPUs that have fp8 matrix units.
+"""Linear layers of e4m3 activations (W8A8-fp8, W4A8-fp8) on GPUs that have fp8 matrix units.
 
-No scheme of a layer asks for fp8 activations yet, so these are functions and not a row of the kernel table: tokens are
-coded here with a scale of their own, and weights are those that :mod:`bitwright.kernels.gpu.linear` packs at 4 bits, or
-plain e4m3 bytes. The e4m3 products are summed by the matrix units, whose sums keep fewer bits than float32.
+Each token is coded with a scale of its own. Weights are e4m3 bytes with a scale a row, or 4-bit codes, whose distances
+from their zero points are e4m3 numbers as they are; they lie as :mod:`bitwright.kernels.gpu.linear` packs them. The
+products are summed by the matrix units, whose sums keep fewer bits than float32.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,57 +13,60 @@ from torch.nn import functional
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme
 from bitwright.kernels.gpu import library, linear
 from bitwright.kernels.gpu.operand import word_layout
+from bitwright.kernels.gpu.tokens import LONGEST
+from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
-__all__ = ["Fp8Weight", "fp8_linear", "fp8_tokens", "pack_fp8", "refuse_fp8"]
+__all__ = ["KERNEL", "fp8_tokens", "pack", "refuse", "run", "unpack"]
 
 STEP = 128  # e4m3 columns multiplied at a time
-LONGEST = 1 << 16
 TILES = ((16, 64, 16, 4), (64, 64, 64, 4), (1 << 31, 128, 64, 8))  # rows up to, block_n, block_m, warps
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """``codes``: e4m3 bits uint8 ``[out, slots]``, or words of 4-bit codes; ``scale`` ``[groups, out]``; ``zero`` uint8
-    likewise, or ``None``."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    shape: tuple[int, int]
-    bits: int
-    group: int
-
-
-def refuse_fp8(tensor: QuantizedTensor, device: torch.device) -> str | None:
-    """Why a weight cannot be multiplied by fp8 tokens on ``device``, or ``None``."""
-    scheme, columns = tensor.scheme, tensor.shape[1]
+def refuse(spec: KernelSpec) -> str | None:
+    """Why the layer cannot run here, or ``None``."""
+    if spec.scheme.activation != DYNAMIC_FP8:
+        return "activations of e4m3 alone"
+    scheme, columns = spec.scheme.weight, spec.shape[1]
     group = min(scheme.group or columns, columns)
-    fp8_rows = scheme.code == "fp8_e4m3" and group >= columns
-    four = scheme.bits == 4 and not scheme.is_codebook and scheme.zero == "integer" and scheme.axis == 1
     reasons = (
-        (not (fp8_rows or four), "neither e4m3 with a scale a row nor 4-bit codes with whole zero points"),
-        (four and group < columns and group % 32 != 0, f"groups of {group}, not of a multiple of 32"),
-        (tensor.group_index is not None, "columns in another order"),
+        (group < columns and group % 32 != 0, f"groups of {scheme.group}, not of a multiple of 32"),
         (columns > LONGEST, f"more than {LONGEST} input features"),
+        (min(spec.shape) < 1, "an empty weight"),
+        (scheme.is_codebook and scheme.scale_scheme is not None, "e4m3 codes with doubly quantized scales"),
     )
-    found = next((reason for applies, reason in reasons if applies), None)
-    return found or library.refuse_device(device, library.FP8_MATRIX, "fp8 matrix units")
+    missing = library.refuse_device(spec.device, library.FP8_MATRIX, "fp8 matrix units")
+    return missing or next((reason for applies, reason in reasons if applies), None)
 
 
-def pack_fp8(tensor: QuantizedTensor) -> Fp8Weight:
-    """The operand of a weight that :func:`refuse_fp8` does not refuse."""
-    scheme, columns = tensor.scheme, tensor.shape[1]
-    if scheme.code == "fp8_e4m3":
-        codes = functional.pad(tensor.codes, (0, -columns % STEP)).contiguous()
-        return Fp8Weight(codes, tensor.dense_scale().t().contiguous(), None, tensor.shape, 8, columns)
-    packed = linear.pack_weight(tensor, LayerScheme(weight=scheme)).tensors
-    group = columns if scheme.group is None or scheme.group >= columns else scheme.group
-    whole = -(-columns // word_layout(4).chunk) * word_layout(4).chunk
-    return Fp8Weight(packed["codes"], packed["scale"], packed.get("zero"), tensor.shape, 4,
-                     whole if group == columns else group)  # fmt: skip
+def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
+    """The operand of ``tensor``, whose scheme is ``scheme.weight``, on the tensor's device.
+
+    Raises:
+        ValueError: if the schemes differ.
+    """
+    if tensor.scheme != scheme.weight:
+        raise ValueError(f"a {scheme.weight.name} layer, but a {tensor.scheme.name} weight")
+    if scheme.weight.bits == 4:
+        return linear.pack_weight(tensor, scheme)
+    codes = functional.pad(tensor.codes, (0, -tensor.shape[1] % STEP)).contiguous()
+    tensors = {"codes": codes, "scale": tensor.dense_scale().t().contiguous()}
+    if tensor.group_index is not None:
+        tensors["group_index"] = tensor.group_index.clone()
+    return PackedWeight(scheme=scheme, shape=tensor.shape, tensors=tensors)
+
+
+def unpack(weight: PackedWeight) -> QuantizedTensor:
+    """The tensor that was packed, equal in every field."""
+    if weight.scheme.weight.bits == 4:
+        return linear.unpack(weight)
+    tensors = weight.tensors
+    codes, scale = tensors["codes"][:, : weight.shape[1]].contiguous(), tensors["scale"].t().contiguous()
+    return QuantizedTensor(
+        scheme=weight.scheme.weight, codes=codes, scale=scale, group_index=tensors.get("group_index")
+    )
 
 
 def fp8_tokens(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -85,22 +86,31 @@ def fp8_tokens(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in]`` in e4m3, a scale a row, times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``."""
-    out, columns = weight.shape
-    rows = x.detach().reshape(-1, columns).contiguous()
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x [..., in]`` in e4m3, a scale a row, times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
+
+    A token with a number that is not finite gives NaN.
+    """
+    tensors, (out, columns), bits = weight.tensors, weight.shape, weight.scheme.weight.bits
+    rows = x.detach().reshape(-1, columns)
     y = torch.empty(rows.shape[0], out, dtype=x.dtype, device=x.device)
     if not rows.shape[0]:
         return y.view(*x.shape[:-1], out)
-    chunk = STEP if weight.bits == 8 else word_layout(4).chunk
-    slots = -(-columns // chunk) * chunk
-    codes, scale = fp8_tokens(rows, slots)
+    if "order" in tensors:  # -1 is the column of zeros at the end
+        rows = functional.pad(rows, (0, 1))[:, tensors["order"].long()]
+    chunk = STEP if bits == 8 else word_layout(4).chunk
+    slots = -(-rows.shape[1] // chunk) * chunk
+    codes, scale = fp8_tokens(rows.contiguous(), slots)
     _, block_n, block_m, warps = next(tile for tile in TILES if rows.shape[0] <= tile[0])
     grid = (-(-out // block_n) * -(-rows.shape[0] // block_m),)
+    group = slots if bits == 8 else linear.group_slots(weight, word_layout(4))
     library.program("fp8").fp8_product[grid](
-        codes, scale, weight.codes, weight.scale, codes if weight.zero is None else weight.zero,
-        scale if bias is None else bias, y, rows.shape[0], out, slots, weight.scale.shape[0], slots // chunk,
-        BITS=weight.bits, CHUNK=chunk, GROUP=weight.group, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
+        codes, scale, tensors["codes"], tensors["scale"], tensors.get("zero", codes), scale if bias is None else bias,
+        y, rows.shape[0], out, slots, tensors["scale"].shape[0], slots // chunk,
+        BITS=bits, CHUNK=chunk, GROUP=group, HAS_ZERO="zero" in tensors, HAS_BIAS=bias is not None,
         BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return y.view(*x.shape[:-1], out)
+
+
+KERNEL = Kernel(name="triton-fp8", refuse=refuse, pack=pack, unpack=unpack, run=run)

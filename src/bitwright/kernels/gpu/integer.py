@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme import DYNAMIC_INT8, LayerScheme
 from bitwright.kernels import reference
 from bitwright.kernels.gpu import launch, library, linear
 from bitwright.kernels.gpu.operand import order_columns
@@ -24,8 +24,8 @@ MOST_STEP = 128  # columns of 8-bit codes that are multiplied at a time
 
 def refuse(spec: KernelSpec) -> str | None:
     """Why the layer cannot run here, or ``None``."""
-    if spec.scheme.activation is None:
-        return "activations of 8 bits alone"
+    if spec.scheme.activation != DYNAMIC_INT8:
+        return "activations of int8 alone"
     scheme, columns = spec.scheme.weight, spec.shape[1]
     group = min(scheme.group or columns, columns)
     is_power = group & (group - 1) == 0

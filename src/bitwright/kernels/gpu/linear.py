@@ -26,6 +26,7 @@ from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 __all__ = [
     "KERNEL",
     "expand",
+    "group_slots",
     "multiply",
     "new_counters",
     "pack",
@@ -206,7 +207,7 @@ def _constants(weight: PackedWeight) -> dict[str, Any]:
     """What a program is compiled for."""
     scheme, tensors = weight.scheme.weight, weight.tensors
     layout = word_layout(scheme.bits)
-    group = _group_slots(weight, layout)
+    group = group_slots(weight, layout)
     parts = (*layout.parts, 0, 0)
     kind = "integer" if not scheme.is_codebook else "fp8" if scheme.code == "fp8_e4m3" else "table"
     zero = "none" if scheme.symmetric else scheme.zero
@@ -222,7 +223,7 @@ def _slots(weight: PackedWeight) -> int:
     return weight.tensors["order"].numel() if "order" in weight.tensors else weight.shape[1]
 
 
-def _group_slots(weight: PackedWeight, layout: WordLayout) -> int:
+def group_slots(weight: PackedWeight, layout: WordLayout) -> int:
     """How many slots share a scale; of a scale for a whole row, whole chunks."""
     scheme, columns = weight.scheme.weight, weight.shape[1]
     groups = weight.tensors["scale"].shape[0]

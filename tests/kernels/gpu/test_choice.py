@@ -1,0 +1,66 @@
+"""Which kernel runs a layer on which generation of GPUs, what is told where none does, and the same model without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitwright
+from bitwright.core.errors import Notice
+from bitwright.core.scheme_names import parse
+from bitwright.kernels import table
+from bitwright.kernels.gpu import library
+from bitwright.kernels.records import KernelSpec
+from tests.kernels.gpu.compilation_facts import AMPERE, HOPPER, TURING, VOLTA
+from tests.quantization.tiny import save_model
+
+ALL, NONE = ("triton",) * 4, ("reference",) * 4
+CHOICES = {  # on Volta, Turing, Ampere, Hopper
+    **dict.fromkeys(("w4g128", "w4g32-asym", "w3g64", "w2g64-asym-fz", "w4", "A16W4", "A16W8", "nf4g64", "nf4g64-dq",
+                     "fp4g32", "fp8"), ALL),
+    **dict.fromkeys(("w8a8", "A8W8"), ("reference", "triton-int8", "triton-int8", "triton-int8")),
+    **dict.fromkeys(("w4a8", "A8W4", "w4g128-a8", "w8g64-asym-a8"), ("reference",) * 2 + ("triton-int8",) * 2),
+    **dict.fromkeys(("fp8-afp8", "w4g128-afp8", "w4g128-asym-afp8"), ("reference",) * 3 + ("triton-fp8",)),
+    "w4g128-axis0": NONE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_generation_has_its_kernel_or_a_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KernelSpec(scheme=parse(name), shape=(64, 512), device=torch.device("cuda"))
+    monkeypatch.setattr(library, "missing", lambda: None)
+    for facts, expected in zip((VOLTA, TURING, AMPERE, HOPPER), CHOICES[name], strict=True):
+        monkeypatch.setattr(library, "describe", lambda _device, facts=facts: facts)
+        table._tell_once.cache_clear()
+        if expected != "reference":
+            assert table.select(spec).name == expected, facts.name
+            continue
+        with pytest.warns(Notice, match=r"no GPU kernel runs .*plain torch does, slowly \(triton: ") as told:
+            assert table.select(spec).name == "reference"
+        if "axis0" not in name:
+            assert f"{facts.name} has {facts.capability[0]}.{facts.capability[1]}" in str(told[0].message)
+
+
+def test_volta_says_what_its_matrix_units_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "missing", lambda: None)
+    monkeypatch.setattr(library, "describe", lambda _device: VOLTA)
+    spec = KernelSpec(scheme=parse("w8a8"), shape=(64, 512), device=torch.device("cuda"))
+    reasons = dict(table.explain(spec))
+    assert reasons["triton-int8"] == "needs compute capability 7.5 for int8 matrix units; Tesla V100 has 7.0"
+    assert reasons["reference"] is None
+
+
+@pytest.mark.parametrize("scheme", ["fp8-afp8", "w4g32-afp8"])
+def test_a_model_of_e4m3_activations_is_written_and_runs_anywhere(scheme: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "float", "llama")
+    report = bitwright.quantize(tmp_path / "float", tmp_path / "out", scheme=scheme)
+    assert report.format == "native"
+    tokens = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        exact, found = (bitwright.load(tmp_path / each)(input_ids=tokens).logits for each in ("float", "out"))
+    error = float((found - exact).norm() / exact.norm())
+    assert 1e-3 < error < (0.15 if scheme.startswith("fp8") else 0.5)
+    layer = bitwright.load(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.scheme == parse(scheme)
