@@ -1,4 +1,4 @@
-"""Which kernel runs a layer on which generation of GPUs, what is told where none does, and the same model without one."""
+"""Which kernel runs a layer on which generation of GPUs, what is told where none does, and models without a GPU."""
 
 from __future__ import annotations
 
