@@ -2,6 +2,12 @@
 
 An offset is taken off first, so that the grid begins at its code 0: of online codes the least number of the group
 (``value = code * scale + low``), of calibrated ones the middle of the range (``value = code * scale + zero_point``).
+Rotated codes of 4 bits or less take the best of several grids (see :mod:`.kv_search`).
+
+Small heads, of up to 32 numbers, often have one that is far larger than the others, which a rotation spreads over all
+of them as a pattern of signs: row ``m`` of the Hadamard matrix, where ``m`` is its place. The offset of rotated 4-bit
+codes of such heads takes the signs of this row, ``value = sign_m * (code * scale + low)``, and so holds the large
+number, instead of the first one. ``m`` is in the last five bits of the scale, which is off by 4e-6 of itself at most.
 """
 
 from __future__ import annotations
@@ -16,15 +22,15 @@ from bitwright.core.bitpack import pack, unpack
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.grid import Parameters, decode, encode, fit
 from bitwright.core.kv_scheme import KVCode
+from bitwright.core.kv_search import MOST_NUMBERS, search_grids
 from bitwright.core.scheme import QuantScheme
 
 __all__ = [
-    "Coded", "StaticParameters", "decode_kv", "encode_kv", "hadamard_block", "join", "refuse_head", "rotate_head",
-    "unpacked",
+    "Coded", "StaticParameters", "decode_kv", "encode_kv", "hadamard_block", "has_patterns", "is_searched", "join",
+    "refuse_head", "rotate_head", "unpacked",
 ]  # fmt: skip
 
-RATIOS = (1.0, 0.94, 0.88, 0.82, 0.76)  # of the range from the least to the greatest number, tried by a search
-REFITS = 2
+PATTERNS = 32  # the most that a head has, and the least numbers of which a scale has bits for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +89,10 @@ def join(parts: list[Coded]) -> Coded:
     return Coded(codes, torch.cat(scales, dim=2) if scales else None, torch.cat(lows, dim=2) if lows else None)
 
 
-def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None, *, search: bool = False) -> Coded:
+def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None) -> Coded:
     """Code keys or values ``x`` (``[batch, heads, tokens, head_dim]``, any float dtype).
 
-    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``. With ``search`` online codes
-    with an offset take, of several grids, the one of least squared error; what is stored is laid out alike.
+    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``.
 
     Raises:
         BitwrightError: BW602 if a number is not finite.
@@ -102,7 +107,8 @@ def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = Non
     numbers = rotate_head(x.to(torch.float32)) if code.rotated else x.to(torch.float32)
     if code.is_static:
         return Coded(_packed(_encode_static(numbers, code, _given(parameters)), code))
-    groups = _to_groups(numbers, code)
+    patterns = _patterns_of(x) if has_patterns(code, x.shape[-1]) else None
+    groups = _to_groups(numbers if patterns is None else numbers * _signs(patterns, x.shape[-1]), code)
     scheme = _scheme(code)
     low = None if code.symmetric else groups.amin(-1, keepdim=True)
     shifted = groups if low is None else groups - low
@@ -112,10 +118,11 @@ def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = Non
     rows = shifted.flatten(0, -2)
     scale = fit(rows, scheme=scheme).scale
     codes = encode(rows, parameters=_on_zero(scale, scheme), scheme=scheme)
-    if search and low is not None and not halved:
-        codes, scale, shift = _search(rows, codes, scale, scheme)
-        low = low + shift.view(low.shape)
+    if low is not None and is_searched(code) and not halved and rows.shape[1] <= MOST_NUMBERS:
+        codes, scale, low = _searched(groups, codes, scale, low, code)
     scale = (scale * 2 if halved else scale).view(groups.shape[:-1])
+    if patterns is not None:
+        scale = ((scale.view(torch.int32) & -PATTERNS) | patterns[..., None]).view(torch.float32)
     packed = _packed(_from_groups(codes.view(groups.shape), code), code)
     return Coded(codes=packed, scale=scale, low=None if low is None else low.squeeze(-1))
 
@@ -150,6 +157,8 @@ def decode_kv(
     if coded.low is not None:
         numbers += coded.low.unsqueeze(-1)
     numbers = _from_groups(numbers, code)
+    if has_patterns(code, head_dim):
+        numbers = numbers * _signs(coded.scale[..., 0].view(torch.int32) & (PATTERNS - 1), head_dim)
     return (rotate_head(numbers) if code.rotated and not keep_rotated else numbers).to(dtype)
 
 
@@ -171,6 +180,17 @@ def rotate_head(x: Tensor) -> Tensor:
 def hadamard_block(head_dim: int) -> int:
     """How many channels are rotated together: the largest power of two that divides ``head_dim``."""
     return head_dim & -head_dim
+
+
+def is_searched(code: KVCode) -> bool:
+    """Whether these codes are the best of several grids."""
+    return code.rotated and code.bits <= 4 and not code.symmetric
+
+
+def has_patterns(code: KVCode, head_dim: int) -> bool:
+    """Whether the offset of these codes has the signs of a row of the Hadamard matrix."""
+    is_small = head_dim <= PATTERNS and hadamard_block(head_dim) == head_dim
+    return is_small and is_searched(code) and code.grain == "token_head" and code.group == 0
 
 
 def refuse_head(code: KVCode, head_dim: int) -> str | None:
@@ -214,32 +234,25 @@ def _on_zero(scale: Tensor, scheme: QuantScheme) -> Parameters:
     return Parameters(scale, None if scheme.symmetric else torch.zeros_like(scale))
 
 
-def _search(rows: Tensor, codes: Tensor, scale: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and offset (``[rows, 1]``) of least squared error among some grids for ``rows``, which begin at 0.
+def _searched(groups: Tensor, codes: Tensor, scale: Tensor, low: Tensor, code: KVCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and offset of the best grids where there is a search, else as given."""
+    found, best_scale, best_low, searched = search_grids(groups.flatten(0, -2), code.code_max)
+    taken = searched[:, None]
+    low = torch.where(taken, best_low[:, None], low.reshape(-1, 1)).view(low.shape)
+    return torch.where(taken, found, codes), torch.where(taken, best_scale[:, None], scale), low
 
-    Each narrower range is a first guess; scale and offset are then fitted to its codes by least squares, and the codes
-    found anew, twice. The widest range, as given, is kept where nothing is better (a constant row has no error).
-    """
-    best, best_scale, shift = codes, scale, torch.zeros_like(scale)
-    least = (codes * scale - rows).square().sum(-1, keepdim=True)
-    mean = rows.mean(-1, keepdim=True)
-    for ratio in RATIOS:
-        tried_scale = scale * ratio
-        offset = scale * ((1 - ratio) * scheme.code_max / 2)
-        for _ in range(REFITS + 1):
-            found = encode(rows - offset, parameters=_on_zero(tried_scale, scheme), scheme=scheme)
-            error = (found * tried_scale + offset - rows).square().sum(-1, keepdim=True)
-            better = error < least
-            least = torch.where(better, error, least)
-            best, best_scale = torch.where(better, found, best), torch.where(better, tried_scale, best_scale)
-            shift = torch.where(better, offset, shift)
-            numbers = found.to(torch.float32)
-            centred = numbers - numbers.mean(-1, keepdim=True)
-            power = centred.square().sum(-1, keepdim=True)
-            slope = (centred * (rows - mean)).sum(-1, keepdim=True) / torch.where(power == 0, 1.0, power)
-            tried_scale = torch.where(slope > 0, slope, tried_scale)
-            offset = mean - tried_scale * numbers.mean(-1, keepdim=True)
-    return best, best_scale, shift
+
+def _patterns_of(x: Tensor) -> Tensor:
+    """The place of each head's largest number, the first of equal ones: int32 ``[batch, heads, tokens]``."""
+    sizes, width = x.to(torch.float32).abs(), x.shape[-1]
+    places = torch.arange(width, dtype=torch.int32, device=x.device)
+    return torch.where(sizes == sizes.amax(-1, keepdim=True), places, width - 1).amin(-1)
+
+
+def _signs(patterns: Tensor, width: int) -> Tensor:
+    """Rows of the Hadamard matrix of ones and minus ones: float32 ``[..., width]`` for ``patterns [...]``."""
+    matrix = rotate_head(torch.eye(width, device=patterns.device)).sign()
+    return matrix[patterns.long() & (width - 1)]
 
 
 def _encode_static(numbers: Tensor, code: KVCode, parameters: StaticParameters) -> Tensor:

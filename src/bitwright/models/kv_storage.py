@@ -183,7 +183,7 @@ class LayerStore:
             if moved:
                 chosen = plain[side][:, :, :moved]
                 code, parameters = self.codes[side], self.parameters.get(side)
-                self.runs[side].append(encode_kv(chosen, code, parameters, search=code.rotated and code.bits <= 4))
+                self.runs[side].append(encode_kv(chosen, code, parameters))
             rest = plain[side][:, :, moved:]
             self.recent[side] = rest.clone() if rest.shape[2] else rest[:, :, :0].clone()
         view = self._view(plain, coded, moved, before, keys)
