@@ -133,9 +133,12 @@ class _Company:
         return [torch.cat(parts) for parts in self.found]
 
 
-def does_not_depend_on_company(decoder: Decoder) -> None:
-    """Six texts of several lengths and paces, each equal to itself alone; and the same again on a second run."""
-    vocabulary, lengths, paces = decoder.shape.vocabulary, [40, 1, 33, 64, 7, 20], [9, 1, 1, 50, 3, 20]
+SIX = ((40, 9), (1, 1), (33, 1), (64, 50), (7, 3), (20, 20))  # lengths of texts, and how many tokens a step has
+
+
+def does_not_depend_on_company(decoder: Decoder, sizes: tuple[tuple[int, int], ...] = SIX) -> None:
+    """Texts of several lengths and paces, each equal to itself alone; and the same again on a second run."""
+    vocabulary, lengths, paces = decoder.shape.vocabulary, *map(list, zip(*sizes, strict=True))
 
     def texts() -> list[Text]:
         return [

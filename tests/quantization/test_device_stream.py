@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.kernels.gpu import library
 from bitwright.quantization import api, device_stream, job
-from bitwright.quantization.device_memory import HEADROOM, check_device, device_bytes
+from bitwright.quantization.device_memory import check_device, device_bytes
 from bitwright.quantization.device_stream import Copies, DeviceSource, find_device, on_device
 from bitwright.quantization.events import Stopped
 from bitwright.quantization.plan import make_plan
@@ -67,7 +68,7 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingLane]:
     made = NotingLane()
     monkeypatch.setattr(api, "find_device", lambda name: PLACE if name == "cuda" else torch.device("cpu"))
     monkeypatch.setattr(api, "CudaLane", lambda _device: made)
-    monkeypatch.setattr(api, "free_bytes", lambda _device: (1 << 34, 1 << 34))
+    monkeypatch.setattr(library, "gpu_memory", lambda _device: (1 << 34, 1 << 34))
     with PretendGpu():
         yield made
 
@@ -141,7 +142,7 @@ def test_a_run_that_was_stopped_goes_on_there_and_nowhere_else(model: Path, tmp_
 def test_what_the_device_does_not_hold_is_refused_before_any_work(
     model: Path, tmp_path: Path, lane: NotingLane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "free_bytes", lambda _device: (1000, 1 << 34))
+    monkeypatch.setattr(library, "gpu_memory", lambda _device: (1000, 1 << 34))
     with pytest.raises(BitwrightError, match=r"the run needs about .* GB on meta") as caught:
         api.quantize(model, tmp_path / "out", device="cuda", **settings(model, "gptq"))
     assert caught.value.code == "BW503" and not lane.log and not (tmp_path / "out").exists()
@@ -161,11 +162,12 @@ def test_memory_that_runs_out_after_all_is_told_with_what_to_do(
     assert caught.value.code == "BW503" and "--seqlen" in (caught.value.suggestion or "")
 
 
-def test_the_headroom_counts_against_what_is_free() -> None:
+def test_the_headroom_counts_against_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     total, needed = 100 << 30, 20 << 30
-    check_device(torch.device("cuda"), needed, needed + int(HEADROOM * total), total)
+    monkeypatch.setattr(library, "gpu_memory", lambda _device: (needed + int(library.HEADROOM * total), total))
+    check_device(torch.device("cuda"), needed)
     with pytest.raises(BitwrightError, match=r"21\.5 GB on cuda, and 21\.5 GB"):
-        check_device(torch.device("cuda"), needed + 1, needed + int(HEADROOM * total), total)
+        check_device(torch.device("cuda"), needed + 1)
 
 
 def test_the_estimate_covers_two_blocks_and_grows_with_what_is_kept(model: Path) -> None:

@@ -65,7 +65,8 @@ class Engine:
         model: what :func:`bitwright.load` takes or gives.
         tokenizer: instead of the one in the model's directory; an engine without one takes and gives tokens.
         cache_tokens, cache_memory: the size of the cache, in tokens or in bytes; one of them, or neither for what
-            ``max_batch`` requests of full length take, but at most a quarter of the available memory.
+            ``max_batch`` requests of full length take, but at most a quarter of the available memory; of a GPU's, all
+            but a headroom of 8 percent.
         max_batch: how many requests run at once; others wait.
         max_length: of a prompt and its answer, in tokens; the model's context unless given.
         step_tokens: how many tokens a step computes; long prompts are computed in such pieces.
@@ -73,8 +74,10 @@ class Engine:
         reuse: how many tokens of equal beginnings are reused at a time, a multiple of 32; 0 for no reuse.
         reuse_seconds: for how long an unused beginning is kept; as long as there is room unless given.
         speculate: how many tokens at most are guessed from the text itself in a step; answers stay the same.
-        decoder: ``native``, ``cuda``, ``torch``, or ``auto`` for the fastest that runs the model.
+        decoder: ``native``, ``cuda`` (to which a model given by name is moved), ``torch``, or ``auto`` for the fastest
+            that runs the model where it is.
         head: in which scheme the output head is rounded, for instance ``w8``; as it is stored unless given.
+        invariant: answers on a GPU are the same in any company, too, bit for bit, which costs speed there.
 
     Raises:
         BitwrightError: BW201 for an argument or a model that no decoder runs, BW202 for ``kv_cache``, BW503 if the
@@ -102,6 +105,7 @@ class Engine:
         speculate: int = 0,
         decoder: str = "auto",
         head: str | None = None,
+        invariant: bool = False,
     ) -> None:
         room = {"cache_tokens": cache_tokens, "cache_memory": cache_memory}
         _check_sizes(max_batch=max_batch, step_tokens=step_tokens, max_length=max_length, **room)
@@ -109,7 +113,7 @@ class Engine:
         check_count("speculate", speculate, 0, MOST_GUESSED)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
         head_scheme = None if head is None else parse(head)
-        opened = open_model(model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme)
+        opened = open_model(model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme, invariant=invariant)
         self.decoder, self.tokenizer, runs = opened.name, opened.tokenizer, opened.decoder
         self.max_length = _max_length(max_length, runs.shape.positions)
         self.pages = page_count(runs, scheme, max_batch=max_batch, max_length=self.max_length, **room)

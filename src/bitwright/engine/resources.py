@@ -15,6 +15,7 @@ from bitwright.core.memory import machine_memory
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats.directory import find_file
 from bitwright.kernels import native_library
+from bitwright.kernels.gpu import library
 from bitwright.models import decoder_cuda, decoder_native, decoder_torch, hf
 from bitwright.models.decoder import Decoder, read_shape
 from bitwright.models.decoder_cuda import CudaDecoder
@@ -53,6 +54,7 @@ def open_model(
     decoder: str,
     scheme: KVScheme,
     head: LayerScheme | None,
+    invariant: bool = False,
 ) -> Opened:
     """A decoder of ``model``, and a tokenizer if there is one that fits it.
 
@@ -71,7 +73,10 @@ def open_model(
             return Opened("native", NativeDecoder(direct.pack(head)), tokenizer, _ends(direct.model, tokenizer))
     loaded, tokenizer = _load(model, tokenizer)
     # Nobody else has a model that was loaded here.
-    name, made = choose_decoder(loaded, decoder, scheme, head=head, release=loaded is not model)
+    is_own = loaded is not model
+    if is_own and decoder == "cuda" and library.missing() is None:
+        loaded = loaded.to("cuda")  # type: ignore[arg-type]
+    name, made = choose_decoder(loaded, decoder, scheme, head=head, release=is_own, invariant=invariant)
     return Opened(name, made, tokenizer, _ends(loaded, tokenizer))
 
 
@@ -102,7 +107,13 @@ def _check_name(decoder: str) -> None:
 
 
 def choose_decoder(
-    model: PreTrainedModel, name: str, scheme: KVScheme, *, head: LayerScheme | None, release: bool
+    model: PreTrainedModel,
+    name: str,
+    scheme: KVScheme,
+    *,
+    head: LayerScheme | None,
+    release: bool,
+    invariant: bool = False,
 ) -> tuple[str, Decoder]:
     """The decoder called ``name``, or for ``auto`` the first that runs the model: its name, and itself.
 
@@ -110,6 +121,7 @@ def choose_decoder(
         scheme: of the cache that it is to read.
         head: how the output head is to be stored, which the native decoder alone can choose.
         release: whether the decoder may take the weights from the model.
+        invariant: whether answers must not depend on company on a GPU either, which costs speed there.
 
     Raises:
         ArgumentError: BW201 if there is no such decoder, or it does not run the model.
@@ -129,12 +141,12 @@ def choose_decoder(
     if chosen == "native":
         return chosen, NativeDecoder(model, head=head, release=release)
     if chosen == "cuda":
-        return chosen, CudaDecoder(model, release=release)
+        return chosen, CudaDecoder(model, release=release, invariant=invariant)
     on_cpu = torch.device(model.device).type == "cpu"
     if name == "auto" and on_cpu and native_library.missing() is None:
         what = f"the native decoder does not run this model: {reasons['native']}; the slower one in torch does"
         warnings.warn(what, Notice, stacklevel=3)
-    return chosen, TorchDecoder(model)
+    return chosen, TorchDecoder(model, exact=True if invariant else None)
 
 
 def _refuse_native(model: PreTrainedModel, scheme: KVScheme) -> str | None:
@@ -156,6 +168,14 @@ def _of_cache(scheme: KVScheme, reason: str | None) -> str | None:
     return None if reason is None else f"kv_cache {scheme.name!r}: {reason}"
 
 
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that a cache may take where it lies, and one part in how many it takes unless told otherwise.
+
+    A GPU is there for the engine: its memory may be filled, but for a headroom.
+    """
+    return (machine_memory()[1], SHARE) if device.type == "cpu" else (library.usable_memory(device), 1)
+
+
 def page_count(
     decoder: Decoder,
     scheme: KVScheme,
@@ -173,11 +193,12 @@ def page_count(
     """
     if cache_tokens is not None and cache_memory is not None:
         raise ArgumentError("BW201", "both cache_tokens and cache_memory are given", suggestion="one of them")
-    page_bytes, available = decoder.new_cache(1, scheme).bytes(), machine_memory()[1]
+    page = decoder.new_cache(1, scheme)
+    page_bytes, (available, share) = page.bytes(), _memory(page.keys[0].device)
     if cache_tokens is not None:
         name, given, least, pages = "cache_tokens", cache_tokens, str(PAGE), cache_tokens // PAGE
     else:
-        given = available // SHARE if cache_memory is None else cache_memory
+        given = available // share if cache_memory is None else cache_memory
         name, least, pages = "cache_memory", f"{page_bytes} bytes", given // page_bytes
         if cache_memory is None:
             pages = min(pages, max_batch * -(-max_length // PAGE))

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["CudaDecoder", "refuse", "refuse_cache"]
 
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # that graphs are recorded for; larger ones run without
-HEADROOM = 0.08  # of the GPU's memory: activations of a prompt, graphs, and what the allocator cannot use
 LEAST_CONTEXT = 1024  # of a graph; then the powers of two
 
 
@@ -202,11 +201,6 @@ class CudaDecoder:
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
         return PagedCache(shape, page_count, scheme, self.device)
-
-    def available_memory(self) -> int:
-        """Bytes of the GPU that a cache may take: what is free, less a headroom for activations and graphs."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        return max(0, free - int(HEADROOM * total))
 
     def weight_bytes(self) -> int:
         """How much memory the weights take."""

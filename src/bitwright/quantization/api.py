@@ -40,7 +40,7 @@ from bitwright.quantization.destination import (
     resumes_replacement,
     shard_directory,
 )
-from bitwright.quantization.device_memory import DEVICE_LEVERS, check_device, device_bytes, free_bytes
+from bitwright.quantization.device_memory import DEVICE_LEVERS, check_device, device_bytes
 from bitwright.quantization.device_stream import CudaLane, find_device, on_device
 from bitwright.quantization.estimate import MEMORY_LEVERS, Estimate, check_resources, estimate
 from bitwright.quantization.events import Event, EventSink, ignore_event
@@ -268,7 +268,7 @@ def _check_device(source: Source, plan: Plan, tokens: CalibrationTokens | None, 
     if plan.finish is not None:
         what = f"{plan.finish[0].name} goes over the whole model at the end, which it does on the CPU alone"
         raise BitwrightError("BW201", what, suggestion="device='cpu', or an algorithm without that pass")
-    check_device(device, device_bytes(source, plan, tokens), *free_bytes(device))
+    check_device(device, device_bytes(source, plan, tokens))
 
 
 def _open_source(model: str | Path | nn.Module, recipe: Recipe, request: _Request) -> tuple[Source, str]:

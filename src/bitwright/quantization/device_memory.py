@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from bitwright.core.errors import BitwrightError
+from bitwright.kernels.gpu import library
 from bitwright.quantization.calibration import CalibrationTokens
 from bitwright.quantization.plan import Plan, Unit
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stream import COMPARED_SAMPLES
 
-__all__ = ["DEVICE_LEVERS", "HEADROOM", "check_device", "device_bytes", "free_bytes"]
+__all__ = ["DEVICE_LEVERS", "check_device", "device_bytes"]
 
 DEVICE_LEVERS = "fewer --samples, a shorter --seqlen, another GPU, or --device cpu"
-HEADROOM = 0.08  # of the GPU's memory: the driver's own, and what the allocator cannot use
 COPIES = 6  # float32 copies of the largest layer, or of its Hessian, that a rounder works with
 TUNED_BYTES = 16  # for each weight of a block that is tuned: what is learned, its gradient, and both moments
 BATCH = 8  # samples of a tuner's batch, whose activations are kept for the way back
@@ -50,19 +50,13 @@ def device_bytes(source: Source, plan: Plan, tokens: CalibrationTokens | None) -
     return peak + max(0, outer - largest) * element  # the embeddings, while inputs are made
 
 
-def free_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and total bytes of a GPU, by its driver."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free, total
-
-
-def check_device(device: torch.device, needed: int, free: int, total: int) -> None:
+def check_device(device: torch.device, needed: int) -> None:
     """Refuse a run that the device does not hold, before it starts.
 
     Raises:
         BitwrightError: BW503 naming both sizes.
     """
-    room = max(0, free - int(HEADROOM * total))
+    room = library.usable_memory(device)
     if needed > room:
         what = f"the run needs about {needed / 1e9:.1f} GB on {device}, and {room / 1e9:.1f} GB of it can be used"
         raise BitwrightError("BW503", what, suggestion=DEVICE_LEVERS)

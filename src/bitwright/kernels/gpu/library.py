@@ -17,16 +17,21 @@ from bitwright.core.settings import read_settings
 
 __all__ = [
     "FP8_MATRIX",
+    "HEADROOM",
     "INT8_MATRIX",
     "OLDEST",
     "PROGRAMMED",
     "GpuFacts",
     "describe",
+    "gpu_memory",
     "is_invariant",
     "missing",
     "program",
     "refuse_device",
+    "usable_memory",
 ]
+
+HEADROOM = 0.08  # of a GPU's memory: the driver's own, graphs, and what the allocator cannot use
 
 OLDEST = (7, 0)  # Volta
 INT8_MATRIX = (7, 5)  # Turing: the first with int8 matrix units
@@ -102,6 +107,18 @@ def refuse_device(device: torch.device, oldest: tuple[int, int] = OLDEST, what: 
         reason = f"needs compute capability {oldest[0]}.{oldest[1]}"
         return f"{reason}{what and ' for ' + what}; {facts.name} has {facts.capability[0]}.{facts.capability[1]}"
     return None
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, those that torch keeps for later use among them, and all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes of a GPU that may be filled: what is free, less the headroom."""
+    free, total = gpu_memory(device)
+    return max(0, free - int(HEADROOM * total))
 
 
 @cache
