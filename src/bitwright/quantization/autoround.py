@@ -22,7 +22,7 @@ from bitwright.models.blocks import linear_weight
 from bitwright.quantization.block_loss import BlockLoss
 from bitwright.quantization.fake_quant import OffsetWeight, can_follow
 from bitwright.quantization.stages import BlockTask, Stage, Tuner
-from bitwright.quantization.tuning import TunedLinear, gradients_enabled, stand_ins
+from bitwright.quantization.tuning import FORWARD_AND_BACKWARD, TunedLinear, gradients_enabled, stand_ins
 
 __all__ = ["AUTOROUND", "AutoRoundOptions", "learn_rounding"]
 
@@ -180,4 +180,8 @@ def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
         raise ArgumentError("BW201", f"autoround option {field} is {value!r}", suggestion=accepted)
 
 
-AUTOROUND: Stage[Tuner] = Stage("autoround", AutoRoundOptions, learn_rounding, _refuse)
+def _passes(options: AutoRoundOptions, samples: int) -> float:
+    return FORWARD_AND_BACKWARD * options.iters * options.gradient_accumulate_steps * min(options.batch_size, samples)
+
+
+AUTOROUND: Stage[Tuner] = Stage("autoround", AutoRoundOptions, learn_rounding, _refuse, _passes)

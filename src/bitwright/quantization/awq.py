@@ -44,6 +44,7 @@ __all__ = [
     "scale_by_activation",
 ]
 
+JUDGED_SAMPLES = 8  # about so many, of 512 tokens each, judge a candidate (``tokens``)
 LIMIT = 1024.0  # no channel is scaled by more: a 16-bit norm must still hold its weight
 
 
@@ -202,6 +203,11 @@ def _clip_sites(task: BlockTask, sites: tuple[Site, ...], options: AwqOptions) -
         apply_ratios(linear_weight(task.layers[name]), ratios, task.linears[name].weight)
 
 
-AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale)
+def _passes(options: AwqScaleOptions, samples: int) -> float:
+    searches = 2 if getattr(options, "clip", False) else 1
+    return searches * options.grid * min(samples, JUDGED_SAMPLES)
+
+
+AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale, passes=_passes)
 AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_to_nearest)
-AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation)
+AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation, passes=_passes)

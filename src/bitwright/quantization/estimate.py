@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,19 @@ from bitwright.quantization.plan import Plan
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stream import COMPARED_SAMPLES
 
-__all__ = ["MEMORY_LEVERS", "Estimate", "check_resources", "estimate"]
+__all__ = ["MEMORY_LEVERS", "Estimate", "check_resources", "estimate", "seconds_a_flop"]
 
 PROGRAM_BYTES = 450 << 20  # the interpreter with torch and transformers
 SECONDS_A_WEIGHT = 4e-9  # of one thread: fit, encode, measure, pack
-SECONDS_A_FLOP = 1 / 60e9  # of one thread, in bf16 matrix products as torch reaches them
+PROBE = (512, 1024, 1024)  # a matrix product of about the size of the calibration's, to learn the machine's rate from
+HESSIANS = 2  # of the largest width in float32, while a rounder works on it: the sums, and their factor
+TUNED_BYTES = 16  # for each weight of a block that is tuned: what is learned, its gradient, and both moments
 MEMORY_LEVERS = "fewer --samples, a shorter --seqlen, or a machine with more memory"
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """``peak_bytes`` of resident memory; ``seconds``, to within a factor of about two."""
+    """``peak_bytes`` of resident memory; ``seconds``, of large models: what small ones take is mostly not arithmetic."""
 
     peak_bytes: int
     output_bytes: int
@@ -33,7 +36,8 @@ class Estimate:
 
 
 def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Estimate:
-    """Estimate a run: one block as floats, as codes and twice packed, and the activations of every sample."""
+    """Estimate a run: one block as floats, as codes and twice packed, the activations of every sample, and the sums of
+    products, passes and numbers that move of the algorithms at work."""
     shapes = source.shapes()
     sizes = {unit.name: sum(torch.Size(shapes[name]).numel() for name in unit.tensors) for unit in plan.units}
     largest = max(size for unit, size in sizes.items() if any(u.name == unit and u.layers for u in plan.units))
@@ -44,12 +48,47 @@ def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Es
     seconds = quantized * SECONDS_A_WEIGHT
     if tokens is not None:
         samples, seqlen = tokens.windows.shape
-        width = max(columns for name, (_, columns) in plan.shapes.items() if name in plan.schemes)
-        narrow = min(columns for name, (_, columns) in plan.shapes.items() if name in plan.schemes)
-        peak += seqlen * narrow * element * (2 * samples + COMPARED_SAMPLES) + seqlen * width * 16
+        widths = [plan.shapes[name][1] for name in plan.schemes]
+        flows = 4 if plan.with_float_flow else 2  # what enters a block, and what leaves it
+        peak += seqlen * min(widths) * element * (flows * samples + COMPARED_SAMPLES) + seqlen * max(widths) * 16
         peak += max(sizes.get("outer", 0) * element - largest * element, 0)  # the embeddings, while inputs are made
-        seconds += 2 * 2 * quantized * samples * seqlen * SECONDS_A_FLOP
+        if any(method.algorithm.with_gram for method in plan.methods.values()):
+            peak += 4 * (sum(width**2 for width in set(widths)) + (HESSIANS - 1) * max(widths) ** 2)
+        if any(method.algorithm.tune for method in plan.methods.values()):
+            peak += TUNED_BYTES * largest
+        passes = flows * samples + _training(plan, samples)
+        flops = 2 * quantized * seqlen * passes + _products(plan, samples * seqlen)
+        seconds += flops * seconds_a_flop(torch.float32 if element == 4 else torch.bfloat16)
     return Estimate(int(peak), plan.output_bytes, seconds / torch.get_num_threads())
+
+
+def _training(plan: Plan, samples: int) -> float:
+    """Passes of a sample through the blocks that training is worth, by each algorithm's share of the layers."""
+    total = 0.0
+    for name in plan.schemes:
+        method = plan.methods[name]
+        total += sum(stage.passes(method.options[stage.name], samples) for stage in method.algorithm.stages)
+    return total / max(1, len(plan.schemes))
+
+
+def _products(plan: Plan, tokens: int) -> float:
+    """Operations of the sums of products of the inputs, once for each width, and of the feedback of errors."""
+    shapes = [plan.shapes[name] for name in plan.schemes if plan.methods[name].algorithm.with_gram]
+    feedback = sum(out * columns * columns for out, columns in shapes)
+    blocks = max(1, len(plan.blocks.modules))
+    return feedback + blocks * sum(tokens * columns * columns for columns in {columns for _, columns in shapes})
+
+
+def seconds_a_flop(dtype: torch.dtype) -> float:
+    """Of one thread, in matrix products as this machine reaches them now; some milliseconds are spent to learn it."""
+    rows, inner, columns = PROBE
+    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        left @ right
+        taken.append(time.perf_counter() - started)
+    return min(taken) * torch.get_num_threads() / (2 * rows * inner * columns)
 
 
 def check_resources(output: Path, plan: Plan, needed: Estimate) -> None:

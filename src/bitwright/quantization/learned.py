@@ -19,7 +19,14 @@ from bitwright.models.blocks import linear_weight
 from bitwright.quantization.block_loss import BlockLoss
 from bitwright.quantization.fake_quant import CodeWeight
 from bitwright.quantization.stages import BlockTask, Stage, Tuner
-from bitwright.quantization.tuning import Adam, TunedBlock, draw_batches, gradients_enabled, learning_rate
+from bitwright.quantization.tuning import (
+    FORWARD_AND_BACKWARD,
+    Adam,
+    TunedBlock,
+    draw_batches,
+    gradients_enabled,
+    learning_rate,
+)
 
 __all__ = ["LEARNED", "LearnedOptions", "learn_from_codes"]
 
@@ -82,7 +89,12 @@ def learn_from_codes(
     return tensors
 
 
-LEARNED: Stage[Tuner] = Stage("learned", LearnedOptions, learn_from_codes)
+def _passes(options: LearnedOptions, samples: int) -> float:
+    steps = options.code_steps + options.scale_steps
+    return steps * (FORWARD_AND_BACKWARD * min(options.batch, samples) + samples / options.check_every)
+
+
+LEARNED: Stage[Tuner] = Stage("learned", LearnedOptions, learn_from_codes, passes=_passes)
 
 
 def _phase(

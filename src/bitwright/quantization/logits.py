@@ -25,7 +25,14 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.capture import BlockCall, capture, head_output, run_block
 from bitwright.quantization.fake_quant import CodeWeight
 from bitwright.quantization.stages import Finisher, Stage
-from bitwright.quantization.tuning import Adam, TunedBlock, draw_batches, gradients_enabled, learning_rate
+from bitwright.quantization.tuning import (
+    FORWARD_AND_BACKWARD,
+    Adam,
+    TunedBlock,
+    draw_batches,
+    gradients_enabled,
+    learning_rate,
+)
 
 __all__ = ["LOGITS", "LogitsOptions", "LogitsTask", "LogitsUpdates", "tune_logits"]
 
@@ -136,7 +143,13 @@ def tune_logits(
             run.close()
 
 
-LOGITS: Stage[Finisher] = Stage("logits", LogitsOptions, tune_logits)
+def _passes(options: LogitsOptions, samples: int) -> float:
+    again = 1 + FORWARD_AND_BACKWARD  # each block runs a second time for its gradients
+    judged = options.held_back * samples / options.check_every
+    return options.steps * (again * min(options.batch, samples) + judged)
+
+
+LOGITS: Stage[Finisher] = Stage("logits", LogitsOptions, tune_logits, passes=_passes)
 
 
 class _Run:

@@ -70,6 +70,10 @@ Rotator = Callable[[nn.Module, Any, int], None]  # rotates a module in memory: o
 Work = TypeVar("Work")
 
 
+def _no_training(options: Any, samples: int) -> float:
+    return 0.0
+
+
 def _accept(scheme: QuantScheme, options: Any) -> str | None:
     return None
 
@@ -78,13 +82,15 @@ def _accept(scheme: QuantScheme, options: Any) -> str | None:
 class Stage(Generic[Work]):
     """One step of an algorithm: its name, the frozen dataclass of its options, and what it does.
 
-    ``refuse`` says, before any work, why it cannot be used for a scheme, or ``None``.
+    ``refuse`` says, before any work, why it cannot be used for a scheme, or ``None``. ``passes``: about how many
+    forward passes of one sample through the blocks its training is worth, by its options and the number of samples.
     """
 
     name: str
     options: type
     run: Work
     refuse: Callable[[QuantScheme, Any], str | None] = _accept
+    passes: Callable[[Any, int], float] = _no_training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from bitwright.models.sites import Site
 from bitwright.quantization.smoothing import Range, apply_scale, judged_samples, refuse_options, task_sites
 from bitwright.quantization.stages import BlockTask, Equalizer, Stage
 from bitwright.quantization.teq_module import LEAST, TrainableSites, insert_scales
+from bitwright.quantization.tuning import FORWARD_AND_BACKWARD
 
 __all__ = ["TEQ", "TeqOptions", "TrainedScales", "scale_by_training", "train_scales"]
 
@@ -238,4 +239,8 @@ def _frozen(task: BlockTask) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-TEQ: Stage[Equalizer] = Stage("teq", TeqOptions, scale_by_training)
+def _passes(options: TeqOptions, samples: int) -> float:
+    return FORWARD_AND_BACKWARD * options.steps * min(options.batch, samples)
+
+
+TEQ: Stage[Equalizer] = Stage("teq", TeqOptions, scale_by_training, passes=_passes)

@@ -13,7 +13,12 @@ from torch.nn import functional
 from bitwright.models.blocks import set_module
 from bitwright.quantization.fake_quant import CodeWeight
 
-__all__ = ["Adam", "TunedBlock", "TunedLinear", "draw_batches", "gradients_enabled", "learning_rate", "stand_ins"]
+__all__ = [
+    "FORWARD_AND_BACKWARD", "Adam", "TunedBlock", "TunedLinear", "draw_batches", "gradients_enabled", "learning_rate",
+    "stand_ins",
+]  # fmt: skip
+
+FORWARD_AND_BACKWARD = 3  # passes: the products of a backward pass are twice those of a forward one
 
 
 class TunedLinear(nn.Module):
