@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from bitwright.core.errors import BitwrightError
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.models.kv_cache import QuantizedCache
-from bitwright.models.kv_parameters import PARAMETERS_FILE, Range, read_ranges, static_parameters
+from bitwright.models.kv_parameters import PARAMETERS_FILE, read_ranges
+from bitwright.models.kv_ranges import Range, static_parameters
 from bitwright.models.loading import load
 from bitwright.quantization import kv_calibration
 from bitwright.quantization.api import quantize

@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 
 from bitwright import __version__
+from bitwright.cli import cache_commands
 from bitwright.cli.failures import notices_as_lines, report_failure
+from bitwright.cli.options import MODEL_HELP, Json, KVCache, KVSafety, Model, Plain, Seed, Threads
 from bitwright.cli.terminal import printable
 from bitwright.core.settings import read_settings, wait_passively
 
 __all__ = [
     "ALGORITHM_NAMES",
     "app",
-    "calibrate",
-    "chat",
     "common",
     "demo",
     "doctor",
@@ -34,14 +34,6 @@ __all__ = [
 # Plain help: the rich one takes longer to import than everything else together.
 app = typer.Typer(name="bitwright", rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
-MODEL_HELP = "A directory of config.json and safetensors, an id on the Hugging Face hub, or demo: (the embedded model)."
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
-Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic; as many as torch takes unless given.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-KV_HELP = "How keys and values are stored: none, int8, int4-rotated, k8v4, int8-static (after calibrate) ..."
-KVCache = Annotated[str, typer.Option("--kv-cache", metavar="SCHEME", help=KV_HELP)]
 # The names in the table of algorithms, which is not imported here: help has to answer at once.
 ALGORITHM_NAMES = (
     "rtn", "hqq", "gptq", "gptq+learned", "autoround", "autoround+logits", "gptq+logits", "best", "choice", "awq",
@@ -132,6 +124,9 @@ def quantize(
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Annotated[
+        str, typer.Option(help="Where blocks are worked on: cpu, or a GPU, one block of weights at a time: cuda.")
+    ] = "cpu",
     group_fallback: Annotated[
         str, typer.Option(help="Where groups do not divide a layer: error, pad, per-channel or skip.")
     ] = "error",
@@ -165,6 +160,7 @@ def quantize(
             "overrides": tuple(override or ()),
             "seed": seed,
             "threads": threads,
+            "device": device,
             "group_fallback": group_fallback,
             "on_nonfinite": on_nonfinite,
             "overwrite": overwrite,
@@ -223,114 +219,17 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     kv_cache: KVCache = "none",
+    kv_safety: KVSafety = "warn",
     json: Json = False,
 ) -> None:
     """Continue a text, printed as it is written."""
     from bitwright.cli.generation import run_generate
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
-    run_generate(model, prompt, options | {"kv_cache": kv_cache}, as_json=json)
+    run_generate(model, prompt, options | {"kv_cache": kv_cache, "kv_safety": kv_safety}, as_json=json)
 
 
-Dataset = Annotated[
-    str,
-    typer.Option("--calib-dataset", "--dataset", help="Text file; calibration or heldout; ptb, wikitext2 or c4."),
-]
-Samples = Annotated[int, typer.Option("--calib-samples", "--samples", help="Calibration samples.")]
-SequenceLength = Annotated[
-    int | None,
-    typer.Option("--calib-seqlen", "--seqlen", help="Tokens in each; 2048 or the model's context, the smaller."),
-]
-WorkDirectory = Annotated[
-    Path | None, typer.Option("--work-dir", "--output", "-o", help="Where the files go; the model's own directory.")
-]
-
-
-@app.command()
-def calibrate(
-    context: typer.Context,
-    model: Model,
-    dataset: Dataset = "calibration",
-    samples: Samples = 128,
-    seqlen: SequenceLength = None,
-    work_dir: WorkDirectory = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Also measure in which layers few bits are unsafe, and recommend a scheme.")
-    ] = False,
-    export_lmdeploy: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write LMDeploy's past_kv_scale files.")
-    ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Ranks among which those files divide the heads.")] = 1,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Those files without zero points.")] = False,
-    seed: Seed = 0,
-    threads: Threads = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished calibration.")] = False,
-    json: Json = False,
-    plain: Plain = False,
-) -> None:
-    """Measure ranges of keys and values, for static cache schemes.
-
-    Block by block; interrupted, the same command resumes where it stopped.
-    """
-    from bitwright.cli.calibration import CalibrateRequest, run_calibrate
-
-    options = {"dataset": dataset, "samples": samples, "seqlen": seqlen, "seed": seed, "threads": threads}
-    request = CalibrateRequest(
-        arguments=context.obj,
-        model=model,
-        output=work_dir,
-        options=options | {"restart": restart},
-        check=check,
-        lmdeploy=export_lmdeploy,
-        ranks=tensor_parallel,
-        symmetric=symmetric,
-    )
-    run_calibrate(request, as_json=json, plain=plain)
-
-
-lite = typer.Typer(help="LMDeploy's names: lite calibrate.", rich_markup_mode=None)
-lite.command("calibrate")(calibrate)
-app.add_typer(lite, name="lite")
-
-
-@app.command()
-def chat(
-    words: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} LMDeploy's 'turbomind MODEL' works, too.")
-    ],
-    system: Annotated[str | None, typer.Option(help="The message before the first question.")] = None,
-    kv_cache: Annotated[str | None, typer.Option("--kv-cache", metavar="SCHEME", help=KV_HELP)] = None,
-    quant_policy: Annotated[
-        str | None, typer.Option(help="LMDeploy's number: 0 none, 4 int8-static (after calibrate), 8 int8.")
-    ] = None,
-    model_format: Annotated[str | None, typer.Option(help="hf, awq or gptq; the files say it anyway.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer, at most.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; higher: more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw only among the likeliest tokens of this total probability.")] = 1.0,
-    seed: Seed = 0,
-    threads: Threads = None,
-) -> None:
-    """Talk with a model in the terminal.
-
-    /help lists what can be typed besides questions.
-    """
-    from bitwright.cli.chat import ENGINES, ChatRequest, run_chat
-
-    names = words[1:] if words[0] in ENGINES and len(words) > 1 else words
-    if len(names) != 1:
-        raise typer.BadParameter(f"one model, not {len(names)}: {' '.join(names)}")
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    run_chat(
-        ChatRequest(
-            model=names[0],
-            system=system,
-            kv_cache=kv_cache,
-            policy=quant_policy,
-            model_format=model_format,
-            options=options,
-            threads=threads,
-        )
-    )
+cache_commands.add_to(app)
 
 
 @app.command()

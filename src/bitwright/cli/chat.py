@@ -36,6 +36,7 @@ class ChatRequest:
     model: str
     system: str | None
     kv_cache: str | None
+    kv_safety: str
     policy: str | None
     model_format: str | None
     options: Mapping[str, Any]
@@ -67,10 +68,11 @@ def run_chat(request: ChatRequest) -> None:
         policy = Policy(scheme, f"cache scheme {scheme.name}")
     model, tokenizer = load_with_tokenizer(directory, threads=request.threads)
     _check_format(request.model_format, model)
-    conversation = Conversation(model, tokenizer, policy.scheme, system=request.system)
+    conversation = Conversation(model, tokenizer, policy.scheme, system=request.system, kv_safety=request.kv_safety)
     for name, value in request.options.items():
         _set(conversation, name, value)
-    print(f"{printable(request.model)}; {policy.meaning}")
+    used = "" if conversation.scheme == policy.scheme else f"; in use: {conversation.scheme.name}"
+    print(f"{printable(request.model)}; {policy.meaning}{used}")
     if not tokenizer.chat_template:
         print("the model was taught no roles: it continues what you write")
     print("/help lists the commands")

@@ -22,11 +22,12 @@ from bitwright.engine.options import RequestOptions, check_count, check_number
 from bitwright.engine.pages import PageAllocator
 from bitwright.engine.prompting import Prompt, check_tokens, encode, room_of
 from bitwright.engine.request import Request
-from bitwright.engine.resources import open_model, page_count
+from bitwright.engine.resources import open_model, packed_folder, page_count
 from bitwright.engine.runner import Runner
 from bitwright.engine.sampler import Sampler
 from bitwright.engine.scheduler import Scheduler
 from bitwright.engine.statistics import Statistics
+from bitwright.models.kv_safety import check_safety, safe_for_decoder
 from bitwright.models.paged_cache import PAGE
 
 if TYPE_CHECKING:
@@ -71,12 +72,16 @@ class Engine:
         max_length: of a prompt and its answer, in tokens; the model's context unless given.
         step_tokens: how many tokens a step computes; long prompts are computed in such pieces.
         kv_cache: how keys and values are stored: ``none`` for as computed, or the name of a scheme.
+        kv_safety: in which layers 4 bits or less are unsafe is tried first: ``warn`` names them, ``widen`` takes 8-bit
+            codes there, ``off`` does not try.
         reuse: how many tokens of equal beginnings are reused at a time, a multiple of 32; 0 for no reuse.
         reuse_seconds: for how long an unused beginning is kept; as long as there is room unless given.
         speculate: how many tokens at most are guessed from the text itself in a step; answers stay the same.
         decoder: ``native``, ``cuda`` (to which a model given by name is moved), ``torch``, or ``auto`` for the fastest
             that runs the model where it is.
         head: in which scheme the output head is rounded, for instance ``w8``; as it is stored unless given.
+        packed_cache: keep the packed weights in a file, which the next start maps instead of packing: a directory, or
+            ``True`` for ``packed`` in the directory that ``BITWRIGHT_CACHE`` names. A notice tells of its size.
         invariant: answers on a GPU are the same in any company, too, bit for bit, which costs speed there.
 
     Raises:
@@ -100,21 +105,28 @@ class Engine:
         max_length: int | None = None,
         step_tokens: int = 512,
         kv_cache: str | int | KVScheme = "none",
+        kv_safety: str = "warn",
         reuse: int = PAGE,
         reuse_seconds: float | None = None,
         speculate: int = 0,
         decoder: str = "auto",
         head: str | None = None,
+        packed_cache: bool | str | Path = False,
         invariant: bool = False,
     ) -> None:
         room = {"cache_tokens": cache_tokens, "cache_memory": cache_memory}
         _check_sizes(max_batch=max_batch, step_tokens=step_tokens, max_length=max_length, **room)
         _check_reuse(reuse, reuse_seconds)
         check_count("speculate", speculate, 0, MOST_GUESSED)
+        check_safety(kv_safety)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
         head_scheme = None if head is None else parse(head)
-        opened = open_model(model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme, invariant=invariant)
+        kept = packed_folder(packed_cache)
+        opened = open_model(
+            model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme, invariant=invariant, kept=kept
+        )
         self.decoder, self.tokenizer, runs = opened.name, opened.tokenizer, opened.decoder
+        self.kv_cache = scheme = safe_for_decoder(runs, scheme, kv_safety, self.tokenizer)
         self.max_length = _max_length(max_length, runs.shape.positions)
         self.pages = page_count(runs, scheme, max_batch=max_batch, max_length=self.max_length, **room)
         allocator = PageAllocator(self.pages, reuse=reuse, ttl=reuse_seconds)

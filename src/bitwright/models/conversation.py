@@ -12,6 +12,7 @@ from bitwright.core.kv_scheme import KVScheme
 from bitwright.models.generation import Sampling, stream_text
 from bitwright.models.hf import PreTrainedModel, Tokenizer
 from bitwright.models.kv_cache import QuantizedCache
+from bitwright.models.kv_trial import safe_scheme
 from bitwright.models.prompts import encode_messages
 
 __all__ = ["Conversation", "Turn"]
@@ -39,6 +40,8 @@ class Turn:
 class Conversation:
     """Messages so far, and how the next answer is made.
 
+    ``scheme`` is how keys and values are stored, made safe as ``kv_safety`` says (see :class:`QuantizedCache`).
+
     Raises:
         BitwrightError: whatever :class:`QuantizedCache` raises for the scheme.
 
@@ -50,13 +53,20 @@ class Conversation:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, scheme: KVScheme, *, system: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        scheme: KVScheme,
+        *,
+        system: str | None = None,
+        kv_safety: str = "warn",
     ) -> None:
-        self.model, self.tokenizer, self.scheme, self.system = model, tokenizer, scheme, system
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.scheme = safe_scheme(model, scheme, kv_safety, tokenizer=tokenizer)
         self.sampling, self.max_tokens = Sampling(), None
         self.messages: list[tuple[str, str]] = []
         self.turns: list[Turn] = []
-        self._cache: QuantizedCache | None = QuantizedCache(model, scheme)  # says at once if the scheme cannot be
+        self._cache: QuantizedCache | None = self._new_cache()  # says at once if the scheme cannot be
         self._known: list[int] = []  # the tokens that the cache begins with
 
     max_tokens: int | None
@@ -114,5 +124,8 @@ class Conversation:
             except ArgumentError:  # groups with one scale, or a sliding window, cannot be cut there
                 self._cache = None
         if self._cache is None or not same:
-            return QuantizedCache(self.model, self.scheme), 0
+            return self._new_cache(), 0
         return self._cache, same
+
+    def _new_cache(self) -> QuantizedCache:
+        return QuantizedCache(self.model, self.scheme, kv_safety="off")

@@ -16,6 +16,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.kv_scheme import KVScheme, parse_kv
 from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
 from bitwright.models.kv_cache import QuantizedCache
+from bitwright.models.kv_trial import safe_scheme
 from bitwright.models.limits import end_tokens, room
 from bitwright.models.loading import check_vocabulary, load_with_tokenizer
 from bitwright.models.prompts import Detokenizer, encode_chat, encode_prompt
@@ -73,6 +74,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     kv_cache: str | int | KVScheme = "none",
+    kv_safety: str = "warn",
     tokenizer: Tokenizer | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
@@ -86,6 +88,7 @@ def generate(
         seed: equal seeds give equal texts.
         chat: put the prompt into the model's chat template, as a message of the user.
         kv_cache: how keys and values are stored: ``none`` (as computed), ``int8``, ``int4-rotated``, ...
+        kv_safety: where 4 bits or less are unsafe: ``warn``, ``widen`` (take 8-bit codes there), ``off`` (do not try).
         tokenizer: instead of the one in the model's directory.
         on_text: called with each piece of text as it comes; a piece never ends within a character.
 
@@ -103,7 +106,8 @@ def generate(
     model, tokenizer = _resolve(model_or_path, tokenizer)
     tokens = encode_chat(tokenizer, prompt) if chat else encode_prompt(tokenizer, prompt)
     pieces: list[str] = []
-    cache = None if scheme.is_float else QuantizedCache(model, scheme)
+    scheme = safe_scheme(model, scheme, kv_safety, tokenizer=tokenizer)
+    cache = None if scheme.is_float else QuantizedCache(model, scheme, kv_safety="off")
     for piece in stream_text(model, tokenizer, tokens, max_tokens=max_tokens, sampling=sampling, cache=cache):
         pieces.append(piece)
         if on_text is not None:

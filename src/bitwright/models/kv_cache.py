@@ -13,6 +13,7 @@ from bitwright.models.hf import Cache, CacheLayerMixin, PretrainedConfig, PreTra
 from bitwright.models.kv_packed import PackedTensor
 from bitwright.models.kv_parameters import find_parameters
 from bitwright.models.kv_storage import LayerParameters, LayerStore
+from bitwright.models.kv_trial import safe_scheme
 
 __all__ = ["QuantizedCache", "QuantizedCacheLayer"]
 
@@ -100,6 +101,8 @@ class QuantizedCache(Cache):
         model: the model or its configuration.
         scheme: a name (``int8``, ``int4-rotated``, ...) or a :class:`~bitwright.core.kv_scheme.KVScheme`.
         parameters: of calibrated schemes, by layer; if not given, those in the model's directory.
+        kv_safety: what is done where 4 bits or less are unsafe, which the model is tried for once: ``warn``, naming the
+            layers; ``widen``: take 8-bit codes there; ``off``: not tried. A configuration alone cannot be.
 
     Raises:
         ArgumentError: BW202 for a scheme that is none, BW201 for overrides of layers that are not there and for layers
@@ -118,11 +121,14 @@ class QuantizedCache(Cache):
         scheme: str | int | KVScheme = "int8",
         *,
         parameters: Mapping[int, LayerParameters] | None = None,
+        kv_safety: str = "warn",
     ) -> None:
         config = model.config if isinstance(model, PreTrainedModel) else model
         text = config.get_text_config(decoder=True)
         self.scheme = scheme if isinstance(scheme, KVScheme) else parse_kv(scheme)
         windows = _windows(text)
+        if isinstance(model, PreTrainedModel):
+            self.scheme = safe_scheme(model, self.scheme, kv_safety)
         if parameters is None:
             parameters = find_parameters(config, self.scheme, len(windows)) if self.scheme.is_static else {}
         unknown = sorted(layer for layer in self.scheme.overrides if layer >= len(windows))

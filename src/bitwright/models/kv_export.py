@@ -9,7 +9,7 @@ from pathlib import Path
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import KVCode
 from bitwright.formats.storage import make_directory, write_file
-from bitwright.models.kv_parameters import Range, Ranges, static_parameters
+from bitwright.models.kv_ranges import Range, Ranges, static_parameters
 
 __all__ = ["export_lmdeploy"]
 

@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
-from bitwright.core.kv_codes import StaticParameters
 from bitwright.core.kv_scheme import KVCode, KVScheme
-from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.directory import find_file
 from bitwright.formats.safetensors_file import read_tensor, serialize
 from bitwright.formats.safetensors_index import read_index
 from bitwright.formats.storage import write_file
+from bitwright.models.kv_ranges import Range, Ranges, static_parameters, weights_identity
+from bitwright.models.kv_scales import read_scales
 from bitwright.models.kv_storage import SIDES, LayerParameters, Side
 
-__all__ = [
-    "PARAMETERS_FILE", "Range", "Ranges", "find_parameters", "has_parameters", "make_parameters", "read_ranges",
-    "static_parameters", "weights_identity", "write_ranges",
-]  # fmt: skip
+__all__ = ["PARAMETERS_FILE", "find_parameters", "has_parameters", "make_parameters", "read_ranges", "write_ranges"]
 
 PARAMETERS_FILE = "kv_parameters.safetensors"
 VERSION = "1"
-SLICES, SLICE = 16, 256  # places of a tensor that its identity rests on, and bytes of each
-TINY = torch.finfo(torch.float32).tiny
-FP8_MAX = 448.0
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The least and greatest key, or value, of each head of a layer over the calibration text: float32 ``[heads]``."""
-
-    low: Tensor
-    high: Tensor
-
-
-Ranges = dict[Side, Range]
-
-
-def static_parameters(found: Range, code: KVCode) -> StaticParameters:
-    """Scale and zero point of a calibrated code.
-
-    ``zero_point = (min + max) / 2``, ``scale = (max - min) / 255``; symmetric: ``scale = absmax / 127``, and of fp8
-    ``absmax / 448``. One of the whole layer, or one a head.
-    """
-    low, high = found.low, found.high
-    if code.grain == "static_layer":
-        low, high = low.amin().view(1), high.amax().view(1)
-    largest = torch.maximum(low.abs(), high.abs())
-    if code.symmetric:
-        scale, zero_point = largest / (FP8_MAX if code.kind == "fp8" else 127), torch.zeros_like(low)
-    else:
-        scale, zero_point = (high / 2 - low / 2) / 127.5, low / 2 + high / 2
-    return StaticParameters(scale.clamp(min=TINY), zero_point)
 
 
 def make_parameters(ranges: Mapping[int, Ranges], scheme: KVScheme) -> dict[int, LayerParameters]:
@@ -92,14 +56,21 @@ def has_parameters(directory: Path) -> bool:
 
 
 def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> dict[int, Ranges]:
-    """What :func:`write_ranges` wrote; ``model`` is where the weights are, if not there.
+    """What :func:`write_ranges` wrote, else what the scales in the checkpoint say (see :mod:`.kv_scales`).
+
+    ``model`` is where the weights are, if not there.
 
     Raises:
         BitwrightError: BW404 if there is nothing, if it belongs to other weights, or if a layer is missing.
     """
     path = find_file(directory, PARAMETERS_FILE)
     if path is None:
-        raise _refusal(directory, "the model has no calibrated ranges of keys and values")
+        scales = read_scales(open_checkpoint(model or directory))
+        if scales is None:
+            raise _refusal(directory, "the model has no calibrated ranges of keys and values")
+        if sorted(scales) != list(range(layers)):
+            raise _refusal(directory, f"the checkpoint has scales of {len(scales)} of {layers} layers")
+        return scales
     index = read_index(path)
     if index.metadata.get("version") != VERSION:
         raise _refusal(directory, f"{PARAMETERS_FILE} has version {index.metadata.get('version')!r}, not {VERSION!r}")
@@ -129,24 +100,6 @@ def find_parameters(config: Any, scheme: KVScheme, layers: int) -> dict[int, Lay
     if not name or not os.path.isdir(name):
         raise _refusal(name or "the model in memory", f"{scheme.name} needs calibrated ranges of keys and values")
     return make_parameters(read_ranges(Path(name), layers), scheme)
-
-
-def weights_identity(checkpoint: Checkpoint) -> str:
-    """A sha256 of every tensor's name, dtype and shape, and of bytes from sixteen places of it."""
-    digest = hashlib.sha256()
-    files = {file: os.open(checkpoint.directory / file, os.O_RDONLY | os.O_CLOEXEC) for file in checkpoint.files}
-    try:
-        for name in sorted(checkpoint.tensors):
-            stored = checkpoint.tensors[name]
-            entry = stored.entry
-            digest.update(f"{name}:{entry.dtype}:{list(entry.shape)}".encode())
-            step = max(SLICE, (entry.end - entry.start) // SLICES)
-            for start in range(entry.start, entry.end, step):
-                digest.update(os.pread(files[stored.file], min(SLICE, entry.end - start), start))
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
-    return digest.hexdigest()
 
 
 def _refusal(where: Path | str, what: str, why: str = "") -> BitwrightError:

@@ -9,12 +9,14 @@ from torch import nn
 
 from bitwright.core.errors import BitwrightError
 
-__all__ = ["IGNORABLE", "match_names", "shared_names", "state_names", "stored_names"]
+__all__ = ["CACHE_SCALE", "IGNORABLE", "match_names", "shared_names", "state_names", "stored_names"]
 
 # Other names that tensors have in files: ``(in the model, in the file)``, as beginnings of the name.
 RENAMED = (("lm_head.", "embed_out."),)  # GPT-NeoX, whose head transformers has called so since version 5
 # Constants that old checkpoints hold and that models compute anew.
 IGNORABLE = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
+# Calibrated parameters of a cache of keys and values, which lie beside the weights and are none.
+CACHE_SCALE = re.compile(r".*\.self_attn\.[qkv]_(scale|zero_point)")
 
 
 def state_names(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -59,9 +61,8 @@ def match_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
             matched[name] = found
     used = set(matched.values()) | {s for n in second_names for s in _spellings(n, prefix)}
     _refuse("missing from the files", [name for name in wanted if name not in matched])
-    _refuse(
-        "in the files without a place in the model", [n for n in stored if n not in used and not IGNORABLE.fullmatch(n)]
-    )
+    spare = [n for n in stored if n not in used and not IGNORABLE.fullmatch(n) and not CACHE_SCALE.fullmatch(n)]
+    _refuse("in the files without a place in the model", spare)
     return matched
 
 

@@ -32,7 +32,9 @@ from bitwright.formats.storage import (
 from bitwright.models.blocks import Blocks, find_blocks, linears
 from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.hf import context_length, load_tokenizer, read_config
-from bitwright.models.kv_parameters import Range, weights_identity, write_ranges
+from bitwright.models.kv_parameters import write_ranges
+from bitwright.models.kv_ranges import Range, Ranges, weights_identity
+from bitwright.models.kv_scales import attention_names, write_scales
 from bitwright.models.kv_storage import SIDES
 from bitwright.models.loading import load_checkpoint
 from bitwright.models.location import resolve_model
@@ -91,6 +93,7 @@ def calibrate(
     seqlen: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    kv_cache_scheme: str | None = None,
     restart: bool = False,
     on_event: EventSink | None = None,
     should_stop: Callable[[], bool] = bool,
@@ -102,12 +105,14 @@ def calibrate(
         output: where the files go; the model's own directory unless given.
         dataset: a text file; ``calibration`` or ``heldout``, which ship with bitwright; ``ptb``, ``wikitext2``, ``c4``.
         samples, seqlen: how many windows of how many tokens (by default 2048, or the model's context if shorter).
+        kv_cache_scheme: ``fp8`` (which vLLM takes) or ``int8``: also write ``k_scale`` and ``v_scale`` into the
+            checkpoint, a compressed-tensors one, and say so in its ``config.json``.
         restart: discard an unfinished calibration.
         on_event, should_stop: progress listener, and a question asked after each block.
 
     Returns:
-        What was written: statistics of keys and values (min, max, absmax, mean, ``[kv_heads, head_dim]``) and of inputs
-        and outputs of linear layers, and the ranges.
+        What was written: statistics (min, max, absmax, mean) of keys and values, ``[kv_heads, head_dim]``, and of
+        inputs and outputs of linear layers; the ranges.
 
     Raises:
         BitwrightError: BW201 for an argument, BW401 and BW402 for the text, BW602 for NaN; and whatever opening the
@@ -120,10 +125,10 @@ def calibrate(
     _check_counts(samples=samples, seqlen=seqlen)
     started, directory = time.perf_counter(), resolve_model(model)
     target, checkpoint = _target(directory, output), open_checkpoint(directory)
+    _ = kv_cache_scheme and attention_names(checkpoint, kv_cache_scheme)  # says at once if there can be none
     tokens = calibration_tokens(checkpoint, dataset, samples, seqlen, seed)
-    run = _Run(
-        checkpoint, tokens, target, on_event or ignore_event, should_stop, restart, f"bitwright calibrate {model}"
-    )
+    command, sink = f"bitwright calibrate {model}", on_event or ignore_event
+    run = _Run(checkpoint, tokens, target, sink, should_stop, restart, command, kv_cache_scheme)
     with thread_count(threads), torch.no_grad():
         files, layers = run.measure(seed)
     run.sink(Event("result", f"wrote {len(files)} files to {target}", {"files": list(files)}))
@@ -154,6 +159,7 @@ class _Run:
     should_stop: Callable[[], bool]
     restart: bool
     command: str
+    scales: str | None
 
     def measure(self, seed: int) -> tuple[tuple[str, ...], int]:
         """Run the model, write the files; returns their names and how many layers there are."""
@@ -161,7 +167,7 @@ class _Run:
         tensors, layers = self.resident() if is_quantized else self.streamed()
         samples, seqlen = self.tokens.windows.shape
         notes = {"source": self.tokens.source, "samples": samples, "seqlen": seqlen, "seed": seed}
-        files = _write(self.target, self.checkpoint, tensors, layers, notes)
+        files = _write(self.target, self.checkpoint, tensors, layers, notes, self.scales)
         remove_tree(self.target / WORK)
         return files, len(layers)
 
@@ -315,9 +321,14 @@ def _layers(names: Iterable[str], model: str) -> list[int]:
 
 
 def _write(
-    target: Path, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], layers: list[int], notes: Mapping[str, Any]
+    target: Path,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    layers: list[int],
+    notes: Mapping[str, Any],
+    scales: str | None,
 ) -> tuple[str, ...]:
-    """The four files of statistics, then the ranges, which say that all is there."""
+    """The four files of statistics, scales for the checkpoint, then the ranges, which say that all is there."""
     make_directory(target)
     written = []
     metadata = {"calibration": repr(dict(notes))}
@@ -326,15 +337,16 @@ def _write(
         if chosen:
             write_file(target / file, serialize(chosen, metadata))
             written.append(file)
-    ranges = {
+    ranges: dict[int, Ranges] = {
         layer: {
             side: Range(tensors[f"{side}.{layer}.min"].amin(-1), tensors[f"{side}.{layer}.max"].amax(-1))
             for side in SIDES
         }
         for layer in layers
     }
-    written.append(write_ranges(target, ranges, notes, weights=weights_identity(checkpoint)))
-    return tuple(written)
+    identity = weights_identity(checkpoint)
+    beside = () if scales is None else write_scales(checkpoint, ranges, scales)
+    return (*written, *beside, write_ranges(target, ranges, notes, weights=identity))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

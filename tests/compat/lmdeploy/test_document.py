@@ -16,7 +16,7 @@ from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.kv_codes import StaticParameters, decode_kv, encode_kv
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.models.embedded_model import embedded_directory, read_text
-from bitwright.models.kv_parameters import Range, static_parameters
+from bitwright.models.kv_ranges import Range, static_parameters
 from bitwright.quantization.api import quantize
 
 DOCUMENT = Path(__file__).resolve().parents[4] / "shared" / "seeds" / "lmdeploy_kv_int8.md"

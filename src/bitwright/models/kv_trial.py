@@ -1,0 +1,93 @@
+"""The check of :mod:`.kv_safety` on models of transformers: each is run once, and what was found is remembered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from bitwright.core.kv_scheme import KVScheme
+from bitwright.models.hf import Cache, PreTrainedModel, Tokenizer, context_length, load_tokenizer
+from bitwright.models.kv_safety import (
+    KVSafety,
+    check_safety,
+    has_few_bits,
+    judge,
+    sample_tokens,
+    settle,
+)
+from bitwright.models.kv_storage import Side
+
+__all__ = ["observe_model", "safe_scheme"]
+
+# By model: keys and values of the text, and the schemes that were judged.
+KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[dict[Side, list[Tensor]], dict[str, KVSafety]]] = WeakKeyDictionary()
+
+
+class _Recorder(Cache):
+    """Stands in for a cache of an empty context: keeps keys and values as they come, and gives them back."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+
+def safe_scheme(
+    model: PreTrainedModel, scheme: KVScheme, safety: str = "warn", *, tokenizer: Tokenizer | None = None
+) -> KVScheme:
+    """``scheme``, or with ``widen`` one of more bits in the layers where few are unsafe.
+
+    Schemes of more than 4 bits are taken as they are. Unsafe layers are named in a notice, once a model and scheme.
+
+    Raises:
+        ArgumentError: BW201 if ``safety`` is none of ``warn``, ``widen``, ``off``.
+    """
+    check_safety(safety)
+    if safety == "off" or not has_few_bits(scheme) or any(part.is_meta for part in model.parameters()):
+        return scheme
+    if model not in KNOWN:
+        KNOWN[model] = observe_model(model, _text(model, tokenizer)), {}
+    observed, judged = KNOWN[model]
+    if scheme.name not in judged:
+        judged[scheme.name] = judge(observed, scheme)
+        return settle(judged[scheme.name], safety)
+    return judged[scheme.name].recommended if safety == "widen" else scheme
+
+
+def observe_model(model: PreTrainedModel, tokens: Sequence[int]) -> dict[Side, list[Tensor]]:
+    """Keys (after the rotary embedding) and values of each layer: float32 ``[kv_heads, tokens, head_dim]``."""
+    recorder = _Recorder()
+    inputs = torch.tensor([list(tokens)], device=model.device)
+    with torch.no_grad():
+        model(input_ids=inputs, past_key_values=recorder, use_cache=True)
+    layers = [recorder.seen[number] for number in sorted(recorder.seen)]
+    keys, values = ([part[0].to("cpu", torch.float32) for part in parts] for parts in zip(*layers, strict=True))
+    return {"key": keys, "value": values}
+
+
+def _text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:
+    directory = model.name_or_path
+    if tokenizer is None and directory and os.path.isfile(os.path.join(directory, "tokenizer.json")):
+        tokenizer = load_tokenizer(Path(directory))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return sample_tokens(int(vocabulary), context_length(model.config), tokenizer)
