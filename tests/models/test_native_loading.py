@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,33 @@ def test_what_it_cannot_read_is_left_to_others(tmp_path: Path) -> None:
     (directory / "generation_config.json").write_text("[")
     assert open_direct(directory) is None
     assert open_direct(tmp_path) is None
+
+
+def test_packing_takes_little_more_memory_than_what_is_packed(tmp_path: Path) -> None:
+    """Beside the packed weights, at no time more than the largest tensor: here a tied embedding of 16 MB."""
+    fields: dict[str, Any] = {
+        "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "tied": True,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16,
+    }  # fmt: skip
+    directory = saved(tmp_path / "m", "llama", fields)
+    program = (
+        "import sys; from pathlib import Path; from bitwright.core.scheme_names import parse;"
+        "from bitwright.models.direct_loading import open_direct;"
+        "read = lambda name: next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(name));"
+        "open_direct(Path(sys.argv[2])).pack(None);"
+        "before = read('VmRSS'); open('/proc/self/clear_refs', 'w').write('5');"
+        "weights = open_direct(Path(sys.argv[1])).pack(parse('w8'));"
+        "print((read('VmHWM') - before) * 1024, weights.bytes())"
+    )
+    small = saved(tmp_path / "s", "llama", {"dtype": torch.bfloat16})
+    command = [sys.executable, "-c", program, str(directory), str(small)]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    peak, packed = map(int, found.stdout.split())
+    largest, page = 16384 * 512 * 2, 4 << 20
+    assert 60e6 < packed < 80e6
+    assert packed / 2 < peak < packed + largest + page
 
 
 def test_nothing_of_transformers_is_imported() -> None:

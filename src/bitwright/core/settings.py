@@ -11,7 +11,8 @@ __all__ = ["Settings", "read_settings", "wait_passively"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``BITWRIGHT_CACHE``: where reference logits are kept (default ``~/.cache/bitwright``).
+    """``BITWRIGHT_CACHE``: where reference logits are kept, and packed weights where that is asked for (default
+    ``~/.cache/bitwright``).
 
     ``NO_COLOR``: any value turns colours off. ``BITWRIGHT_DEBUG``: any value shows tracebacks, as ``--debug`` does.
     ``BITWRIGHT_ISA``: the instruction set of the native kernels (``scalar``, ``avx2``, ``avx512``, ``avx512_vnni``,

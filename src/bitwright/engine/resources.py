@@ -13,6 +13,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.core.memory import machine_memory
 from bitwright.core.scheme import LayerScheme
+from bitwright.core.settings import read_settings
 from bitwright.formats.directory import find_file
 from bitwright.kernels import native_library
 from bitwright.kernels.gpu import library
@@ -31,7 +32,7 @@ from bitwright.models.paged_cache import PAGE, refuse_scheme
 if TYPE_CHECKING:
     from bitwright.models.hf import PreTrainedModel, Tokenizer
 
-__all__ = ["DECODERS", "Opened", "choose_decoder", "open_model", "page_count"]
+__all__ = ["DECODERS", "Opened", "choose_decoder", "open_model", "packed_folder", "page_count"]
 
 DECODERS = ("auto", "native", "cuda", "torch")
 SHARE = 4  # the cache takes at most one part in so many of the available memory, unless told otherwise
@@ -54,11 +55,13 @@ def open_model(
     decoder: str,
     scheme: KVScheme,
     head: LayerScheme | None,
+    kept: Path | None = None,
     invariant: bool = False,
 ) -> Opened:
     """A decoder of ``model``, and a tokenizer if there is one that fits it.
 
-    From a directory the native decoder's weights are read without loading the model, which takes less memory and time.
+    From a directory the native decoder's weights are read without loading the model, which takes less memory and time;
+    ``kept``: where they are looked for first.
 
     Raises:
         BitwrightError: as :func:`choose_decoder` and :func:`bitwright.load`.
@@ -70,7 +73,10 @@ def open_model(
         if direct is not None and decoder_native.refuse_cache(scheme, direct.model.config.head_dim) is None:
             tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
             check_vocabulary(direct.model, tokenizer)
-            return Opened("native", NativeDecoder(direct.pack(head)), tokenizer, _ends(direct.model, tokenizer))
+            return Opened("native", NativeDecoder(direct.pack(head, kept)), tokenizer, _ends(direct.model, tokenizer))
+    if kept is not None:
+        what = "packed_cache has no effect: the model is not read from its files by the native decoder"
+        warnings.warn(Notice(what), stacklevel=3)
     loaded, tokenizer = _load(model, tokenizer)
     # Nobody else has a model that was loaded here.
     is_own = loaded is not model
@@ -78,6 +84,20 @@ def open_model(
         loaded = loaded.to("cuda")  # type: ignore[arg-type]
     name, made = choose_decoder(loaded, decoder, scheme, head=head, release=is_own, invariant=invariant)
     return Opened(name, made, tokenizer, _ends(loaded, tokenizer))
+
+
+def packed_folder(packed_cache: bool | str | Path) -> Path | None:
+    """Where packed weights are kept, if they are.
+
+    Raises:
+        ArgumentError: BW201 if it is neither a directory nor true or false.
+    """
+    if isinstance(packed_cache, bool):
+        return read_settings().cache / "packed" if packed_cache else None
+    if not isinstance(packed_cache, str | Path) or not str(packed_cache):
+        what = f"packed_cache is {packed_cache!r}"
+        raise ArgumentError("BW201", what, suggestion="accepted: True, False, or a directory")
+    return Path(packed_cache)
 
 
 def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> tuple[PreTrainedModel, Tokenizer | None]:

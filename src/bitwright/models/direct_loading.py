@@ -6,14 +6,17 @@ transformers is imported, no module is filled, and at no time is more in memory 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
 from bitwright.formats.safetensors_file import DTYPES, read_tensor
@@ -38,6 +41,7 @@ from bitwright.models.decoder_weights import (
 )
 from bitwright.models.loading import FLOAT_DTYPES, Contents, build_layer, match_contents, read_generation_settings
 from bitwright.models.loading import read_parameter as read_whole
+from bitwright.models.packed_files import identify, load_packed, packed_path, save_packed
 from bitwright.models.plain_config import read_plain
 from bitwright.models.skeleton import Skeleton
 
@@ -54,13 +58,36 @@ class Direct:
     def __init__(self, model: Skeleton, contents: Contents) -> None:
         self.model, self._contents = model, contents
 
-    def pack(self, head: LayerScheme | None) -> DecoderWeights:
+    def pack(self, head: LayerScheme | None, kept: Path | None = None) -> DecoderWeights:
         """Its weights; see :func:`bitwright.models.decoder_weights.pack_decoder`.
+
+        Args:
+            kept: a directory in which packed weights are looked for, and put where there are none. A :class:`Notice`
+                tells of what is put there, and of what cannot be.
 
         Raises:
             BitwrightError: what is wrong with the numbers in the files; BW201 if the head cannot be stored so.
         """
-        return pack_decoder(read_shape(self.model), FileSource(self.model, self._contents), head)
+        checkpoint, name = self._contents.checkpoint, None if head is None else head.name
+        identity = identify(checkpoint, name)
+        found = None if kept is None else load_packed(packed_path(kept, identity), identity)
+        if found is not None:
+            return found
+        weights = pack_decoder(read_shape(self.model), FileSource(self.model, self._contents), head)
+        # Files that were changed in between would be known by times that they had not when they were read.
+        if kept is not None and identify(checkpoint, name) == identity:
+            _keep(weights, packed_path(kept, identity), identity)
+        return weights
+
+
+def _keep(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        size = save_packed(weights, path, identity)
+    except BitwrightError as error:
+        said = f"the packed weights are not kept: {error.what}"
+    else:
+        said = f"the packed weights are kept for the next start, {size / 1e6:.0f} MB in {path}"
+    warnings.warn(Notice(said), stacklevel=4)
 
 
 def open_direct(directory: Path) -> Direct | None:
