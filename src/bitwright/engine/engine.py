@@ -27,6 +27,7 @@ from bitwright.engine.runner import Runner
 from bitwright.engine.sampler import Sampler
 from bitwright.engine.scheduler import Scheduler
 from bitwright.engine.statistics import Statistics
+from bitwright.models.kv_safety import check_safety, safe_for_decoder
 from bitwright.models.paged_cache import PAGE
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Engine:
         max_length: of a prompt and its answer, in tokens; the model's context unless given.
         step_tokens: how many tokens a step computes; long prompts are computed in such pieces.
         kv_cache: how keys and values are stored: ``none`` for as computed, or the name of a scheme.
+        kv_safety: in which layers 4 bits or less are unsafe is tried first: ``warn`` names them, ``widen`` takes 8-bit
+            codes there, ``off`` does not try.
         reuse: how many tokens of equal beginnings are reused at a time, a multiple of 32; 0 for no reuse.
         reuse_seconds: for how long an unused beginning is kept; as long as there is room unless given.
         speculate: how many tokens at most are guessed from the text itself in a step; answers stay the same.
@@ -102,6 +105,7 @@ class Engine:
         max_length: int | None = None,
         step_tokens: int = 512,
         kv_cache: str | int | KVScheme = "none",
+        kv_safety: str = "warn",
         reuse: int = PAGE,
         reuse_seconds: float | None = None,
         speculate: int = 0,
@@ -114,6 +118,7 @@ class Engine:
         _check_sizes(max_batch=max_batch, step_tokens=step_tokens, max_length=max_length, **room)
         _check_reuse(reuse, reuse_seconds)
         check_count("speculate", speculate, 0, MOST_GUESSED)
+        check_safety(kv_safety)
         scheme = kv_cache if isinstance(kv_cache, KVScheme) else parse_kv(kv_cache)
         head_scheme = None if head is None else parse(head)
         kept = packed_folder(packed_cache)
@@ -121,6 +126,7 @@ class Engine:
             model, tokenizer, decoder=decoder, scheme=scheme, head=head_scheme, invariant=invariant, kept=kept
         )
         self.decoder, self.tokenizer, runs = opened.name, opened.tokenizer, opened.decoder
+        self.kv_cache = scheme = safe_for_decoder(runs, scheme, kv_safety, self.tokenizer)
         self.max_length = _max_length(max_length, runs.shape.positions)
         self.pages = page_count(runs, scheme, max_batch=max_batch, max_length=self.max_length, **room)
         allocator = PageAllocator(self.pages, reuse=reuse, ttl=reuse_seconds)
