@@ -28,7 +28,7 @@ MEMORY_LEVERS = "fewer --samples, a shorter --seqlen, or a machine with more mem
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """``peak_bytes`` of resident memory; ``seconds``, of a large model: small ones take more, and not for arithmetic."""
+    """``peak_bytes`` of resident memory; ``seconds`` of a large model: small ones take more, and not for arithmetic."""
 
     peak_bytes: int
     output_bytes: int
