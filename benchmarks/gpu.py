@@ -4,8 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu --dry-run      # every path once, on a CPU, at tiny sizes
 
 Times are medians, of work recorded in CUDA graphs, over operands too many for the caches. Ratios are to the vendor's
-bf16 product of the same run; errors are against float64 on the numbers stored. Tables come last. A section that fails
-says why, and the others go on; one that would begin too late is left out and named.
+bf16 product of the same run; errors are against float64 on the numbers stored. Tables come last, those of sections that
+have ended also as they come, on the error output. A section that fails says why, and the others go on; rows that there
+is no time for are left out and named. The JSON file is written anew after every section, and tables are printed also
+where the run is broken off (SIGTERM).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -33,22 +36,29 @@ from benchmarks.gpu_runs.products import (
     measure_other_schemes,
 )
 from benchmarks.gpu_runs.rounding import measure_rounding
+from benchmarks.gpu_runs.streaming import measure_streaming
 from benchmarks.gpu_runs.timing import Bench, Section
 from benchmarks.gpu_runs.tuning import tune_linear
 from bitwright.kernels.gpu import launch, library
 
-# In the order of what is wanted most: what comes late may have to be left out.
-SECTIONS: dict[str, Callable[[Bench], Section]] = {
-    "ceilings": measure_ceilings,
-    "few": measure_few_rows,
-    "attention": measure_attention,
-    "many": measure_many_rows,
-    "decoding": measure_decoding,
-    "rounding": measure_rounding,
-    "memory": measure_memory,
-    "others": measure_other_schemes,
-    "writing": measure_writing,
+# In the order of what is wanted most: what comes late may have to be left out. Seconds that each may take at most.
+SECTIONS: dict[str, tuple[Callable[[Bench], Section], int]] = {
+    "ceilings": (measure_ceilings, 30),
+    "few": (measure_few_rows, 120),
+    "attention": (measure_attention, 80),
+    "many": (measure_many_rows, 80),
+    "decoding": (measure_decoding, 130),
+    "rounding": (measure_rounding, 90),
+    "memory": (measure_memory, 30),
+    "streaming": (measure_streaming, 60),
+    "others": (measure_other_schemes, 60),
+    "writing": (measure_writing, 20),
 }
+GRACE = 30  # seconds after which a section that has not ended is broken off; what it has is kept
+
+
+class OutOfTime(BaseException):  # which nothing takes for a failure
+    """A section has had its time."""
 
 
 def render(section: Section) -> str:
@@ -59,26 +69,53 @@ def render(section: Section) -> str:
     return "\n".join([f"## {section.title}", *lines, *(f"note: {note}" for note in section.notes)])
 
 
-def run_sections(bench: Bench, names: list[str]) -> list[Section]:
-    """Every section of ``names``; a failure is a note of its own."""
-    found = []
+def run_sections(bench: Bench, names: list[str], keep: Callable[[], None]) -> None:
+    """Every section of ``names``, kept after each; a failure is a note of its own, and the others go on."""
     for name in names:
         started = time.monotonic()
+        measure, most = SECTIONS[name]
         if started > bench.deadline:
-            found.append(Section(name, ("left out",), [], ["out of time"]))
+            bench.begin(name, ("left out",)).notes.append("out of time")
             continue
+        bench.section_deadline = started + most
+        before = len(bench.sections)
         try:
-            section = SECTIONS[name](bench)
-        except Exception:
+            if not bench.is_dry:
+                signal.setitimer(signal.ITIMER_REAL, min(most, max(1.0, bench.deadline - started)) + GRACE)
+            measure(bench)
+        except (Exception, OutOfTime) as error:
             if bench.is_dry:
                 raise
-            section = Section(name, ("failed",), [], [traceback.format_exc()])
+            section = bench.sections[-1] if len(bench.sections) > before else bench.begin(name, ("failed",))
+            section.notes.append("broken off" if isinstance(error, OutOfTime) else traceback.format_exc())
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        section = bench.sections[-1]
         section.notes.append(f"{time.monotonic() - started:.0f} s")
-        print(f"{name}: {len(section.rows)} rows in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        found.append(section)
+        print(render(section), file=sys.stderr, flush=True)
+        keep()
         if not bench.is_dry:
             torch.cuda.empty_cache()
-    return found
+
+
+def write_record(bench: Bench, tuned: dict[str, Any], path: Path | None) -> None:
+    """All that is known so far, as JSON."""
+    if path is None:
+        return
+    record = {
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "gpu": asdict(library.describe(bench.device)),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ceilings": bench.ceilings,
+        "tuned": tuned,
+        "sections": [asdict(section) for section in bench.sections],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _end(number: int, _frame: object) -> None:
+    raise OutOfTime if number == signal.SIGALRM else KeyboardInterrupt
 
 
 def tune(bench: Bench) -> tuple[Section, dict[str, Any]]:
@@ -100,25 +137,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here: --dry-run, with TRITON_INTERPRET=1, runs every path at tiny sizes")
-    bench = Bench(is_dry=arguments.dry_run, deadline=time.monotonic() + arguments.seconds)
+    bench, tuned = Bench(is_dry=arguments.dry_run, deadline=time.monotonic() + arguments.seconds), {}
     torch.manual_seed(0)
-    first, tuned = tune(bench) if arguments.tune else (None, {})
-    sections = run_sections(bench, arguments.sections)
-    sections += [first] if first is not None else []
-    facts = library.describe(bench.device)
-    print(f"{facts.name}, {facts.processors} processors, torch {torch.__version__}, triton {triton.__version__}\n")
-    print("\n\n".join(render(section) for section in sections))
-    if arguments.json:
-        record = {
-            "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
-            "gpu": asdict(facts),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "ceilings": bench.ceilings,
-            "tuned": tuned,
-            "sections": [asdict(section) for section in sections],
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, _end)
+    try:
+        if arguments.tune:
+            tuned.update(tune(bench)[1])
+        run_sections(bench, arguments.sections, lambda: write_record(bench, tuned, arguments.json))
+    except KeyboardInterrupt:
+        print("broken off; this is what there is", file=sys.stderr)
+    finally:
+        write_record(bench, tuned, arguments.json)
+        facts = library.describe(bench.device)
+        print(f"{facts.name}, {facts.processors} processors, torch {torch.__version__}, triton {triton.__version__}\n")
+        print("\n\n".join(map(render, bench.sections)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_runs.timing import Bench, Section, relative_error
-from bitwright.core.kv_codes import Coded, decode_kv
+from bitwright.core.kv_codes import Coded, decode_kv, encode_kv
 from bitwright.core.kv_scheme import KVCode, parse_kv
 from bitwright.kernels.gpu import attention
 
@@ -22,11 +22,12 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 def measure_attention(bench: Bench) -> Section:
     """Decoding at long contexts, and one prompt."""
     columns = ("batch", "context", "new", "cache", "us", "speedup", "share of copy", "error", "torch's own us")
-    section = Section("attention on a paged cache (heads of llama-3-8b)", columns)
-    cases = [(1, 8192, 1), (16, 8192, 1), (1, 65536, 1), (8, 32768, 1), (1, 4096, 2048)]
-    for batch, length, new in cases[: bench.size(9, 2)]:
+    section = bench.begin("attention on a paged cache (heads of llama-3-8b)", columns)
+    cases = [(1, 8192, 1), (1, 65536, 1), (8, 32768, 1), (1, 32768, 1), (16, 8192, 1), (1, 16384, 1), (1, 4096, 2048),
+             (1, 4096, 4096)]  # fmt: skip
+    for batch, length, new in bench.within(section, cases[: bench.size(9, 2)]):
         base = 0.0
-        for name in ("none", "fp8", "int8", "int4"):
+        for name in ("none", "int8", "int4", "fp8"):
             row = _attend(bench, name, bench.size(batch, 2), bench.size(length, 70), bench.size(new, 1))
             seconds, nbytes, error, own = row
             base = base or seconds
@@ -80,16 +81,8 @@ def _attend(bench: Bench, name: str, batch: int, length: int, new: int) -> tuple
 def _exact(q: Tensor, keys: attention.StoredSide, values: attention.StoredSide, code: KVCode, pages: Tensor,
            length: int) -> Tensor:  # fmt: skip
     """Attention of the last query on its whole context, float64."""
-
-    def numbers(side: attention.StoredSide) -> Tensor:
-        data = side.data[pages].transpose(0, 1).flatten(1, 2)[None]
-        scale = low = None
-        if not code.is_float:
-            scales = side.scales[pages].transpose(0, 1).flatten(1, 2)[None]
-            scale, low = (scales, None) if code.symmetric else scales.chunk(2, dim=-1)
-        return decode_kv(Coded(data, scale, low), code, q.shape[-1])[0, :, :length].double()
-
-    k, v = (numbers(side).repeat_interleave(q.shape[0] // side.data.shape[1], 0) for side in (keys, values))
+    group = q.shape[0] // keys.data.shape[1]
+    k, v = (_numbers(side, code, pages, q.shape[-1])[:, :length].repeat_interleave(group, 0) for side in (keys, values))
     weights = (torch.einsum("hd,hld->hl", q.double(), k) * q.shape[-1] ** -0.5).softmax(-1)
     return torch.einsum("hl,hld->hd", weights, v)
 
@@ -105,14 +98,33 @@ def _torch_seconds(bench: Bench, q: Tensor, batch: int, new: int, length: int) -
 
 def measure_writing(bench: Bench) -> Section:
     """New keys and values, turned, coded and written, against copying them."""
-    section = Section("writing into the cache", ("tokens", "cache", "us", "copy us"))
+    section = bench.begin("writing into the cache", ("tokens", "cache", "us", "copy us", "error", "least error"))
     kv_heads, width, device = bench.size(KV_HEADS, 1), bench.size(HEAD_DIM, 32), bench.device
-    for tokens, name in product((1, 64, 4096)[: bench.size(9, 1)], ("none", "fp8", "int8", "int4")):
-        side = _side(bench, parse_kv(name).key, -(-tokens // PAGE))
+    cases = product((1, 64, 4096)[: bench.size(9, 1)], ("none", "fp8", "int8", "int4"))
+    for tokens, name in bench.within(section, cases):
+        code = parse_kv(name).key
+        side = _side(bench, code, -(-tokens // PAGE))
         x = torch.randn(tokens, kv_heads, width, device=device).to(bench.dtype)
         where = torch.arange(tokens, dtype=torch.int32, device=device)
         turns = (torch.rand(tokens, width // 2, device=device), torch.rand(tokens, width // 2, device=device))
         place = (where // PAGE, where % PAGE)
         ours = bench.seconds([partial(attention.append, x, x, *place, side, side, turns)])
-        section.add(tokens, name, f"{1e6 * ours:.1f}", f"{1e6 * bench.seconds([x.clone]):.1f}")
+        attention.append(x, x, *place, side, side)  # without turns, to be held against what went in
+        pages = torch.arange(-(-tokens // PAGE), device=device)
+        kept = _numbers(side, code, pages, width)[:, :tokens].transpose(0, 1)
+        least = encode_kv(x.transpose(0, 1)[None], code)
+        nearest = decode_kv(least, code, width)[0].transpose(0, 1)
+        section.add(tokens, name, f"{1e6 * ours:.1f}", f"{1e6 * bench.seconds([x.clone]):.1f}",
+                    *(f"{relative_error(each, x.double()):.1e}" for each in (kept, nearest)))  # fmt: skip
+    section.notes.append("errors of what is stored, and of what the reference stores; both against what was written")
     return section
+
+
+def _numbers(side: attention.StoredSide, code: KVCode, pages: Tensor, width: int) -> Tensor:
+    """What some pages hold, float64 ``[heads, tokens, width]``."""
+    data = side.data[pages].transpose(0, 1).flatten(1, 2)[None]
+    scale = low = None
+    if not code.is_float:
+        scales = side.scales[pages].transpose(0, 1).flatten(1, 2)[None]
+        scale, low = (scales, None) if code.symmetric else scales.chunk(2, dim=-1)
+    return decode_kv(Coded(data, scale, low), code, width)[0].double()

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.gpu_runs.shapes import MODELS, TINY, ModelShape, make_model
-from benchmarks.gpu_runs.timing import Bench, Section
+from benchmarks.gpu_runs.shapes import MODELS, TINY, ModelShape, decoded_double, make_model
+from benchmarks.gpu_runs.timing import Bench, Section, relative_error
 from bitwright.core.kv_scheme import KVScheme, parse_kv
 from bitwright.kernels.gpu import library
 from bitwright.models.decoder import Step
 from bitwright.models.decoder_cuda import CudaDecoder
+from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
 
 __all__ = ["measure_decoding", "measure_memory"]
@@ -61,25 +62,50 @@ def measure_decoding(bench: Bench) -> Section:
         "ms/step",
         "share of the bandwidth floor",
         "weights GiB",
+        "error of a layer",
     )
-    section = Section("decoding, whole models of random weights", columns)
+    section = bench.begin("decoding, whole models of random weights", columns)
     cases = [("llama-3-8b", None, "none"), ("llama-3-8b", "w4g128", "int8"), ("llama-3-8b", "w8a8", "int8"),
              ("qwen-7b", None, "none"), ("qwen-7b", "w4g128", "int8"), ("qwen-7b", "w4g128", "int4")]  # fmt: skip
-    for name, scheme, kv in cases[: bench.size(9, 3)]:
-        if time.monotonic() > bench.deadline:
-            section.notes.append(f"out of time before {name} {scheme}")
-            break
+    for name, scheme, kv in bench.within(section, cases[: bench.size(9, 3)]):
+        with _on_the_device(bench):
+            error = _error(bench, name, scheme, kv)
         with _on_the_device(bench):
             decoder = CudaDecoder(make_model(bench, name, scheme), release=True)
             for batch in (1, 64):
-                _decode(bench, section, decoder, name, scheme, kv, batch)
+                try:
+                    _decode(bench, section, decoder, (name, scheme, kv), batch, error)
+                except torch.OutOfMemoryError:
+                    section.notes.append(f"{name} {scheme} with {kv} at batch {batch} does not fit")
             del decoder
+    section.notes.append("error: of the logits of a model of one layer, against the same numbers in float64 (8-bit "
+                         "activations: against those before rounding)")  # fmt: skip
     return section
 
 
-def _decode(
-    bench: Bench, section: Section, decoder: CudaDecoder, name: str, scheme: str | None, kv: str, batch: int
-) -> None:
+def _error(bench: Bench, name: str, scheme: str | None, kv: str) -> float:
+    """Of the logits after a prompt and one more token, of a model of one layer."""
+    model = make_model(bench, name, scheme, layers=1)
+    exact = decoded_double(model)
+    tokens = torch.randint(0, model.config.vocab_size, (41,))
+    found = []
+    for decoder in (CudaDecoder(model), TorchDecoder(exact, exact=False)):
+        cache = decoder.new_cache(2, parse_kv(kv))
+        for first, last in ((0, 40), (40, 41)):
+            numbers = torch.arange(first, last, dtype=torch.int32)
+            step = Step(
+                tokens=tokens[first:last], positions=numbers, starts=torch.tensor([0, last - first], dtype=torch.int32),
+                lengths=torch.tensor([last], dtype=torch.int32), pages=torch.tensor([[1, 0]], dtype=torch.int32),
+                outputs=torch.tensor([last - first - 1], dtype=torch.int32),
+            )  # fmt: skip
+            logits = decoder.forward(step, cache)
+        found.append(logits)
+    return relative_error(found[0], found[1].double())
+
+
+def _decode(bench: Bench, section: Section, decoder: CudaDecoder, what: tuple[str, str | None, str], batch: int,
+            error: float) -> None:  # fmt: skip
+    name, scheme, kv = what
     count, context = bench.size(batch, min(batch, 2)), bench.size(CONTEXT, 33)
     most = -(-context // PAGE)
     cache = decoder.new_cache(count * most, parse_kv(kv))
@@ -95,7 +121,7 @@ def _decode(
     read = decoder.weight_bytes() - head + cache.bytes()
     share = read / bench.ceilings.get("copy", torch.inf) / seconds
     section.add(name, scheme or str(bench.dtype)[6:], kv, batch, f"{count / seconds:.0f}", f"{1e3 * seconds:.2f}",
-                f"{share:.0%}", f"{decoder.weight_bytes() / GIB:.2f}")  # fmt: skip
+                f"{share:.0%}", f"{decoder.weight_bytes() / GIB:.2f}", f"{error:.1e}")  # fmt: skip
 
 
 def _step(batch: int, context: int, vocabulary: int) -> Step:
@@ -115,13 +141,12 @@ def _step(batch: int, context: int, vocabulary: int) -> Step:
 def measure_memory(bench: Bench) -> Section:
     """The documents' tables of memory, with our cache really allocated beside weights of the model's size."""
     columns = ("document", "batch", "tokens", "float: theirs", "ours", "int8: theirs", "ours", "int4: ours", "planned")
-    section = Section("memory of weights and cache", columns)
-    for batch, figures in QWEN_BATCHES.items():
-        _memory_row(bench, section, "qwen-7b", batch, 1024, figures, GIB, "GB")
-    for length, figures in QWEN_LENGTHS.items():
-        _memory_row(bench, section, "qwen-7b", 1, length, figures, GIB, "GB")
-    for batch, figures in LMDEPLOY.items():
-        _memory_row(bench, section, "llama-7b", batch, 2048, figures, MIB, "MiB")
+    section = bench.begin("memory of weights and cache", columns)
+    cases = [("qwen-7b", batch, 1024, figures, GIB, "GB") for batch, figures in QWEN_BATCHES.items()]
+    cases += [("qwen-7b", 1, length, figures, GIB, "GB") for length, figures in QWEN_LENGTHS.items()]
+    cases += [("llama-7b", batch, 2048, figures, MIB, "MiB") for batch, figures in LMDEPLOY.items()]
+    for case in bench.within(section, cases):
+        _memory_row(bench, section, *case)
     section.notes.append("theirs hold activations, the allocator's reserve and a prompt as well")
     section.notes.append("ours: what the allocator counts for weights and cache; planned: from the sizes alone, int8")
     return section

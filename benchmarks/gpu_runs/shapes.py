@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from benchmarks.gpu_runs.timing import Bench
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme, QuantScheme
 from bitwright.core.scheme_names import parse
-from bitwright.kernels.gpu import integer, linear
+from bitwright.kernels.gpu import fp8, integer, linear
 from bitwright.kernels.records import Kernel, PackedWeight
 from bitwright.models.quantized import QuantizedLinear
 
-__all__ = ["MODELS", "ModelShape", "kernel_of", "make_model", "packed", "random_tensor"]
+__all__ = ["MODELS", "TINY", "ModelShape", "decoded_double", "kernel_of", "make_model", "packed", "random_tensor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,9 @@ TINY = ModelShape(name="tiny", hidden=64, intermediate=96, layers=1, heads=2, kv
 
 
 def kernel_of(scheme: LayerScheme) -> Kernel:
-    return linear.KERNEL if scheme.activation is None else integer.KERNEL
+    if scheme.activation is None:
+        return linear.KERNEL
+    return fp8.KERNEL if scheme.activation == DYNAMIC_FP8 else integer.KERNEL
 
 
 def random_tensor(scheme: QuantScheme, shape: tuple[int, int], device: torch.device) -> QuantizedTensor:
@@ -85,11 +88,12 @@ def packed(name: str, shape: tuple[int, int], device: torch.device) -> PackedWei
     return kernel_of(scheme).pack(random_tensor(scheme.weight, shape, device), scheme)
 
 
-def make_model(bench: Bench, name: str, scheme: str | None) -> Any:
+def make_model(bench: Bench, name: str, scheme: str | None, *, layers: int | None = None) -> Any:
     """A causal language model of random weights on the device; its blocks' linear layers in ``scheme``, if given."""
     shape = TINY if bench.is_dry else MODELS[name]
+    count = shape.layers if layers is None else layers
     fields = {
-        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": count,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocabulary,
         "max_position_embeddings": 1 << 17, "tie_word_embeddings": False,
     }  # fmt: skip
@@ -109,6 +113,20 @@ def make_model(bench: Bench, name: str, scheme: str | None) -> Any:
             _fill(module, bench)
     model.model.rotary_emb = rotary(model.config).to(bench.device)
     return model.eval()
+
+
+def decoded_double(model: Any) -> Any:
+    """A copy of a model in float64, its packed layers decoded."""
+    exact = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            dense.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(exact.get_submodule(parent), leaf, dense)
+    return exact.double()
 
 
 def _fill(module: nn.Module, bench: Bench) -> None:

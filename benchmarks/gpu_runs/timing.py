@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ __all__ = ["Bench", "Section", "relative_error"]
 
 COLD_BYTES = 256 << 20  # operands that are cycled through: several times the cache of the second level
 MOST_COPIES = 64
+Case = TypeVar("Case")
 
 
 @dataclass(slots=True)
@@ -38,13 +39,33 @@ class Bench:
 
     Attributes:
         is_dry: tiny sizes on the CPU, every path once.
-        deadline: of the clock ``time.monotonic``; sections that would begin later are left out.
+        deadline: of the clock ``time.monotonic``; nothing begins later.
+        section_deadline: that of the section at work, so that no section takes the time of those after it.
         ceilings: bytes or operations per second, by name.
+        sections: as far as they have come.
     """
 
     is_dry: bool
     deadline: float
+    section_deadline: float = float("inf")
     ceilings: dict[str, float] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+
+    def begin(self, title: str, columns: tuple[str, ...]) -> Section:
+        """A new section, which is printed and written with what it has, whatever happens to it."""
+        self.sections.append(Section(title, columns))
+        return self.sections[-1]
+
+    def within(self, section: Section, cases: Iterable[Case]) -> Iterator[Case]:
+        """The cases that there is time for; those left out are named."""
+        left = []
+        for case in cases:
+            if time.monotonic() > min(self.deadline, self.section_deadline):
+                left.append(case)
+            else:
+                yield case
+        if left:
+            section.notes.append(f"out of time, so left out: {'; '.join(map(str, left))}")
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,7 @@ SPACE = {
 
 def tune_linear(bench: Bench) -> tuple[Section, list[dict[str, Any]]]:
     """The fastest launch of w4g128 for some numbers of rows, and the rows of the table that say so."""
-    section = Section("tuning of w4g128 4096 x 4096", ("rows", "best", "us", "tried", "failed"))
+    section = bench.begin("tuning of w4g128 4096 x 4096", ("rows", "best", "us", "tried", "failed"))
     found: list[dict[str, Any]] = []
     weight = packed("w4g128", (bench.size(SHAPE[0], 32), bench.size(SHAPE[1], 64)), bench.device)
     nbytes = sum(tensor.nbytes for tensor in weight.tensors.values())
