@@ -72,7 +72,7 @@ def _copy(section: Section) -> None:
         torch.cuda.synchronize()
         ended = time.perf_counter()
     rate = nbytes / max(1e-9, ended - begun) / 1e9
-    section.notes.append(f"{nbytes / 1e6:.0f} MB a block: pinned in {begun - started:.3f} s by a thread of its own, then "
+    section.notes.append(f"{nbytes / 1e6:.0f} MB a block: pinned in {begun - started:.3f} s by its own thread, then "
                          f"at least {rate:.1f} GB/s beside the work")  # fmt: skip
 
 

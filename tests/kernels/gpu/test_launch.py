@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, expands, launch_integer, launch_linear, tuned
-from tests.kernels.gpu.compilation_facts import GENERATIONS, HOPPER, VOLTA
+from tests.kernels.gpu.compilation_facts import AMPERE, GENERATIONS, HOPPER, VOLTA
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7, 16, 86])
@@ -58,6 +58,12 @@ def test_whole_sums_are_split_for_any_rows_and_groups_for_a_few_alone() -> None:
     for rows, single, is_split in ((1, True, True), (1, False, True), (100, True, True), (100, False, False)):
         found = launch_integer(rows=rows, out=1024, chunks=32, single=single, facts=HOPPER)
         assert (found.split > 1) == is_split
+
+
+def test_tiles_with_many_groups_in_a_chunk_have_few_rows() -> None:
+    for facts in (AMPERE, HOPPER):
+        sizes = {"rows": 300, "out": 1024, "chunks": 32, "single": False, "facts": facts}
+        assert launch_integer(**sizes, narrow=True).block_m == 32 < launch_integer(**sizes).block_m  # type: ignore[arg-type]
 
 
 def test_the_tuned_table_is_whole() -> None:

@@ -164,7 +164,7 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
         batch.pages.shape[1], page, window or 1 << 30, split,
         KEY_KIND=keys.kind, KEY_BITS=keys.bits, KEY_STATIC=keys.static,
         VALUE_KIND=values.kind, VALUE_BITS=values.bits, VALUE_STATIC=values.static,
-        BLOCK_T=TILE, PARTIAL=partial, **_options(q, batch.block_rows), **shape,
+        BLOCK_T=TILE, PARTIAL=partial, **_options(q, batch.block_rows, min(keys.bits, values.bits)), **shape,
     )  # fmt: skip
     if partial:
         module.combine[(blocks, kv_heads)](
@@ -210,6 +210,8 @@ def _width(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def _options(q: Tensor, block_rows: int) -> dict[str, int]:
-    ampere = library.describe(q.device).capability >= (8, 0)
-    return {"num_warps": 4 if block_rows <= FEW_QUERIES else 8, "num_stages": 2 if ampere else 1}
+def _options(q: Tensor, block_rows: int, bits: int) -> dict[str, int]:
+    """Loads ahead, but for blocks of many rows on 4-bit codes before Hopper, which would not stay in registers."""
+    capability, is_few = library.describe(q.device).capability, block_rows <= FEW_QUERIES
+    ahead = capability >= (9, 0) if bits == 4 and not is_few else capability >= library.PROGRAMMED
+    return {"num_warps": 4 if is_few else 8, "num_stages": 2 if ahead else 1}

@@ -140,6 +140,7 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
     chunks, of_group = slots // chunk, max(1, group // chunk) if groups > 1 else 1
     units = -(-chunks // of_group)  # no group is cut: its sum of codes is taken off once
     plan = chosen or launch.launch_integer(rows=rows, out=out, chunks=units, single=groups == 1, facts=facts,
+                                           narrow=scheme.bits == 4 and span < MOST_STEP,
                                            invariant=invariant or library.is_invariant())  # fmt: skip
     split, each = launch.cut_columns(units, plan.split)
     tiles = -(-out // plan.block_n) * -(-rows // plan.block_m)

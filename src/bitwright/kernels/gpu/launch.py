@@ -25,6 +25,7 @@ __all__ = [
 FEW_ROWS = 16  # up to so many rows a product is bound by reading the weight
 LARGE_ROWS = 1024  # from so many rows on, unpacking once and a dense product are faster
 DENSE_INTEGER_ROWS = 512  # from so many on, the vendor's int8 product
+NARROW = (64, 32)  # the largest tile of 8-bit tokens times 4-bit codes in groups of less than 128
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
 MOST_SPLITS = 16
 
@@ -82,13 +83,25 @@ def launch_linear(
 
 
 def launch_integer(
-    *, rows: int, out: int, chunks: int, single: bool, facts: GpuFacts, invariant: bool = False
+    *,
+    rows: int,
+    out: int,
+    chunks: int,
+    single: bool,
+    facts: GpuFacts,
+    narrow: bool = False,
+    invariant: bool = False,
 ) -> LinearLaunch:
     """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers, split without
-    any loss; with several, columns are split for a few rows alone, or with ``invariant`` as for one row."""
+    any loss; with several, columns are split for a few rows alone, or with ``invariant`` as for one row.
+
+    ``narrow``: so many groups lie in a chunk of 4-bit codes that tiles of many rows would not stay in registers.
+    """
     rows = 1 if invariant and not single else rows
     row = next(row for row in _entry(facts)["integer"] if rows <= row["rows"])
     block_n, block_m = int(row["block_n"]), int(row["block_m"])
+    if narrow:
+        block_n, block_m = min(block_n, NARROW[0]), min(block_m, NARROW[1])
     tiles = -(-out // block_n) * -(-rows // block_m)
     split = max(1, min(MOST_SPLITS, WAVES * facts.processors // tiles)) if single or rows <= FEW_ROWS else 1
     split, _ = cut_columns(chunks, int(row.get("split", split)))
