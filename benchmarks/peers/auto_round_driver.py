@@ -13,7 +13,8 @@ __all__ = ["METHODS", "quantize", "versions"]
 
 METHODS = {
     "autoround": {"iters": 200},
-    "autoround-3": {"iters": 3},  # to time an iteration
+    "autoround-3": {"iters": 3},  # this and the next: to time an iteration
+    "autoround-9": {"iters": 9},
     "rtn": {"iters": 0, "disable_opt_rtn": True},
 }
 

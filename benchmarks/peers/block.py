@@ -38,7 +38,9 @@ METHODS = {
     ("hqq", "hqq"): False,
     ("llmcompressor", "rtn"): False,
     ("llmcompressor", "awq"): True,
-    ("auto_round", "autoround-3"): True,
+    ("neural_compressor", "teq"): True,  # it trains a step on each window
+    ("auto_round", "autoround-3"): False,
+    ("auto_round", "autoround-9"): False,
 }
 
 # What is measured, what it is called in the record, and whether it is divided by the threads.
@@ -72,7 +74,7 @@ def run(peer: str, method: str, windows: int, options: argparse.Namespace) -> di
         path = options.work_dir / "block-jobs.json"
         path.write_text(json.dumps(jobs))
         python = options.peers_dir / PEERS[peer] / "bin" / "python"
-        extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads), "GOMP_SPINCOUNT": "0"}
+        extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
         command = [str(python), "-m", "benchmarks.peers.driving", peer, str(path)]
         subprocess.run(command, cwd=ROOT, env=os.environ | extra, check=False)
     found: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"failed": "no result"}
