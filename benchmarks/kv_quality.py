@@ -1,12 +1,12 @@
 """What storing keys and values in few bits costs: each cache scheme beside the float cache, on trained models.
 
-    python -m benchmarks.kv_quality [--peers-python VENV/bin/python]
+    python -m benchmarks.kv_quality [--peers-python VENV/bin/python] [--llama-python VENV/bin/python]
 
 Teacher-forced: every position of a window is predicted from keys and values that were stored and read again. The
 caches of transformers (HQQ, quanto) keep the newest tokens, and all of a first call, in float; they are given the
-window token by token. Their environment is another Python, which is asked for their rows alone. ``q4_0`` is the
-four-bit cache of llama.cpp, its formula restated here (blocks of 32, a float16 scale), with the rotation that it has.
-Writes a table and a record into benchmarks/results/.
+window token by token. Their environment is another Python, which is asked for their rows alone. ``llama.cpp`` itself
+runs in a third one, from the same weights in float32, beside its own float cache; its four-bit formula (blocks of 32, a
+float16 scale, rotated) is restated here, too, for the models whose heads it does not take. Writes a table and a record into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
@@ -54,6 +55,9 @@ PEERS = {
     "transformers quanto 4": ("quanto", 4),
     "transformers quanto 2": ("quanto", 2),
 }
+LLAMA = {"llama.cpp q8_0": 8.5, "llama.cpp q4_0": 4.5}  # bits a number
+LLAMA_BLOCK = 32
+DRIVER = Path(__file__).resolve().parent / "kv_peers" / "llama_cpp_driver.py"
 MakeCache = Callable[[], Any]
 
 
@@ -88,11 +92,16 @@ def read(model: Any, window: Tensor, cache: Any, step: int) -> Tensor:
 
 def measure(model: Any, windows: Tensor, wanted: list[Tensor], make: MakeCache, step: int) -> dict[str, float]:
     started = time.perf_counter()
+    found = (log_probabilities(read(model, window, make(), step)) for window in windows)
+    return compare(wanted, found, started)
+
+
+def compare(wanted: Iterable[Tensor], found: Iterable[Tensor], started: float) -> dict[str, float]:
+    """Log-probabilities of each window beside those of the float cache."""
     kl, same = [], []
-    for window, reference in zip(windows, wanted, strict=True):
-        found = log_probabilities(read(model, window, make(), step))
-        kl.append(divergence(reference, found))
-        same.append(agreement(reference, found))
+    for reference, window in zip(wanted, found, strict=True):
+        kl.append(divergence(reference, window))
+        same.append(agreement(reference, window))
     values = torch.cat(kl)
     return {
         "kl_mean": float(values.mean()),
@@ -133,6 +142,7 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any] | No
             rows[row] = peer(model, windows, wanted, backend, bits)
     else:
         rows = own_rows(model, directory, windows, wanted, text, shape)
+        rows |= llama_rows(directory, windows, shape, options.llama_python)
     return {"model": name, **shape, "windows": len(windows), "rows": rows}
 
 
@@ -146,12 +156,37 @@ def own_rows(
         bitwright.calibrate(copy, dataset=Path(folder) / "text.txt", samples=32, seqlen=min(256, windows.shape[1]))
         model.config.name_or_path = str(copy)
         for name in OURS:
-            row = measure(model, windows, wanted, lambda name=name: bitwright.QuantizedCache(model, name), 1 << 20)
+            row = measure(
+                model,
+                windows,
+                wanted,
+                lambda name=name: bitwright.QuantizedCache(model, name, kv_safety="off"),
+                1 << 20,
+            )
             size = kv_bytes(parse_kv(name), **shape) / kv_bytes(parse_kv("none"), **shape)
             rows[name] = row | {"bits": round(16 * size, 2)}
     rows["llama.cpp q4_0, restated"] = measure(model, windows, wanted, lambda: RestatedQ4(config=model.config), 1 << 20)
     rows["llama.cpp q4_0, restated"]["bits"] = 4.5
     return rows
+
+
+def llama_rows(directory: Path, windows: Tensor, shape: dict[str, int], python: str | None) -> dict[str, Any]:
+    """llama.cpp's own caches beside its own float cache."""
+    if python is None:
+        return {}
+    if shape["head_dim"] % LLAMA_BLOCK:
+        reason = f"blocks of {LLAMA_BLOCK} do not divide heads of {shape['head_dim']}"
+        return {name: {"refused": reason} for name in LLAMA}
+    started = time.perf_counter()
+    kinds = [name.split()[1] for name in LLAMA]
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/windows.npy", windows.numpy().astype(np.int32))
+        command = [python, str(DRIVER), str(directory), f"{folder}/windows.npy", f"{folder}/logits", "f32", *kinds]
+        subprocess.run(command, check=True, capture_output=True)
+        logits = {kind: np.load(f"{folder}/logits-{kind}.npy") for kind in ("f32", *kinds)}
+    wanted, *others = ([log_probabilities(torch.from_numpy(each)) for each in logits[kind]] for kind in logits)
+    rows = zip(LLAMA.items(), others, strict=True)
+    return {name: compare(wanted, found, started) | {"bits": bits} for (name, bits), found in rows}
 
 
 def peer(model: Any, windows: Tensor, wanted: list[Tensor], backend: str, bits: int) -> dict[str, Any]:
@@ -186,6 +221,8 @@ def render(records: list[dict[str, Any]]) -> str:
         four = record["rows"].get("int4"), record["rows"].get("int4-rotated")
         if all(four):
             lines += ["", f"int4-rotated costs {four[1]['kl_mean'] / four[0]['kl_mean']:.2f} of the KL of int4."]
+            theirs = next((row for name, row in record["rows"].items() if "q4_0" in name and "kl_mean" in row), None)
+            lines[-1] += f" llama.cpp's q4_0: {theirs['kl_mean'] / four[0]['kl_mean']:.2f}." if theirs else ""
         lines.append("")
     return "\n".join(lines)
 
@@ -198,6 +235,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), metavar="MODEL")
     parser.add_argument("--samples", type=int, default=8, help="windows of each model")
     parser.add_argument("--peers-python", help="a Python that has hqq and optimum-quanto")
+    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python and gguf")
     parser.add_argument("--peers-only", action="store_true", help="print the rows of the peers as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -206,7 +244,14 @@ def main() -> None:
         print(json.dumps({record["model"]: record["rows"] for record in records}))
         return
     if options.peers_python:
-        command = [options.peers_python, "-m", "benchmarks.kv_quality", "--peers-only", "--samples", "2"]
+        command = [
+            options.peers_python,
+            "-m",
+            "benchmarks.kv_quality",
+            "--peers-only",
+            "--samples",
+            str(options.samples),
+        ]
         command += ["--shared", str(options.shared), "--models", *options.models]
         made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         for record in records:

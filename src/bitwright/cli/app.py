@@ -184,6 +184,13 @@ def evaluate(
         str | None,
         typer.Option("--kv-cache", metavar="SCHEME,...", help="Measure each model with each of these cache schemes."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="Also lm-eval's tasks (bitwright[harness]): mmlu,gsm8k ...")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Tasks of your own, in lm-eval's format.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
     threads: Threads = None,
     json: Json = False,
     plain: Plain = False,
@@ -201,6 +208,9 @@ def evaluate(
         "max_tokens": max_tokens,
         "probes": probes,
         "kv_cache": kv_cache.split(",") if kv_cache is not None else (),
+        "tasks": tasks.split(",") if tasks is not None else (),
+        "task_path": task_path,
+        "task_limit": task_limit,
         "threads": threads,
     }
     run_eval(models, options, as_json=json, plain=plain)

@@ -42,7 +42,8 @@ def render_comparison(comparison: Comparison) -> str:
     header = ["model", "size", "bits/weight", "perplexity"]
     header += ["KL mean", "KL p99", "top-1"] if beside else []
     rows = [_cells(row, kinds, beside=beside) for row in comparison.rows]
-    lines = [format_table([*header, *kinds, "time"], rows)]
+    tasks = list(comparison.rows[0].tasks)
+    lines = [format_table([*header, *kinds, *tasks, "time"], rows)]
     text = comparison.text
     part = "" if text.used == text.available else f" of {text.available:,}"
     facts = f"{text.used:,}{part} tokens of {text.source} in {text.windows} windows of {text.seqlen}"
@@ -53,7 +54,9 @@ def render_comparison(comparison: Comparison) -> str:
     if kinds:
         counts = ", ".join(f"{count} {kind}" for kind, count in comparison.probe_counts.items())
         lines.append(f"probes, share of right answers: {counts}")
-    elif comparison.probes_skipped:
+    if tasks:
+        lines.append(f"tasks of lm-eval: {', '.join(tasks)}")
+    if not kinds and comparison.probes_skipped:
         lines.append(f"probes: {comparison.probes_skipped}")
     return "\n".join(lines)
 
@@ -69,6 +72,7 @@ def _cells(row: Row, kinds: Sequence[str], *, beside: bool) -> list[str]:
         cells += [_with_interval(row.kl_mean, row.kl_mean_ci), format_number(row.kl_p99)]
         cells.append("-" if row.top1 is None else f"{row.top1:.1%}")
     cells += ["-" if row.probes is None else f"{row.probes[kind]:.0%}" for kind in kinds]
+    cells += [f"{score:.4g}" for score in row.tasks.values()]
     return [*cells, format_duration(row.seconds)]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from bitwright.quantization.report import peak_resident_bytes
 __all__ = ["COLLAPSE_RATIO", "evaluate"]
 
 COLLAPSE_RATIO = 1.5  # of perplexities
+RunTasks = Callable[[nn.Module], dict[str, float]]
 BATCH = 4
 BATCH_BYTES = 128 << 20  # of logits, in float32
 
@@ -53,6 +55,7 @@ class _Session:
     dtype: torch.dtype | None
     probes: tuple[EncodedProbe, ...]
     probes_skipped: str
+    run_tasks: RunTasks | None
     on_event: EventSink
     total: int
     done: int = 0
@@ -94,6 +97,9 @@ def evaluate(
     probes: bool | int = True,
     start: bool | None = None,
     kv_cache: Sequence[str | int | KVScheme] = (),
+    tasks: Sequence[str] = (),
+    task_path: str | Path | None = None,
+    task_limit: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: str | Path | None = None,
     batch: int | None = None,
@@ -113,6 +119,9 @@ def evaluate(
             as models are trained that have one (the result says which it is).
         kv_cache: cache schemes (``none``, ``int8``, ``int4-rotated``, ...): each model is measured with each of them,
             and beside the first model without, unless there is a ``reference``.
+        tasks: of lm-eval (``mmlu``, ``gsm8k``, ...), whose scores are further columns; their data are lm-eval's affair.
+        task_path: a directory with tasks of one's own, in lm-eval's format.
+        task_limit: only so many questions of each task.
         dtype: of activations and of all that is not quantized; ``None``: as each model stores it, whose rounding then
             hides small differences. Models in memory are taken as they are.
         tokenizer: the model directory whose tokenizer reads the text, where only models in memory are measured.
@@ -127,21 +136,38 @@ def evaluate(
     Example:
         >>> bitwright.eval(["out"], reference="demo:").rows[0].kl_mean
     """
-    _check_counts(batch=batch, threads=threads)
+    _check_counts(batch=batch, threads=threads, task_limit=task_limit)
     if isinstance(kv_cache, str):
         raise ArgumentError("BW201", f"kv_cache is {kv_cache!r}", suggestion="a list of names of cache schemes")
     schemes = [scheme if isinstance(scheme, KVScheme) else parse_kv(scheme) for scheme in kv_cache]
     subjects, beside = find_subjects(models, reference, schemes)
     everyone = [*subjects, beside] if beside else subjects
     reader, is_embedded = check_tokenizers(everyone, tokenizer)
+    run_tasks = _find_tasks(reader, tasks, task_path, task_limit)
     first = _choose_start(reader, start)
     windows = _read_text(reader, text, choose_window(everyone, seqlen), max_tokens, first)
     asked, skipped = _choose_probes(probes, is_embedded, everyone, reader)
     batch = batch or _choose_batch(everyone, windows)
-    session = _Session(windows, batch, dtype, asked, skipped, on_event or ignore_event, total=len(everyone))
+    sink = on_event or ignore_event
+    session = _Session(windows, batch, dtype, asked, skipped, run_tasks, sink, total=len(everyone))
     with thread_count(threads):
         rows = _rows(session, subjects, beside)
     return _comparison(session, rows, beside, None if first is None else str(reader.convert_ids_to_tokens(first)))
+
+
+def _find_tasks(reader: Tokenizer, tasks: Sequence[str], path: str | Path | None, limit: int | None) -> RunTasks | None:
+    """What scores a model on lm-eval's tasks, if there are any."""
+    if isinstance(tasks, str) or not all(isinstance(task, str) and task for task in tasks):
+        raise ArgumentError("BW201", f"tasks is {tasks!r}", suggestion="a list of names of lm-eval's tasks")
+    if not tasks:
+        return None
+    try:
+        harness = importlib.import_module("bitwright.evaluation.harness")
+    except ImportError as error:
+        what = "tasks are lm-eval's, which is not installed"
+        raise ArgumentError("BW201", what, why=str(error), suggestion="pip install 'bitwright[harness]'") from None
+    where = None if path is None else Path(path)
+    return lambda model: dict(harness.run_tasks(model, reader, tasks, path=where, limit=limit))
 
 
 def _choose_start(reader: Tokenizer, wanted: bool | None) -> int | None:
@@ -289,9 +315,11 @@ def _row(
                 raise
             raise BitwrightError(error.code, error.what, where=subject.name, suggestion=error.suggestion) from None
         right = right_answers(loader(), session.probes) if session.probes else None
+        scores = session.run_tasks(loader()) if session.run_tasks else {}
     if logits is None:
         loader.release()
     row = _describe(session, subject, found, right, time.perf_counter() - started, is_reference=logits is not None)
+    row = replace(row, tasks=scores)
     session.finish(row)
     return row
 

@@ -20,6 +20,9 @@ class CachedModel(nn.Module):
     generating it token by token would.
     """
 
+    model: PreTrainedModel
+    scheme: KVScheme
+
     def __init__(self, model: PreTrainedModel, scheme: KVScheme) -> None:
         super().__init__()
         self.model, self.scheme = model, scheme

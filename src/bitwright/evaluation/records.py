@@ -49,6 +49,7 @@ class Row:
         kl_mean, kl_p99: KL(reference || model) over the whole vocabulary, nats per token: mean, 99th percentile.
         top1: share of tokens for which the likeliest token is the reference's.
         probes: share of the embedded questions answered right, by kind; ``None`` if they were not asked.
+        tasks: the score of each of lm-eval's tasks; empty if none was asked for.
         seconds: to load and read.
         peak_resident_bytes: the largest resident size of the process up to the end of this row.
     """
@@ -68,6 +69,7 @@ class Row:
     probes: Mapping[str, float] | None
     seconds: float
     peak_resident_bytes: int
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

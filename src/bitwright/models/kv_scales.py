@@ -25,6 +25,7 @@ from bitwright.formats.safetensors_index import read_index
 from bitwright.formats.storage import write_file
 from bitwright.formats.stored import read_checked
 from bitwright.models.kv_ranges import FP8_MAX, Range, Ranges, static_parameters, weights_identity
+from bitwright.models.kv_storage import Side
 from bitwright.models.names import CACHE_SCALE
 
 __all__ = ["SCALES_FILE", "SCALE_CODES", "attention_names", "read_scales", "write_scales"]
@@ -40,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIMIT = 32 << 20
 IDENTITY = "kv_weights"  # in the metadata of a file with scales
 ATTENTION = re.compile(r"(?P<name>(?:.*\.)?layers\.(?P<layer>\d{1,4})\.self_attn)\.(?:k_proj|qkv_proj)\..*")
-SIDES = (("key", "k_scale"), ("value", "v_scale"))
+FIELDS: tuple[tuple[Side, str], ...] = (("key", "k_scale"), ("value", "v_scale"))
 
 
 def write_scales(checkpoint: Checkpoint, ranges: Mapping[int, Ranges], kind: str) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ def write_scales(checkpoint: Checkpoint, ranges: Mapping[int, Ranges], kind: str
     scales: dict[str, Tensor | TensorSource] = {
         f"{names[layer]}.{field}": static_parameters(found[side], code).scale
         for layer, found in ranges.items()
-        for side, field in SIDES
+        for side, field in FIELDS
     }
     metadata = {**checkpoint.metadata, IDENTITY: weights_identity(checkpoint)}
     if set(checkpoint.files) == {SINGLE}:
@@ -139,11 +140,11 @@ def read_scales(checkpoint: Checkpoint) -> dict[int, Ranges] | None:
     ranges: dict[int, Ranges] = {}
     for layer, name in sorted(attention_names(checkpoint, "fp8").items()):
         own: Ranges = {}
-        for side, field in SIDES:
+        for side, field in FIELDS:
             if f"{name}.{field}" not in checkpoint.tensors:
                 raise _unusable(checkpoint, f"there is a kv_cache_scheme, and no {name}.{field}")
             limit = _read_scale(checkpoint, f"{name}.{field}", identity) * greatest
-            own["key" if side == "key" else "value"] = Range(-limit, limit)
+            own[side] = Range(-limit, limit)
         ranges[layer] = own
     return ranges
 

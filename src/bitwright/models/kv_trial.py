@@ -89,5 +89,5 @@ def _text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:
     directory = model.name_or_path
     if tokenizer is None and directory and os.path.isfile(os.path.join(directory, "tokenizer.json")):
         tokenizer = load_tokenizer(Path(directory))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return sample_tokens(int(vocabulary), context_length(model.config), tokenizer)
+    weight: Any = model.get_input_embeddings().weight
+    return sample_tokens(len(weight), context_length(model.config), tokenizer)

@@ -115,8 +115,7 @@ def calibrate(
         inputs and outputs of linear layers; the ranges.
 
     Raises:
-        BitwrightError: BW201 for an argument, BW401 and BW402 for the text, BW602 for NaN; and whatever opening the
-            model raises.
+        BitwrightError: BW201 for an argument, BW401, BW402 for the text, BW602 for NaN; what opening the model raises.
         Stopped: if ``should_stop`` said so; the same call resumes.
 
     Example:
@@ -125,7 +124,8 @@ def calibrate(
     _check_counts(samples=samples, seqlen=seqlen)
     started, directory = time.perf_counter(), resolve_model(model)
     target, checkpoint = _target(directory, output), open_checkpoint(directory)
-    _ = kv_cache_scheme and attention_names(checkpoint, kv_cache_scheme)  # says at once if there can be none
+    if kv_cache_scheme is not None:
+        attention_names(checkpoint, kv_cache_scheme)  # says at once if there can be none
     tokens = calibration_tokens(checkpoint, dataset, samples, seqlen, seed)
     command, sink = f"bitwright calibrate {model}", on_event or ignore_event
     run = _Run(checkpoint, tokens, target, sink, should_stop, restart, command, kv_cache_scheme)
