@@ -1,4 +1,4 @@
-# make setup | demo | test | check | format | docs | bench | lock | clean.  Needs Python 3.11+, pip and a C++ compiler
+# make setup | demo | test | test-gpu | check | format | docs | bench | lock | clean.  Needs Python 3.11+, pip and a C++ compiler
 # (without one everything works, but slowly); everything else lands in .venv.
 
 PYTHON ?= python3
@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # The tests run in WORKERS processes: one OpenMP thread each, or they fight for the cores.
-test bench: export OMP_NUM_THREADS ?= 1
+test test-gpu bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check format docs bench lock clean
+.PHONY: setup demo test test-gpu check format docs bench lock clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,14 @@ demo: setup
 # `make test` leaves out what is marked slow; `make test SLOW=1` runs everything.
 test: setup
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(if $(SLOW),-m "slow or not slow") $(ARGS)
+
+# The programs for GPUs, interpreted on the CPU; with SLOW=1 every scheme and size, and the machine code for GPUs that are not
+# here. Installs Triton, 200 MB without anything else; `make test` then runs these tests, too. A GPU is not needed.
+TRITON := triton==3.9.0
+test-gpu: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(if $(SLOW),-m "slow or not slow") \
+		tests/kernels/gpu tests/models/test_decoder_cuda.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff check

@@ -21,6 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted")]
 MATRIX_UNITS = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")}
 
 
+def apart(generation: int) -> Any:
+    """Tests of one generation run in one process, so that its programs are compiled once."""
+    return pytest.param(generation, marks=pytest.mark.xdist_group(f"compilation for {generation}"))
+
+
 @functools.cache
 def compiled(generation: int) -> list[dict[str, Any]]:
     """The facts of every launch that this generation can make."""
@@ -31,7 +36,7 @@ def compiled(generation: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", [apart(each) for each in GENERATIONS])
 def test_every_program_compiles_and_fits(generation: int) -> None:
     for launch in compiled(generation):
         where = f"{launch['case']}: {launch['program']}"
@@ -40,7 +45,7 @@ def test_every_program_compiles_and_fits(generation: int) -> None:
             assert launch["stack"] <= 16, f"{where} spills"
 
 
-@pytest.mark.parametrize("generation", MATRIX_UNITS)
+@pytest.mark.parametrize("generation", [apart(each) for each in MATRIX_UNITS])
 def test_products_run_on_the_matrix_units(generation: int) -> None:
     products = [
         each for each in compiled(generation) if each["program"] in ("linear", "integer", "attend", "fp8_product")
@@ -52,7 +57,7 @@ def test_products_run_on_the_matrix_units(generation: int) -> None:
         assert used > 0, f"{launch['case']}: {launch['program']} uses no matrix unit"
 
 
-@pytest.mark.parametrize("generation", MATRIX_UNITS)
+@pytest.mark.parametrize("generation", [apart(each) for each in MATRIX_UNITS])
 def test_weights_are_read_sixteen_bytes_at_a_time(generation: int) -> None:
     for launch in compiled(generation):
         if launch["program"] == "linear" and launch["case"].startswith("w4g128"):
@@ -60,6 +65,7 @@ def test_weights_are_read_sixteen_bytes_at_a_time(generation: int) -> None:
             assert loads, launch["case"]
 
 
+@pytest.mark.xdist_group("compilation for 90")
 def test_unpacking_takes_few_instructions() -> None:
     """At 4 bits: 128 weights a thread and chunk. Whole-number instructions bind the speed at which memory can be read;
     at 64 of them a clock and processor an H200 needs at most 1.6 for each weight to keep up with its memory."""
