@@ -10,6 +10,8 @@ import pytest
 import bitwright
 from bitwright.cli import main
 from bitwright.formats.checkpoint import open_checkpoint
+from bitwright.kernels.gpu import library
+from tests.kernels.gpu.compilation_facts import VOLTA
 
 
 def test_a_quantized_checkpoint(quantized: Path) -> None:
@@ -49,6 +51,18 @@ def test_the_command(quantized: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "reference: accepts" in out
     assert main(["inspect", str(quantized), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format"] == "compressed-tensors"
+
+
+def test_kernels_of_a_gpu_are_explained_where_there_is_one(
+    quantized: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not bitwright.inspect(quantized).layers[0].gpu_kernels or library.missing() is None
+    monkeypatch.setattr(library, "missing", lambda: None)
+    monkeypatch.setattr(library, "describe", lambda _device: VOLTA)
+    assert main(["inspect", str(quantized), "--kernels"]) == 0
+    out = capsys.readouterr().out
+    assert "on the GPU" in out and "triton-int8: refuses: activations of int8 alone" in out
+    assert "native: refuses: " in out.partition("on the GPU")[2]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"model.layers.0.self_attn.q_proj": []}}'])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class LayerFacts:
     ``error``: relative error of its weights in the report, weighted by their inputs' power if those were seen.
 
     ``kernels``: each kernel's reason for refusing the layer on this machine's CPU; ``None``: it accepts.
+    ``gpu_kernels``: the same on its GPU, if there is one that can be used.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerFacts:
     error: float | None
     kernel: str
     kernels: Mapping[str, str | None]
+    gpu_kernels: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ def _read_report(directory: Path) -> dict[str, Any]:
 def _layer_facts(name: str, record: LayerRecord, size: int, report: Mapping[str, Any]) -> LayerFacts:
     import torch
 
+    from bitwright.kernels.gpu import library
     from bitwright.kernels.table import KernelSpec, explain
 
     spec = KernelSpec(scheme=record.scheme, shape=record.shape, device=torch.device("cpu"))
@@ -130,6 +133,7 @@ def _layer_facts(name: str, record: LayerRecord, size: int, report: Mapping[str,
         error=error if isinstance(error, float) else None,
         kernel=next((kernel for kernel, reason in reasons if reason is None), "none"),
         kernels=dict(reasons),
+        gpu_kernels=dict(explain(replace(spec, device=torch.device("cuda")))) if library.missing() is None else {},
     )
 
 
@@ -183,11 +187,13 @@ def render_inspection(inspection: Inspection, *, kernels: bool = False) -> str:
 
 def _render_kernels(layers: tuple[LayerFacts, ...]) -> list[str]:
     """Every kernel's answer, once for all layers of one scheme that get the same answers."""
-    groups: Counter[tuple[str, tuple[tuple[str, str | None], ...]]] = Counter()
+    groups: Counter[tuple[str, str, tuple[tuple[str, str | None], ...]]] = Counter()
     for layer in layers:
-        groups[layer.scheme, tuple(layer.kernels.items())] += 1
+        groups[layer.scheme, "", tuple(layer.kernels.items())] += 1
+        if layer.gpu_kernels:
+            groups[layer.scheme, " on the GPU", tuple(layer.gpu_kernels.items())] += 1
     lines = []
-    for (scheme, answers), count in groups.items():
-        lines.append(f"kernels for {scheme} ({count} layers), in order of preference:")
+    for (scheme, place, answers), count in groups.items():
+        lines.append(f"kernels for {scheme}{place} ({count} layers), in order of preference:")
         lines += [f"  {name}: {'accepts' if reason is None else 'refuses: ' + reason}" for name, reason in answers]
     return lines
