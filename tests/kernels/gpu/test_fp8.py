@@ -46,8 +46,8 @@ def test_products_are_those_of_float64(name: str) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_columns_in_any_order() -> None:
-    tensor, scheme = layer("w4g32-asym-afp8", 9, 320, shuffled=True)
-    x = torch.randn(2, 320)
+    tensor, scheme = layer("w4g32-asym-afp8", 9, 300, shuffled=True)  # the last group has fewer, and empty slots
+    x = torch.randn(2, 300)
     expected = reference.run(x, reference.pack(tensor, scheme))
     assert relative_error(fp8.run(x, fp8.pack(tensor, scheme)), expected.double()) < 2e-3
 

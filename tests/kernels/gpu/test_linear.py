@@ -49,7 +49,7 @@ def test_products_of_every_scheme_and_dtype(name: str, dtype: torch.dtype) -> No
 
 @pytest.mark.usefixtures("interpreted")
 def test_columns_in_any_order() -> None:
-    check("w4g32-asym", torch.float16, shuffled=True, columns=320)
+    check("w4g32-asym", torch.float16, shuffled=True, columns=300)  # the last group has fewer, and empty slots
 
 
 @pytest.mark.usefixtures("interpreted")
