@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.kv_scheme import kv_bytes, parse_kv
@@ -107,23 +107,41 @@ def test_other_attention_functions_get_ordinary_tensors() -> None:
         torch.testing.assert_close(changed, change(keys), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-rotated", "k(int2-channel4)v(int2-g8)-w8-s2"])
-def test_padding_on_the_left_changes_no_code(scheme: str) -> None:
-    """Of codes of single tokens; the short row is compared with what it is alone."""
-    model = build("llama")
+def padded() -> tuple[Tensor, dict[str, Tensor]]:
     ids = sample_ids(2, 12)
     ids[1, :5] = 0
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids, {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("scheme", ["int2", "int8-w8", "int8-w8-s2", "k(int4-channel4)v(int8)"])
+def test_padding_is_refused_where_places_count(scheme: str, path: str) -> None:
+    model = build("llama")
+    model.set_attn_implementation(path)
+    ids, more = padded()
+    with pytest.raises(ArgumentError, match="padded on the left"):
+        logits(model, ids, QuantizedCache(model, scheme), **more)
+    cache = QuantizedCache(model, scheme)
+    logits(model, ids, cache, cuts=(5, 6))
+    logits(model, sample_ids(2, 1), cache)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-rotated", "k8v4-rotated"])
+def test_padding_on_the_left_changes_no_code(scheme: str) -> None:
+    """E17. The short row is compared with what it is alone."""
+    model = build("llama")
+    ids, more = padded()
     alone, together = QuantizedCache(model, scheme), QuantizedCache(model, scheme)
     expected = logits(model, ids[1:, 5:], alone)
-    found = logits(model, ids, together, attention_mask=mask, position_ids=positions)
-    tolerance = 1e-3 if "w8" not in scheme else 1.0  # which tokens lie in a window depends on where the row begins
-    torch.testing.assert_close(found[1:, 5:], expected, atol=tolerance, rtol=0)
-    if "w8" not in scheme:
-        one, other = (cache.layers[0].store.runs["key"].blocks[0] for cache in (alone, together))
+    found = logits(model, ids, together, **more)
+    torch.testing.assert_close(found[1:, 5:], expected, atol=1e-3, rtol=0)
+    for side in ("key", "value"):
+        one, other = (cache.layers[0].store.runs[side].blocks[0] for cache in (alone, together))
         assert torch.equal(one.codes[0], other.codes[1, :, 5:])
+        assert torch.equal(one.scale[0], other.scale[1, :, 5:])
+        assert torch.equal(one.low[0], other.low[1, :, 5:])
 
 
 def test_the_thousandth_token_leaves_the_first_as_it_was() -> None:
@@ -205,6 +223,34 @@ def test_layers_with_a_window_drop_what_no_query_sees(name: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)
     with pytest.raises(ArgumentError, match="sliding window"):
         cache.crop(-1000)
+
+
+def flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any
+) -> tuple[Tensor, None]:
+    """As flash attention functions take their arguments: tokens before heads, no mask, heads not repeated."""
+    key, value = (part.transpose(1, 2).transpose(1, 2).repeat_interleave(2, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(scores.shape[-1] - scores.shape[-2] + 1)
+    return (scores.masked_fill(ahead, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
+
+
+def test_a_flash_path_computes_with_the_rounded_numbers() -> None:
+    AttentionInterface.register("tokens_first", flash)
+    model, ids = build("llama"), sample_ids(1, 20)
+    expected = logits(model, ids, QuantizedCache(model, "int8"), cuts=(12, 13))
+    model.set_attn_implementation("tokens_first")
+    found = logits(model, ids, QuantizedCache(model, "int8"), cuts=(12, 13))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ImportError, match="FlashAttention2"):  # the package itself runs on GPUs alone
+        model.set_attn_implementation("flash_attention_2")
+
+
+def test_a_static_cache_beside_it_is_refused() -> None:
+    model = build("llama")
+    settings: dict[str, Any] = {"max_new_tokens": 3, "cache_implementation": "static"}
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(sample_ids(1, 5), past_key_values=QuantizedCache(model, "int8"), **settings)
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": False}])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import rotate_head
 from bitwright.models.kv_storage import Piece, View
 
@@ -30,9 +31,15 @@ def attend(
 
     The softmax runs along the columns in one pass (Milakov and Gimelshein 2018, algorithm 3). A query that sees nothing
     gets zeros.
+
+    Raises:
+        ArgumentError: BW201 for padding on the left, where a token's place decides how it is stored.
     """
     batch, heads, _ = view.shape
     queries = query.shape[2]
+    if view.counts_columns and mask is not None:
+        first = mask[..., -1, 0]
+        _refuse_padding(~first if mask.dtype == torch.bool else first < torch.finfo(mask.dtype).min / 2)
     turned = _turned(query.to(torch.float32), view, "key") * (query.shape[-1] ** -0.5 if scale is None else scale)
     grouped = turned.view(batch, heads, repeats, queries, -1)
     sums = grouped.new_zeros(*grouped.shape[:-1], view.widths["value"])
@@ -76,6 +83,8 @@ def scores(view: View, query: Tensor, repeats: int) -> Tensor:
 def mix(view: View, weights: Tensor, repeats: int) -> Tensor:
     """``weights values``, ``[batch, heads * repeats, queries, width]``, of weights ``[.., queries, columns]``."""
     batch, heads, _ = view.shape
+    if view.counts_columns:
+        _refuse_padding((weights[..., -1, 0] == 0).all(1))  # in no head does the newest token see the first
     grouped = weights.to(torch.float32).view(batch, heads, repeats, weights.shape[2], -1)
     sums = grouped.new_zeros(*grouped.shape[:-1], view.widths["value"])
     for piece in view.pieces:
@@ -83,6 +92,16 @@ def mix(view: View, weights: Tensor, repeats: int) -> Tensor:
         part = part if hidden is None else part.masked_fill(hidden, 0.0)
         sums += _multiply(part, view.numbers(piece, "value", turned=True))
     return _turned(sums, view, "value").flatten(1, 2).to(weights.dtype)
+
+
+def _refuse_padding(is_hidden: Tensor) -> None:
+    """Raises BW201 if the newest token of some sequence does not see the first column."""
+    if bool(is_hidden.any()):
+        what = "prompts of different lengths, padded on the left, in a cache of token groups or windows"
+        why = "they would be counted from the padding on, and padding would share scales with tokens"
+        raise ArgumentError(
+            "BW201", what, why=why, suggestion="prompts one by one; or int4-rotated, which pads do not touch"
+        )
 
 
 def _multiply(grouped: Tensor, matrix: Tensor) -> Tensor:

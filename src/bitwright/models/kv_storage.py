@@ -58,6 +58,7 @@ class View:
         widths: of a head, by side.
         parameters: of calibrated codes.
         dtype: that the model computes with.
+        counts_columns: whether the place of a token decides how it is stored, and all are there: padding would count.
     """
 
     pieces: tuple[Piece, ...]
@@ -67,6 +68,7 @@ class View:
     widths: dict[Side, int]
     parameters: LayerParameters
     dtype: torch.dtype
+    counts_columns: bool = False
 
     def numbers(self, piece: Piece, side: Side, *, turned: bool = False) -> Tensor:
         """The keys or values of a piece, float32 ``[batch, heads, tokens, head_dim]``.
@@ -264,6 +266,7 @@ class LayerStore:
             widths={side: plain[side].shape[3] for side in SIDES},
             parameters=self.parameters,
             dtype=keys.dtype,
+            counts_columns=self._is_late and self.sliding is None,
         )
 
     @property
