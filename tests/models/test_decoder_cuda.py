@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.kernels.gpu import attention, integer, layers, library, linear
+from bitwright.models import decoder_cuda
 from bitwright.models.decoder import Step
 from bitwright.models.decoder_cuda import CudaDecoder, refuse, refuse_cache
 from bitwright.models.decoder_rows import decode_rows, read_rows, stage, step_rows
@@ -173,6 +177,66 @@ def test_dense_products_have_one_size_where_the_order_of_sums_must_not_change() 
         x = torch.randn(rows, 3)
         assert torch.equal(layers.in_tiles(run, x), 2 * x)
     assert seen == [(layers.TILE, 3)] * 4 and layers.in_tiles(run, torch.empty(0, 3)).shape == (0, 3)
+
+
+class FakeGraph:
+    """Notes the one run that is recorded, and runs it again into the same logits."""
+
+    def __init__(self) -> None:
+        self.again: Any = None
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.again()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs are recorded by :class:`FakeGraph`; gives the pools that were asked for."""
+    pools: list[Any] = []
+
+    @contextmanager
+    def recording(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+        pools.append(pool)
+        run = CudaDecoder._run
+
+        def noted(self: CudaDecoder, rows: Any, cache: Any) -> torch.Tensor:
+            logits = run(self, rows, cache)
+            graph.again = lambda: logits.copy_(run(self, rows, cache))
+            return logits
+
+        with monkeypatch.context() as patched:
+            patched.setattr(CudaDecoder, "_run", noted)
+            yield
+
+    idle = SimpleNamespace(wait_stream=lambda _other: None)
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "graph", recording)
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "Stream", lambda _device: idle)
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "current_stream", lambda _device: idle)
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(decoder_cuda, "stage", lambda rows, pinned, into=None: stage(rows, pinned=False, into=into))
+    return pools
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_replayed_steps_give_the_logits_of_steps_that_are_run(graphs: list[Any]) -> None:
+    model = build("llama", num_hidden_layers=1)
+    plain, recorded = CudaDecoder(model), CudaDecoder(model)
+    recorded.graphs = True
+    caches = [decoder.new_cache(10) for decoder in (plain, recorded)]
+    for lengths in ([1, 1, 1], [2, 2, 2], [1], [3, 3]):
+        expected, found = (each.forward(some_step(lengths), cache)
+                           for each, cache in zip((plain, recorded), caches, strict=True))  # fmt: skip
+        assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    assert sorted(recorded._recordings) == [(1, 1024), (2, 1024), (4, 1024)] and graphs == [None, "pool", "pool"]
+    again = recorded.new_cache(10)
+    recorded.forward(some_step([1]), again)
+    assert sorted(recorded._recordings) == [(1, 1024)], "graphs of another cache write to its pages"
+    recorded.free_memory()
+    assert not recorded._recordings
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.kernels.gpu import library
 from bitwright.quantization import api, device_stream, job
 from bitwright.quantization.device_memory import check_device, device_bytes
-from bitwright.quantization.device_stream import Copies, DeviceSource, find_device, on_device
+from bitwright.quantization.device_stream import Copies, CudaLane, DeviceSource, find_device, on_device
 from bitwright.quantization.events import Stopped
 from bitwright.quantization.plan import make_plan
 from bitwright.quantization.sources import DiskSource, MemorySource
@@ -236,3 +237,51 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert find_device("cuda:1").index == 1 and find_device("cuda").type == "cuda"
     with pytest.raises(ArgumentError, match="cuda:2"):
         find_device("cuda:2")
+
+
+def test_the_lane_of_a_gpu_copies_from_pinned_memory_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own functions only note here that they are called, and on which stream."""
+    log: list[Any] = []
+    current = ["compute"]
+
+    class FakeStream:
+        def __init__(self, _device: Any = None, name: str = "copies") -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            log.append(f"event on {self.name}, made within {current[-1]}")
+            return "event"
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for {event}")
+
+    @contextmanager
+    def within(stream: FakeStream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    def move(self: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        log.append(f"copy on {current[-1]}" + ("" if non_blocking else ", waiting"))
+        return self
+
+    cuda = device_stream.torch.cuda
+    monkeypatch.setattr(cuda, "Stream", FakeStream)
+    monkeypatch.setattr(cuda, "stream", within)
+    monkeypatch.setattr(cuda, "current_stream", lambda _device: FakeStream(name="compute"))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (log.append("pin"), self)[1])
+    monkeypatch.setattr(Tensor, "to", move)
+    monkeypatch.setattr(Tensor, "record_stream", lambda _self, stream: log.append(f"kept for {stream.name}"))
+    lane = CudaLane(torch.device("cuda"))
+    copies = lane.begin({"a": torch.ones(2), "b": torch.ones(3).t()})
+    assert log == ["pin", "pin", "copy on copies", "copy on copies", "event on copies, made within copies"]
+    log.clear()
+    assert list(lane.finish(copies)) == ["a", "b"]
+    assert log == ["compute waits for event", "kept for compute", "kept for compute"]
+
+
+def test_what_torch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (50, 100)), ("memory_reserved", 30), ("memory_allocated", 10)):
+        monkeypatch.setattr(library.torch.cuda, name, lambda _device, value=value: value)
+    assert library.gpu_memory(torch.device("cuda")) == (70, 100)
+    assert library.usable_memory(torch.device("cuda")) == 62
