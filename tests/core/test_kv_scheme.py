@@ -103,10 +103,18 @@ def test_llama_7b_takes_what_the_documents_say(name: str, expected: int) -> None
 
 @pytest.mark.parametrize(("batch", "difference"), [(8, 4096), (16, 8224), (32, 16448), (48, 24672)])
 def test_differences_by_batch_are_those_of_the_document(batch: int, difference: int) -> None:
+    """E11."""
     float_bytes, coded = (
         kv_bytes(parse_kv(name), tokens=2048, batch=batch, **LLAMA_7B) for name in ("none", "int8-static")
     )
     assert (float_bytes - coded) / MIB == pytest.approx(difference, rel=0.01)
+
+
+def test_a_sequence_takes_less_than_half_of_what_qwens_table_implies() -> None:
+    """Its GB are 2^30 bytes: the weights alone, 15.44e9 bytes, are more than the 15 GB of its row for 512 tokens."""
+    implied = (48.7 - 31.7) / 16 * 2**30
+    assert kv_bytes(parse_kv("none"), tokens=1024, **LLAMA_7B) <= implied / 2
+    assert kv_bytes(parse_kv("int8"), tokens=1024, **LLAMA_7B) <= implied / 3.9
 
 
 def test_windows_and_groups_leave_tokens_float() -> None:

@@ -17,7 +17,14 @@ from bitwright.models.hf import load_tokenizer
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.loading import load
 
-WINDOWS, LENGTH = 10, 512
+WIKITEXT, STORIES = "wikitext-2/test.txt", "tinystories/train_head_2MiB.txt"
+# Windows, their length, and the text of each model; heads of 64, 16, 8 and 8 numbers.
+MODELS = {
+    "wikitext-qwen2-6m": (10, 512, WIKITEXT),
+    "BabyLlama-361-0.97M": (8, 256, STORIES),
+    "stories260K": (4, 512, STORIES),
+    "llama2xs-279K": (8, 256, STORIES),
+}
 
 
 class BlocksOf32(DynamicCache):
@@ -28,33 +35,36 @@ class BlocksOf32(DynamicCache):
 
 
 def q4_0(x: Tensor) -> Tensor:
-    blocks = rotate_head(x.float()).reshape(*x.shape[:-1], -1, 32)
+    blocks = rotate_head(x.float()).reshape(*x.shape[:-1], -1, min(32, x.shape[-1]))
     scale = (blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8).half().float()
     codes = (blocks * torch.where(scale == 0, 0.0, 1 / scale) + 8.5).floor().clamp(0, 15)
     return rotate_head(((codes - 8) * scale).reshape(x.shape))
 
 
 @pytest.mark.slow
-def test_the_bars_hold_on_a_trained_model(shared_models: Path, shared_data: Path) -> None:
-    """E22."""
-    directory = shared_models / "wikitext-qwen2-6m"
-    model: Any = load(directory, dtype=torch.float32)
-    text = (shared_data / "wikitext-2" / "test.txt").read_text(encoding="utf-8")[:60_000].replace("<unk>", "unknown")
-    ids = load_tokenizer(directory)(text, add_special_tokens=False)["input_ids"][: WINDOWS * LENGTH]
-    windows = torch.tensor(ids).view(WINDOWS, LENGTH)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_bars_hold_on_trained_models(name: str, shared_models: Path, shared_data: Path) -> None:
+    """E22: 8 bits are as good as none; rotated 4 bits cost 0.6 of plain ones, and no more than llama.cpp's."""
+    count, length, file = MODELS[name]
+    model: Any = load(shared_models / name, dtype=torch.float32)
+    text = (shared_data / file).read_text(encoding="utf-8")[:60_000]
+    text = text.replace("<unk>", "unknown").replace("<|endoftext|>", "\n")
+    ids = load_tokenizer(shared_models / name)(text, add_special_tokens=False)["input_ids"][: count * length]
     caches: dict[str, Any] = {
-        name: lambda name=name: QuantizedCache(model, name) for name in ("int8", "int4", "int4-rotated")
+        scheme: lambda scheme=scheme: QuantizedCache(model, scheme, kv_safety="off")
+        for scheme in ("int8", "int4", "int4-rotated")
     }
     caches["q4_0"] = lambda: BlocksOf32(config=model.config)
     kl, top1 = dict.fromkeys(caches, 0.0), dict.fromkeys(caches, 0.0)
     with torch.no_grad():
-        for window in windows:
+        for window in torch.tensor(ids).view(count, length):
             wanted = log_probabilities(model(input_ids=window[None], use_cache=False).logits[0])
-            for name, make in caches.items():
+            for scheme, make in caches.items():
                 found = log_probabilities(model(input_ids=window[None], past_key_values=make()).logits[0])
-                kl[name] += float(divergence(wanted, found).mean()) / WINDOWS
-                top1[name] += float(agreement(wanted, found).double().mean()) / WINDOWS
-    assert kl["int8"] <= 1e-3
-    assert top1["int8"] >= 0.995
-    assert kl["int4-rotated"] <= 0.65 * kl["int4"]
-    assert kl["int4-rotated"] <= 1.1 * kl["q4_0"]
+                kl[scheme] += float(divergence(wanted, found).mean()) / count
+                top1[scheme] += float(agreement(wanted, found).double().mean()) / count
+    is_tiny = model.config.hidden_size // model.config.num_attention_heads == 8  # models of 0.3 M numbers
+    assert kl["int8"] <= (2e-3 if is_tiny else 1e-3)
+    assert top1["int8"] >= (0.98 if is_tiny else 0.995)
+    assert kl["int4-rotated"] <= 0.6 * kl["int4"]
+    assert kl["int4-rotated"] <= kl["q4_0"]
