@@ -6,7 +6,8 @@ Teacher-forced: every position of a window is predicted from keys and values tha
 caches of transformers (HQQ, quanto) keep the newest tokens, and all of a first call, in float; they are given the
 window token by token. Their environment is another Python, which is asked for their rows alone. ``llama.cpp`` itself
 runs in a third one, from the same weights in float32, beside its own float cache; its four-bit formula (blocks of 32, a
-float16 scale, rotated) is restated here, too, for the models whose heads it does not take. Writes a table and a record into benchmarks/results/.
+float16 scale, rotated) is restated here, too, for the models whose heads it does not take. Writes a table and a record
+into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ PEERS = {
 LLAMA = {"llama.cpp q8_0": 8.5, "llama.cpp q4_0": 4.5}  # bits a number
 LLAMA_BLOCK = 32
 DRIVER = Path(__file__).resolve().parent / "kv_peers" / "llama_cpp_driver.py"
+PEER_WINDOWS = 2  # token by token, they are slow
 MakeCache = Callable[[], Any]
 
 
@@ -199,13 +201,14 @@ def peer(model: Any, windows: Tensor, wanted: list[Tensor], backend: str, bits: 
         )
 
     try:
-        return measure(model, windows, wanted, make, 1)
+        return measure(model, windows, wanted, make, 1) | {"windows": len(windows)}
     except Exception as error:  # whatever another library does is a row
         return {"refused": f"{type(error).__name__}: {str(error)[:120]}"}
 
 
 def render(records: list[dict[str, Any]]) -> str:
     lines = ["# Cache schemes on trained models", ""]
+    lines += ["transformers' caches keep the newest 128 tokens, and all of the first call, in float.", ""]
     for record in records:
         lines.append(
             f"## {record['model']}: {record['layers']} layers, {record['kv_heads']} key-value heads of "
@@ -217,7 +220,8 @@ def render(records: list[dict[str, Any]]) -> str:
                 lines.append(f"| {name} | | {row['refused']} | | |")
                 continue
             figures = f"{row['kl_mean']:.2e} | {row['kl_p99']:.2e} | {row['top1']:.2%}"
-            lines.append(f"| {name} | {row.get('bits', '')} | {figures} |")
+            part = f" (the first {row['windows']} windows)" if "windows" in row else ""
+            lines.append(f"| {name}{part} | {row.get('bits', '')} | {figures} |")
         four = record["rows"].get("int4"), record["rows"].get("int4-rotated")
         if all(four):
             lines += ["", f"int4-rotated costs {four[1]['kl_mean'] / four[0]['kl_mean']:.2f} of the KL of int4."]
@@ -250,7 +254,7 @@ def main() -> None:
             "benchmarks.kv_quality",
             "--peers-only",
             "--samples",
-            str(options.samples),
+            str(PEER_WINDOWS),
         ]
         command += ["--shared", str(options.shared), "--models", *options.models]
         made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
