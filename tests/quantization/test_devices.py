@@ -72,15 +72,25 @@ def rounded_block(algorithm: str, options: dict[str, Any], *, moved: bool) -> Bl
     return quantize_block(work)
 
 
+ALGORITHMS_THERE: list[tuple[str, dict[str, Any]]] = [
+    ("rtn", {}), ("gptq", {}), ("gptq", {"true_sequential": True}), ("hqq", {}), ("autoround", {"iters": 2}),
+    ("gptq+learned", {"code_steps": 2, "scale_steps": 2}), ("awq", {"grid": 4}), ("teq", {"steps": 3}),
+]  # fmt: skip
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("awq", {"grid": 4, "folding": False}), ("awq+gptq", {"grid": 4}), ("teq+gptq", {"teq.steps": 2}), ("choice", {})
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "options"),
-    [("rtn", {}), ("gptq", {}), ("hqq", {}), ("autoround", {"iters": 2}), ("awq", {"grid": 4}), ("teq", {"steps": 3}),
-     ("awq+gptq", {"grid": 4}), ("awq", {"grid": 4, "folding": False}), ("gptq", {"true_sequential": True})],
-)  # fmt: skip
+    ("algorithm", "options"), [*ALGORITHMS_THERE, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE)]
+)
 def test_a_whole_block_is_quantized_on_the_device(algorithm: str, options: dict[str, Any]) -> None:
     with PretendGpu():
         here, away = (rounded_block(algorithm, options, moved=moved) for moved in (False, True))
     assert away.output_error == here.output_error
+    for name, tensor in here.tensors.items():
+        assert away.tensors[name].codes.device != tensor.codes.device
+        assert torch.equal(away.tensors[name].codes.cpu(), tensor.codes), name
     assert [row["relative_error"] for row in away.rows.values()] == [
         row["relative_error"] for row in here.rows.values()
     ]
