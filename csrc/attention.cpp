@@ -36,7 +36,9 @@ int64_t make_tiles(const bw_batch& b, int64_t sequence, int64_t head, int64_t gr
         const int32_t* positions = b.positions + b.starts[sequence];
         int64_t earliest = positions[first / group], context = positions[(first + size - 1) / group] + 1;
         int64_t least = window && earliest + 1 > window ? earliest + 1 - window : 0;
-        tiles[count] = {sequence, head, first, size, context, least / BW_CHUNK, (context + BW_CHUNK - 1) / BW_CHUNK, 0};
+        int64_t chunks = (context + BW_CHUNK - 1) / BW_CHUNK, spans = (chunks + BW_SPAN - 1) / BW_SPAN;
+        int64_t pieces = spans - least / BW_CHUNK / BW_SPAN;
+        tiles[count] = {sequence, head, first, size, context, least / BW_CHUNK, chunks, 0, pieces};
     }
     return count;
 }
@@ -78,7 +80,7 @@ int attend(const bw_pages& pages, const bw_batch& b, const float* queries, int64
            float* output, int threads) {
     int64_t count = 0, pieces = 0, group = heads / pages.heads;
     for (int64_t s = 0; s < b.sequences; s++) count += pages.heads * make_tiles(b, s, 0, group, window, nullptr);
-    int64_t stride = (pages.dimension + BW_LANES - 1) / BW_LANES * BW_LANES + BW_LANES;
+    int64_t stride = (pages.dimension + BW_SLAB - 1) / BW_SLAB * BW_SLAB + 2; /* of a row, at most */
     size_t table = static_cast<size_t>(count) * sizeof(bw_tile);
     char* memory = scratch.take(table);
     if (!memory) return BW_NO_MEMORY;
@@ -88,7 +90,7 @@ int attend(const bw_pages& pages, const bw_batch& b, const float* queries, int64
         for (int64_t head = 0; head < pages.heads; head++) count += make_tiles(b, s, head, group, window, tiles + count);
     for (int64_t i = 0; i < count; i++) {
         tiles[i].first_piece = pieces;
-        pieces += tiles[i].chunks - tiles[i].first_chunk;
+        pieces += tiles[i].pieces;
     }
     bw_attention_job job{&pages, &b, queries, output, heads, window, scale, tiles, nullptr};
     if (threads == 1 || count >= 4 * threads || pieces == count) {
@@ -102,7 +104,7 @@ int attend(const bw_pages& pages, const bw_batch& b, const float* queries, int64
     if (!memory) return BW_NO_MEMORY;
     job.tiles = reinterpret_cast<bw_tile*>(memory);
     job.parts = reinterpret_cast<float*>(memory + first_part);
-    parallel(threads, pieces, 1, [](void* context, int64_t first, int64_t last, int) {
+    parallel(threads, pieces, (pieces + 8 * threads - 1) / (8 * threads), [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->attend(static_cast<bw_attention_job*>(context), BW_PHASE_PIECES, first, last);
     }, &job);
     parallel(threads, count, 1, [](void* context, int64_t first, int64_t last, int) {

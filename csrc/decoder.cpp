@@ -1,5 +1,6 @@
 /* All layers of a decoder for one step: checks, then one operation after the other, each dealt out to the threads. */
 #include <initializer_list>
+#include <utility>
 
 #include "attention.h"
 #include "isa_table.h"
@@ -63,17 +64,17 @@ bool fits(const bw_step& s, const bw_decoder& d) {
 
 /* Where the numbers of a step lie between its operations. */
 struct Rooms {
-    float *hidden, *normed, *branch, *query, *key, *value, *mixed, *gate, *up;
+    float *hidden, *next, *normed, *branch, *query, *key, *value, *mixed, *gate, *up;
 
     bool take(const bw_decoder& d, int64_t tokens) {
-        const int64_t queries = d.heads * d.dimension, keys = d.kv_heads * d.dimension;
-        const int64_t sizes[] = {d.hidden, d.hidden, d.hidden, queries, keys, keys, queries, d.intermediate, d.intermediate};
-        float** const places[] = {&hidden, &normed, &branch, &query, &key, &value, &mixed, &gate, &up};
+        const int64_t wide = d.intermediate, queries = d.heads * d.dimension, keys = d.kv_heads * d.dimension;
+        const int64_t sizes[] = {d.hidden, d.hidden, d.hidden, d.hidden, queries, keys, keys, queries, wide, wide};
+        float** const places[] = {&hidden, &next, &normed, &branch, &query, &key, &value, &mixed, &gate, &up};
         int64_t total = 0;
         for (int64_t size : sizes) total += (size * tokens + 15) / 16 * 16;
         char* memory = scratch.take(static_cast<size_t>(total) * sizeof(float));
         if (!memory) return false;
-        for (int i = 0; i < 9; i++) {
+        for (int i = 0; i < 10; i++) {
             *places[i] = reinterpret_cast<float*>(memory);
             memory += (sizes[i] * tokens + 15) / 16 * 16 * static_cast<int64_t>(sizeof(float));
         }
@@ -87,6 +88,10 @@ struct Run {
     Rooms rooms;
     int threads;
     const bw_layer* layer = nullptr;
+
+    Input input(const float* x, int64_t tokens) const {
+        return {x, tokens, BW_FLOAT32, BW_FLOAT32, decoder.are_halves ? Precision::rounded : Precision::as_they_are};
+    }
 };
 
 template <class Body> void for_tokens(const Run& run, int64_t count, int64_t numbers, Body body) {
@@ -108,19 +113,29 @@ void embed(const Run& run) {
     });
 }
 
-/* hidden += branch (if there is one), then normed = norm(hidden). */
-void normalize(const Run& run, const float* branch, const float* weight) {
-    const bw_decoder& d = run.decoder;
-    bw_norm norm{run.rooms.hidden, branch, weight, run.rooms.hidden, run.rooms.normed, d.hidden, BW_FLOAT32, d.epsilon};
-    for_tokens(run, run.step.batch.tokens, d.hidden, [&](int64_t token) { bw_isa()->rms_norm(&norm, token); });
-}
+/* What products of norm(hidden + branch) read, without a branch of norm(hidden); their sum is then `hidden`. Few tokens
+ * are normalized by whoever multiplies them. */
+struct Normed {
+    bw_norm norm;
+    Input input;
+
+    Normed(Run& run, const float* branch, const float* weight) {
+        const bw_decoder& d = run.decoder;
+        Rooms& r = run.rooms;
+        norm = {r.hidden, branch, weight, r.next, r.normed, d.hidden, BW_FLOAT32, d.epsilon};
+        input = run.input(r.normed, run.step.batch.tokens);
+        if (input.count < BW_TILE) input.norm = &norm;
+        else for_tokens(run, input.count, d.hidden, [&](int64_t token) { bw_isa()->rms_norm(&norm, token); });
+        if (branch) std::swap(r.hidden, r.next);
+    }
+    Normed(const Normed&) = delete;
+    Normed& operator=(const Normed&) = delete;
+};
 
 Product product_of(const bw_dense& d, float* y) { return {d.weight, d.bias, d.input_scale, d.activation_bits, y}; }
 
 /* Products of one input; what is not finite goes on as NaN, in its own rows. */
-bool apply(const Run& run, std::initializer_list<Product> products, const float* x, int64_t tokens) {
-    Precision precision = run.decoder.are_halves ? Precision::rounded : Precision::as_they_are;
-    Input input{x, tokens, BW_FLOAT32, BW_FLOAT32, precision};
+bool apply(const Run& run, std::initializer_list<Product> products, const Input& input) {
     return multiply(products.begin(), static_cast<int>(products.size()), input, run.threads) != BW_NO_MEMORY;
 }
 
@@ -142,14 +157,6 @@ void turn_heads(const Run& run) {
     });
 }
 
-void gate_numbers(const Run& run) {
-    int64_t count = run.step.batch.tokens * run.decoder.intermediate;
-    for_tokens(run, (count + PIECE - 1) / PIECE, PIECE, [&](int64_t piece) {
-        int64_t first = piece * PIECE, last = first + PIECE < count ? first + PIECE : count;
-        bw_isa()->silu_multiply(run.rooms.gate, run.rooms.up, BW_FLOAT32, first, last, run.rooms.gate);
-    });
-}
-
 bool run_layer(Run& run, int64_t index) {
     const bw_decoder& d = run.decoder;
     const bw_layer& l = run.decoder.layers[index];
@@ -158,17 +165,16 @@ bool run_layer(Run& run, int64_t index) {
     const bw_pages& pages = s.pages[index];
     int64_t tokens = s.batch.tokens;
     run.layer = &l;
-    normalize(run, index ? r.branch : nullptr, l.attention_norm);
-    if (!apply(run, {product_of(l.query, r.query), product_of(l.key, r.key), product_of(l.value, r.value)}, r.normed, tokens))
+    Normed first(run, index ? r.branch : nullptr, l.attention_norm);
+    if (!apply(run, {product_of(l.query, r.query), product_of(l.key, r.key), product_of(l.value, r.value)}, first.input))
         return false;
     turn_heads(run);
     write_pages(pages, s.batch, r.key, r.value, run.threads);
     if (attend(pages, s.batch, r.query, d.heads, d.score_scale, l.window, r.mixed, run.threads) != BW_OK) return false;
-    if (!apply(run, {product_of(l.output, r.branch)}, r.mixed, tokens)) return false;
-    normalize(run, r.branch, l.mlp_norm);
-    if (!apply(run, {product_of(l.gate, r.gate), product_of(l.up, r.up)}, r.normed, tokens)) return false;
-    gate_numbers(run);
-    return apply(run, {product_of(l.down, r.branch)}, r.gate, tokens);
+    if (!apply(run, {product_of(l.output, r.branch)}, run.input(r.mixed, tokens))) return false;
+    Normed second(run, r.branch, l.mlp_norm);
+    if (multiply_gated(product_of(l.gate, r.gate), product_of(l.up, r.up), second.input, run.threads) == BW_NO_MEMORY) return false;
+    return apply(run, {product_of(l.down, r.branch)}, run.input(r.gate, tokens));
 }
 
 /* The logits of the rows that want them. */
@@ -181,7 +187,7 @@ bool run_head(const Run& run, float* logits) {
                      run.rooms.normed + i * d.hidden, d.hidden, BW_FLOAT32, d.epsilon};
         bw_isa()->rms_norm(&norm, 0);
     }
-    return apply(run, {product_of(d.head, logits)}, run.rooms.normed, s.output_count);
+    return apply(run, {product_of(d.head, logits)}, run.input(run.rooms.normed, s.output_count));
 }
 
 }  // namespace

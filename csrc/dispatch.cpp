@@ -4,6 +4,7 @@
 #include "isa_table.h"
 
 #if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
@@ -25,6 +26,15 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bfloat16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(__aarch64__) && !defined(BITWRIGHT_PLAIN)
+bool has_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true; /* every processor of Apple's computers */
+#endif
+}
+#endif
 
 constexpr Entry ENTRIES[] = {
     {&bw_scalar_table, always},
@@ -33,6 +43,9 @@ constexpr Entry ENTRIES[] = {
     {&bw_avx512_table, has_avx512},
     {&bw_avx512_vnni_table, has_vnni},
     {&bw_avx512_bf16_table, has_bfloat16},
+#elif defined(__aarch64__) && !defined(BITWRIGHT_PLAIN)
+    {&bw_neon_table, always},
+    {&bw_neon_dotprod_table, has_dotprod},
 #endif
 };
 constexpr int COUNT = sizeof ENTRIES / sizeof *ENTRIES;

@@ -32,7 +32,7 @@ typedef struct bw_linear_job {
  * `head`), and the chunks [first_chunk, chunks) of the `context` tokens that they see. */
 typedef struct bw_tile {
     int64_t sequence, head, first, rows, context, first_chunk, chunks;
-    int64_t first_piece; /* the number of its first chunk among those of all tiles */
+    int64_t first_piece, pieces; /* the number of its first span among those of all tiles, and how many it has */
 } bw_tile;
 
 typedef struct bw_attention_job {
@@ -43,10 +43,10 @@ typedef struct bw_attention_job {
     int64_t heads, window;
     float scale;
     const bw_tile* tiles;
-    float* parts; /* of single chunks, where they are dealt out to threads */
+    float* parts; /* of single spans, where they are dealt out to threads */
 } bw_attention_job;
 
-/* What is dealt out: whole tiles; or single chunks of all tiles, and then tiles, whose chunks are put together. */
+/* What is dealt out: whole tiles; or single spans of all tiles, and then tiles, whose spans are put together. */
 enum bw_phase { BW_PHASE_WHOLE, BW_PHASE_PIECES, BW_PHASE_FOLDED };
 
 /* One token of x, times input_scale [columns] if it is not NULL, to words, sums and scale; `row` is scratch of columns +
@@ -95,6 +95,10 @@ extern const bw_isa_table bw_neon_dotprod_table;
 /* Tokens of a context whose scores are taken together, and rows of a tile of attention. */
 #define BW_CHUNK 128
 #define BW_ROWS 16
+/* Chunks that are folded by themselves, and may be another thread's than those before. */
+#define BW_SPAN 4
+/* Numbers of a head are padded to a multiple of this where codes are read. */
+#define BW_SLAB 64
 #ifndef BW_AHEAD
 #define BW_AHEAD 2048 /* bytes */
 #endif

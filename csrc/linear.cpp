@@ -12,7 +12,7 @@ namespace {
 
 thread_local Scratch scratch;
 
-constexpr int64_t MOST_PANELS = 16; // of a piece: the last one is waited for
+constexpr int64_t MOST_PANELS = 4; // of a piece: the last one is waited for
 
 int64_t size_of(int32_t dtype) { return dtype == BW_FLOAT32 ? 4 : 2; }
 int64_t panels_of(const bw_weight& w) { return (w.rows + BW_PANEL - 1) / BW_PANEL; }
@@ -56,21 +56,6 @@ void prepare_tokens(void* context, int64_t first, int64_t last, int worker) {
     }
 }
 
-struct Panels {
-    bw_linear_job jobs[MOST_PRODUCTS];
-    int64_t ends[MOST_PRODUCTS]; /* where each job's panels end in those of all */
-};
-
-void run_panels(void* context, int64_t first, int64_t last, int) {
-    const Panels& p = *static_cast<Panels*>(context);
-    for (int64_t job = 0, begin = 0; first < last; begin = p.ends[job++]) {
-        if (first >= p.ends[job]) continue;
-        int64_t end = last < p.ends[job] ? last : p.ends[job];
-        bw_isa()->panels(&p.jobs[job], first - begin, end - begin);
-        first = end;
-    }
-}
-
 /* Memory of a product's words, sums and scales. */
 struct Room {
     size_t words, sums, scales;
@@ -91,42 +76,157 @@ struct Room {
     }
 };
 
-/* Tokens [first, first + tokens), at most BW_TOKENS. */
-int run_block(const Product* products, int count, const Input& input, int64_t first, int64_t tokens, int threads) {
-    Panels panels;
-    int source[MOST_PRODUCTS];
-    size_t wanted = 0;
-    int64_t row = 0, total = 0;
+/* Products of one block of tokens. Few tokens are prepared by every worker for itself: that takes less time than waiting
+ * until another has done it. More are dealt out. */
+struct Block {
+    const Product* products;
+    int count;
+    const Input* input;
+    int64_t first, tokens;
+    bool is_gated, is_private;
+    bw_linear_job jobs[MOST_PRODUCTS];
+    int source[MOST_PRODUCTS];   /* the first product that reads the same words */
+    int64_t ends[MOST_PRODUCTS]; /* where each job's panels end in those of all */
+    int64_t columns, row;        /* numbers of a token, and of what preparing one takes */
+    size_t words;                /* bytes of all prepared tokens */
+    char* memory = nullptr;
+    std::atomic<int> status{BW_OK};
+    std::atomic<bool> has_sums{false}; /* whether somebody has the sums of the norm to write */
+
+    Block(const Product* given, int number, const Input& from, int64_t begin, int64_t size, bool gates, int threads)
+        : products(given), count(number), input(&from), first(begin), tokens(size), is_gated(gates),
+          is_private(size < BW_TILE && (threads > 1 || from.norm)) {
+        plan();
+    }
+    void plan();
+    size_t bytes_of_worker() const { return 64 + words + padded((row + (input->norm ? 2 * tokens * columns : 0)) * 4); }
+    void prepare(int threads);
+    bool is_ready(int worker) const { return *reinterpret_cast<const bool*>(memory + bytes_of_worker() * worker); }
+    void prepare_alone(int worker);
+    void place(char* at, bw_linear_job (&placed)[MOST_PRODUCTS]) const;
+    void run(int64_t from, int64_t to, int worker);
+};
+
+void Block::plan() {
+    int64_t total = 0;
+    words = 0;
+    row = 0;
+    columns = products[0].weight->columns;
     for (int i = 0; i < count; i++) {
         const bw_weight& w = *products[i].weight;
         source[i] = i;
-        for (int j = i - 1; j >= 0; j--) source[i] = read_alike(products[j], products[i], input) ? j : source[i];
-        bw_route route = route_of(products[i], input);
-        char* y = static_cast<char*>(products[i].y) + first * w.rows * size_of(input.y_dtype);
-        panels.jobs[i] = {&w, {route, tokens * rows_of(route), nullptr, nullptr, nullptr}, products[i].bias, y, input.y_dtype};
-        panels.ends[i] = total += panels_of(w);
-        if (source[i] == i) wanted += Room(products[i], route, tokens).bytes();
+        for (int j = i - 1; j >= 0; j--) source[i] = read_alike(products[j], products[i], *input) ? j : source[i];
+        bw_route route = route_of(products[i], *input);
+        char* y = static_cast<char*>(products[i].y) + first * w.rows * size_of(input->y_dtype);
+        jobs[i] = {&w, {route, tokens * rows_of(route), nullptr, nullptr, nullptr}, products[i].bias, y, input->y_dtype};
+        ends[i] = total += panels_of(w);
+        if (source[i] == i) words += Room(products[i], route, tokens).bytes();
         row = 3 * w.slots + w.columns > row ? 3 * w.slots + w.columns : row;
     }
-    char* memory = scratch.take(wanted + padded(threads * row * 4));
-    if (!memory) return BW_NO_MEMORY;
-    std::atomic<int> status{BW_OK};
-    float* rows = reinterpret_cast<float*>(memory + wanted);
+}
+
+/* The jobs, with their tokens' memory from `at` on. */
+void Block::place(char* at, bw_linear_job (&placed)[MOST_PRODUCTS]) const {
     for (int i = 0; i < count; i++) {
-        bw_tokens& own = panels.jobs[i].tokens;
+        placed[i] = jobs[i];
         if (source[i] != i) {
-            own = panels.jobs[source[i]].tokens;
+            placed[i].tokens = placed[source[i]].tokens;
             continue;
         }
-        Room room(products[i], own.route, tokens);
-        room.place(own, memory);
-        memory += room.bytes();
-        Preparation preparation{&products[i], &input, first, &own, rows, &status};
-        parallel(tokens < BW_TILE ? 1 : threads, tokens, BW_TILE, prepare_tokens, &preparation);
+        Room room(products[i], jobs[i].tokens.route, tokens);
+        room.place(placed[i].tokens, at);
+        at += room.bytes();
     }
-    int64_t grain = total / (threads * 8);
-    parallel(threads, total, grain < MOST_PANELS ? grain : MOST_PANELS, run_panels, &panels);
-    return status.load();
+}
+
+/* For all workers. */
+void Block::prepare(int threads) {
+    bw_linear_job placed[MOST_PRODUCTS];
+    place(memory, placed);
+    for (int i = 0; i < count; i++) {
+        jobs[i] = placed[i];
+        if (source[i] != i) continue;
+        Preparation preparation{&products[i], input, first, &jobs[i].tokens, reinterpret_cast<float*>(memory + words), &status};
+        parallel(threads, tokens, BW_TILE, prepare_tokens, &preparation);
+    }
+}
+
+/* For one worker: its memory holds whether it is ready, prepared tokens, a row, and norms and sums. */
+void Block::prepare_alone(int worker) {
+    char* own = memory + bytes_of_worker() * static_cast<size_t>(worker);
+    float *scratch_row = reinterpret_cast<float*>(own + 64 + words), *normed = scratch_row + row;
+    bw_linear_job placed[MOST_PRODUCTS];
+    place(own + 64, placed);
+    Input from = *input;
+    if (input->norm) {
+        bw_norm norm = *input->norm;
+        norm.y = normed;
+        if (has_sums.exchange(true)) norm.sum = normed + tokens * columns;
+        for (int64_t token = 0; token < tokens; token++) bw_isa()->rms_norm(&norm, token);
+        from.x = normed;
+    }
+    for (int i = 0; i < count; i++) {
+        if (source[i] != i) continue;
+        Preparation preparation{&products[i], &from, first, &placed[i].tokens, scratch_row, &status};
+        prepare_tokens(&preparation, 0, tokens, 0);
+    }
+    *reinterpret_cast<bool*>(own) = true;
+}
+
+/* Panels [from, to) of all products one after the other; of gated ones those of both at once. */
+void Block::run(int64_t from, int64_t to, int worker) {
+    bw_linear_job own[MOST_PRODUCTS];
+    if (is_private) {
+        if (!is_ready(worker)) prepare_alone(worker);
+        place(memory + bytes_of_worker() * static_cast<size_t>(worker) + 64, own);
+    }
+    const bw_linear_job* placed = is_private ? own : jobs;
+    if (is_gated) {
+        int64_t rows = placed[0].weight->rows;
+        for (int64_t panel = from; panel < to; panel++) {
+            int64_t begin = panel * BW_PANEL, end = begin + BW_PANEL < rows ? begin + BW_PANEL : rows;
+            for (int i = 0; i < 2; i++) bw_isa()->panels(&placed[i], panel, panel + 1);
+            for (int64_t token = 0; token < tokens; token++)
+                bw_isa()->silu_multiply(placed[0].y, placed[1].y, BW_FLOAT32, token * rows + begin, token * rows + end, placed[0].y);
+        }
+        return;
+    }
+    for (int64_t job = 0, begin = 0; from < to; begin = ends[job++]) {
+        if (from >= ends[job]) continue;
+        int64_t end = to < ends[job] ? to : ends[job];
+        bw_isa()->panels(&placed[job], from - begin, end - begin);
+        from = end;
+    }
+}
+
+/* Tokens [first, first + tokens), at most BW_TOKENS. */
+int run_block(Block& block, int threads) {
+    size_t shared = block.words + padded(threads * block.row * 4), all = block.bytes_of_worker() * static_cast<size_t>(threads);
+    block.memory = scratch.take(block.is_private ? all : shared);
+    if (!block.memory) return BW_NO_MEMORY;
+    if (!block.is_private) block.prepare(threads);
+    else
+        for (int worker = 0; worker < threads; worker++)
+            *reinterpret_cast<bool*>(block.memory + block.bytes_of_worker() * static_cast<size_t>(worker)) = false;
+    int64_t total = block.is_gated ? block.ends[0] : block.ends[block.count - 1], grain = total / (threads * 8);
+    parallel(threads, total, grain < MOST_PANELS ? grain : MOST_PANELS, [](void* context, int64_t from, int64_t to, int worker) {
+        static_cast<Block*>(context)->run(from, to, worker);
+    }, &block);
+    return block.status.load();
+}
+
+int run_blocks(const Product* products, int count, const Input& input, bool is_gated, int threads) {
+    int status = BW_OK;
+    int64_t most = BW_TOKENS;
+    for (int i = 0; i < count; i++) most = BW_TOKENS / rows_of(route_of(products[i], input)) < most ? BW_TOKENS / 2 : most;
+    for (int64_t first = 0; first < input.count; first += most) {
+        int64_t tokens = input.count - first < most ? input.count - first : most;
+        Block block(products, count, input, first, tokens, is_gated, threads);
+        int found = run_block(block, threads);
+        if (found == BW_NO_MEMORY) return found;
+        if (found != BW_OK) status = found;
+    }
+    return status;
 }
 
 }  // namespace
@@ -142,16 +242,12 @@ bool is_sound(const bw_weight& w) {
 }
 
 int multiply(const Product* products, int count, const Input& input, int threads) {
-    int status = BW_OK;
-    int64_t most = BW_TOKENS;
-    for (int i = 0; i < count; i++) most = BW_TOKENS / rows_of(route_of(products[i], input)) < most ? BW_TOKENS / 2 : most;
-    for (int64_t first = 0; first < input.count; first += most) {
-        int64_t tokens = input.count - first < most ? input.count - first : most;
-        int found = run_block(products, count, input, first, tokens, threads);
-        if (found == BW_NO_MEMORY) return found;
-        if (found != BW_OK) status = found;
-    }
-    return status;
+    return run_blocks(products, count, input, false, threads);
+}
+
+int multiply_gated(const Product& gate, const Product& up, const Input& input, int threads) {
+    const Product both[] = {gate, up};
+    return run_blocks(both, 2, input, true, threads);
 }
 
 }  // namespace bitwright

@@ -18,12 +18,13 @@ struct Product {
  * token's largest, before bfloat16 weights to bfloat16. */
 enum class Precision { as_they_are, rounded };
 
-/* Tokens [count, columns] that several weights read. */
+/* Tokens [count, columns] that several weights read: x, or the norms of float32 rows, whose `y` is then not used. */
 struct Input {
     const void* x;
     int64_t count;
     int32_t x_dtype, y_dtype;
-    Precision precision; /* of activations that are not rounded to 8 bits */
+    Precision precision;           /* of activations that are not rounded to 8 bits */
+    const bw_norm* norm = nullptr; /* only of fewer than BW_TILE tokens */
 };
 
 constexpr int MOST_PRODUCTS = 4;
@@ -33,6 +34,8 @@ bool is_sound(const bw_weight& weight);
 /* At most MOST_PRODUCTS. BW_NOT_FINITE: some tokens that were to be rounded are not finite; their results are NaN, the
  * others' as they should be. */
 int multiply(const Product* products, int count, const Input& input, int threads);
+/* Two products of equal rows, float32; the first one's y becomes silu(y) times the other's. */
+int multiply_gated(const Product& gate, const Product& up, const Input& input, int threads);
 /* Row `id` of a weight, float32. */
 void look_up(const bw_weight& weight, int64_t id, float* y);
 /* Numbers [first, first + count) of a bw_dtype as float32. */

@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "ceilings.h"
 #include "layers.h"
+#include "pages_search.h"
 #include "pages.h"
 #include "attention.h"
 #include "sampling.h"

@@ -1,34 +1,30 @@
 /* New keys and values into their pages. Included inside an anonymous namespace. */
 
-/* One token's head [dimension] to unsigned codes of `levels` + 1 steps from its least number on; scale and least.
- * A number that is not finite makes the scale NaN. The same arithmetic as the caches in Python. */
-INLINE void code_head(const float* x, int64_t dimension, float levels, uint8_t* codes, float* scale_and_least) {
+/* One token's head [dimension] to unsigned codes of `levels` + 1 steps from its least number on; scale and least. Where
+ * the grid is searched, see pages_search.h. A number that is not finite makes the scale NaN. The same arithmetic as the
+ * caches in Python. */
+INLINE void code_head(const float* x, int64_t dimension, float levels, bool is_searched, uint8_t* codes, float* scale_and_least) {
     F low = set_f(x[0]), high = low, damage = set_f(0.0f);
     for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
         alignas(64) float part[BW_LANES];
-        for (int i = 0; i < BW_LANES; i++) part[i] = x[i < count ? d + i : 0];
-        F v = load_f(part);
+        for (int i = 0; count < BW_LANES && i < BW_LANES; i++) part[i] = x[i < count ? d + i : 0];
+        F v = load_f(count < BW_LANES ? part : x + d);
         low = min_f(v, low);
         high = max_f(v, high);
         damage = add_f(damage, sub_f(v, v));
     });
-    float lows[BW_LANES], highs[BW_LANES];
-    store_f(lows, low);
-    store_f(highs, high);
-    for (int i = 1; i < BW_LANES; i++) {
-        lows[0] = lows[i] < lows[0] ? lows[i] : lows[0];
-        highs[0] = highs[i] > highs[0] ? highs[i] : highs[0];
-    }
-    float scale = (highs[0] - lows[0]) / levels;
+    float least = -lane_most(sub_f(set_f(0.0f), low)), range = lane_most(high) - least, spoilt = lane_sum(damage);
+    if (is_searched && spoilt == 0 && search_head(x, dimension, least, range, codes, scale_and_least)) return;
+    float scale = range / levels;
     for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
-        F v = div_f(sub_f(load_part(x, d, BW_FLOAT32, count), set_f(lows[0])), set_f(scale == 0 ? 1.0f : scale));
+        F v = div_f(sub_f(load_part(x, d, BW_FLOAT32, count), set_f(least)), set_f(scale == 0 ? 1.0f : scale));
         I code = max_i(min_i(round_to_i(v), set_i((int32_t)levels)), set_i(0));
         alignas(64) uint8_t bytes[BW_LANES];
         store_bytes(bytes, code);
         memcpy(codes + d, bytes, (size_t)count);
     });
-    scale_and_least[0] = scale + lane_sum(damage);
-    scale_and_least[1] = lows[0];
+    scale_and_least[0] = scale + spoilt;
+    scale_and_least[1] = least;
 }
 
 /* A head times the Hadamard matrix of the largest power of two that divides its dimension, which undoes itself. */
@@ -61,7 +57,7 @@ inline void write_head(const float* x, int64_t dimension, int32_t code, bool is_
         return;
     }
     uint8_t codes[BW_MOST_DIMENSION];
-    code_head(x, dimension, code == BW_INT8 ? 255.0f : 15.0f, codes, scales + 2 * at);
+    code_head(x, dimension, code == BW_INT8 ? 255.0f : 15.0f, is_rotated && code == BW_INT4, codes, scales + 2 * at);
     if (code == BW_INT8) {
         memcpy((uint8_t*)storage + at * dimension, codes, (size_t)dimension);
         return;

@@ -9,13 +9,6 @@ INLINE float number_at(const void* x, int64_t index, int32_t dtype) {
     return first[0];
 }
 
-inline float lane_sum(F v) {
-    float lanes[BW_LANES], sum = 0;
-    store_f(lanes, v);
-    for (float lane : lanes) sum += lane;
-    return sum;
-}
-
 /* The numbers of a token as float32, padded with zeros to whole vectors. */
 inline void read_row(const void* x, int64_t first, int64_t columns, int64_t slots, int32_t dtype, float* row) {
     int64_t whole = columns / BW_LANES * BW_LANES;
@@ -36,22 +29,16 @@ inline float token_scale(const float* row, int64_t columns, float most) {
         greatest = max_f(v, greatest);
         damage = add_f(damage, sub_f(v, v)); /* 0, or NaN */
     }
-    float low[BW_LANES], high[BW_LANES], bad = lane_sum(damage);
-    store_f(low, least);
-    store_f(high, greatest);
-    for (int i = 1; i < BW_LANES; i++) {
-        low[0] = low[i] < low[0] ? low[i] : low[0];
-        high[0] = high[i] > high[0] ? high[i] : high[0];
-    }
+    float low = -lane_most(sub_f(set_f(0.0f), least)), high = lane_most(greatest), bad = lane_sum(damage);
     for (int64_t c = whole; c < columns; c++) {
-        low[0] = row[c] < low[0] ? row[c] : low[0];
-        high[0] = row[c] > high[0] ? row[c] : high[0];
+        low = row[c] < low ? row[c] : low;
+        high = row[c] > high ? row[c] : high;
         bad += row[c] - row[c];
     }
     if (bad != 0) return bad;
-    float largest = -low[0] > high[0] ? -low[0] : high[0], scale = largest / most;
+    float largest = -low > high ? -low : high, scale = largest / most;
     if (largest == 0) return 0;
-    if (low[0] == high[0] && largest >= tiny) return largest;
+    if (low == high && largest >= tiny) return largest;
     return scale < tiny ? tiny : scale;
 }
 

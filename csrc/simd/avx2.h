@@ -72,13 +72,6 @@ INLINE void store_float16(void* p, F v) {
     _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(v.b, 0));
 }
 
-INLINE __m256i eight_nibbles(const uint8_t* p) { /* four bytes, low halves first */
-    int32_t word;
-    memcpy(&word, p, 4);
-    __m256i v = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(word));
-    return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi64(v, 28)), _mm256_set1_epi32(15));
-}
-INLINE I load_nibbles(const uint8_t* p) { return {eight_nibbles(p), eight_nibbles(p + 4)}; }
 INLINE __m256 sum_eight_across(const __m256 (&v)[8]) {
     __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
@@ -92,6 +85,65 @@ INLINE F sum_across(const F (&v)[16]) {
     const __m256 high[8] = {sums[8], sums[9], sums[10], sums[11], sums[12], sums[13], sums[14], sums[15]};
     return {sum_eight_across(low), sum_eight_across(high)};
 }
+
+/* The sum of all lanes, halves to halves, and the largest. */
+INLINE float lane_sum(F v) {
+    __m256 eight = _mm256_add_ps(v.a, v.b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+INLINE float lane_most(F v) {
+    __m256 eight = _mm256_max_ps(v.a, v.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+INLINE I load_two(const void* low, const void* high) { /* 32 bytes each */
+    return {_mm256_loadu_si256((const __m256i*)low), _mm256_loadu_si256((const __m256i*)high)};
+}
+INLINE void transpose_eight(__m256i (&v)[8]) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+        v[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    }
+}
+/* Lane j of vector i to lane i of vector j. */
+INLINE void transpose(I (&v)[16]) {
+    __m256i quarters[4][8]; /* vectors 0 to 7 and 8 to 15, lower lanes; the same, upper lanes */
+    for (int i = 0; i < 8; i++) {
+        quarters[0][i] = v[i].a;
+        quarters[1][i] = v[8 + i].a;
+        quarters[2][i] = v[i].b;
+        quarters[3][i] = v[8 + i].b;
+    }
+    for (auto& quarter : quarters) transpose_eight(quarter);
+    for (int i = 0; i < 8; i++) {
+        v[i] = {quarters[0][i], quarters[1][i]};
+        v[8 + i] = {quarters[2][i], quarters[3][i]};
+    }
+}
+/* Sums of the products of signed 16-bit halves. */
+INLINE I dot_halves(I sum, I x, I y) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, y.b))};
+}
+/* 32 bytes each: of every byte a word with that of x in its low half; byte i is word paired_place(i) of both vectors. */
+INLINE void pair_bytes(const uint8_t* x, const uint8_t* y, I& first, I& second) {
+    first = or_i(load_bytes(x), shift_left<16>(load_bytes(y)));
+    second = or_i(load_bytes(x + 16), shift_left<16>(load_bytes(y + 16)));
+}
+INLINE int paired_place(int byte) { return byte; }
 
 INLINE Table load_table(const float* levels) { return {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
 INLINE __m256 look_up_half(Table t, __m256i index) { /* bit 3 of the index, moved to the sign, chooses the half */

@@ -40,10 +40,6 @@ INLINE void store_halves(void* p, I v) { _mm256_storeu_si256((__m256i*)p, _mm512
 INLINE F load_float16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_float16(void* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
 
-INLINE I load_nibbles(const uint8_t* p) { /* eight bytes, low halves first */
-    I v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
-    return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi64(v, 28)), _mm512_set1_epi32(15));
-}
 /* Lane i: the sum of vector i's lanes, all summed in one order. */
 INLINE F sum_across(const F (&v)[16]) {
     F pairs[8], fours[4];
@@ -58,6 +54,67 @@ INLINE F sum_across(const F (&v)[16]) {
     F b = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
+
+INLINE __m256 upper_half(F v) { return _mm512_castps512_ps256(_mm512_shuffle_f32x4(v, v, 0x4e)); }
+/* The sum of all lanes, halves to halves, and the largest. */
+INLINE float lane_sum(F v) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper_half(v));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+INLINE float lane_most(F v) {
+    __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), upper_half(v));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+INLINE I load_two(const void* low, const void* high) { /* 32 bytes each */
+    I v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)low));
+    return _mm512_mask_broadcast_i64x4(v, 0xf0, _mm256_loadu_si256((const __m256i*)high));
+}
+/* Lane j of vector i to lane i of vector j. */
+INLINE void transpose(I (&v)[16]) {
+    I a[16], b[16];
+    UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) { /* quarter q of b[4 k + i]: lanes 4 q + i of vectors 4 k to 4 k + 3 */
+        I even[2] = {_mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88)};
+        I odd[2] = {_mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd)};
+        v[i] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        v[4 + i] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        v[12 + i] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+}
+/* Sums of the products of signed 16-bit halves. */
+INLINE I dot_halves(I sum, I x, I y) {
+#if defined(BW_VNNI)
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); /* of the intrinsic GCC makes a copy of every sum */
+    return sum;
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(x, y));
+#endif
+}
+/* 32 bytes each: of every byte a word with that of x in its low half; byte i is word paired_place(i) of both vectors. */
+INLINE void pair_bytes(const uint8_t* x, const uint8_t* y, I& first, I& second) {
+    I a = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)x));
+    I b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)y));
+    first = _mm512_unpacklo_epi16(a, b);
+    second = _mm512_unpackhi_epi16(a, b);
+}
+INLINE int paired_place(int byte) { return byte % 8 / 4 * 16 + byte / 8 * 4 + byte % 4; }
 
 INLINE Table load_table(const float* levels) { return {_mm512_loadu_ps(levels)}; }
 INLINE F look_up(Table t, I index) { return _mm512_permutexvar_ps(index, t.values); }

@@ -100,7 +100,44 @@ INLINE void store_float16(void* p, F v) {
     memcpy(p, h, 32);
 }
 
-INLINE I load_nibbles(const uint8_t* p) { LANES(I, p[l / 2] >> l % 2 * 4 & 15); }
+/* The sum of all lanes, halves to halves, and the largest. */
+INLINE float lane_sum(F a) {
+    for (int half = 8; half; half /= 2)
+        for (int l = 0; l < half; l++) a.v[l] += a.v[l + half];
+    return a.v[0];
+}
+INLINE float lane_most(F a) {
+    for (int l = 1; l < 16; l++) a.v[0] = a.v[l] > a.v[0] ? a.v[l] : a.v[0];
+    return a.v[0];
+}
+INLINE I load_two(const void* low, const void* high) { /* 32 bytes each */
+    I r;
+    memcpy(r.v, low, 32);
+    memcpy(r.v + 8, high, 32);
+    return r;
+}
+/* Lane j of vector i to lane i of vector j. */
+INLINE void transpose(I (&v)[16]) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) {
+            int32_t lane = v[i].v[j];
+            v[i].v[j] = v[j].v[i];
+            v[j].v[i] = lane;
+        }
+}
+INLINE int32_t half_product(int32_t x, int32_t y) { return (int16_t)(bits(x) & 0xffff) * (int16_t)(bits(y) & 0xffff); }
+/* Sums of the products of signed 16-bit halves. */
+INLINE I dot_halves(I sum, I x, I y) {
+    LANES(I, (int32_t)(bits(sum.v[l]) + bits(half_product(x.v[l], y.v[l])) + bits(half_product(x.v[l] >> 16, y.v[l] >> 16))));
+}
+/* 32 bytes each: of every byte a word with that of x in its low half; byte i is word paired_place(i) of both vectors. */
+INLINE void pair_bytes(const uint8_t* x, const uint8_t* y, I& first, I& second) {
+    for (int l = 0; l < 16; l++) {
+        first.v[l] = x[l] | y[l] << 16;
+        second.v[l] = x[16 + l] | y[16 + l] << 16;
+    }
+}
+INLINE int paired_place(int byte) { return byte; }
 /* Lane i: the sum of vector i's lanes, all summed in one order. */
 INLINE F sum_across(const F (&a)[16]) {
     LANES(F, 0.0f + (((a[l].v[0] + a[l].v[8]) + (a[l].v[4] + a[l].v[12])) + ((a[l].v[2] + a[l].v[10]) + (a[l].v[6] + a[l].v[14]))) +

@@ -118,19 +118,29 @@ def check(case: Case, tolerance: float, window: int = 0) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_it_equals_float64(isa: str, storage: str) -> None:
-    # A code may fall on the other side of a boundary than in torch, which divides as we do but sums differently.
+    # Over codes, queries and weights are rounded to 15 bits and a sign: a hundredth of what rounding to codes costs.
+    tolerance = 3e-4 if storage in CODED else 1e-5
     for number, shape in enumerate(SHAPES):
-        check(make(storage, shape, BATCHES[number % len(BATCHES)]), 1e-5)
-        check(make(storage, shape, BATCHES[(number + 1) % len(BATCHES)]), 1e-5, window=(1, 50, 128, 129)[number % 4])
+        check(make(storage, shape, BATCHES[number % len(BATCHES)]), tolerance)
+        windowed = make(storage, shape, BATCHES[(number + 1) % len(BATCHES)])
+        check(windowed, tolerance, window=(1, 50, 128, 129)[number % 4])
 
 
+@pytest.mark.parametrize("dimension", [48, 64, 128, 256, 512])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("storage", CODED)
-def test_codes_and_scales_are_those_of_the_caches_in_torch(isa: str, storage: str) -> None:
-    pages = empty_pages(storage, 2, 3, 32, 64)
-    x = torch.cat([torch.randn(37, 3, 64), torch.zeros(1, 3, 64), torch.full((1, 3, 64), -2.5), torch.rand(1, 3, 64)])
+def test_codes_and_scales_are_those_of_the_caches_in_torch(
+    isa: str, storage: str, rotated: bool, dimension: int
+) -> None:
+    """Bit for bit, also where the grid of rotated codes is searched."""
+    pages = empty_pages(storage, 2, 3, 32, dimension, rotated)
+    x = torch.cat([torch.randn(37, 3, dimension), *(f(1, 3, dimension) for f in (torch.zeros, torch.ones, torch.rand))])
+    x[1] *= 1e-36
+    x[2] *= 1e35
+    x[3] += 100
     write_pages(pages, as_batch([(40, 40)], [[1, 0]]), x, x)
     for codes, scale, code in zip(
-        (pages.keys, pages.values), (pages.key_scale, pages.value_scale), codes_of(storage, False), strict=True
+        (pages.keys, pages.values), (pages.key_scale, pages.value_scale), codes_of(storage, rotated), strict=True
     ):
         assert scale is not None and code is not None
         wanted = encode_kv(x.transpose(0, 1)[None], code)
@@ -143,8 +153,8 @@ def test_codes_and_scales_are_those_of_the_caches_in_torch(isa: str, storage: st
 @pytest.mark.parametrize("shape", [(4, 2, 64, 32), (6, 2, 48, 32), (3, 1, 128, 16)])
 @pytest.mark.parametrize("storage", CODED)
 def test_rotated_codes(isa: str, storage: str, shape: tuple[int, int, int, int]) -> None:
-    """The Hadamard sums are taken in another order than torch's, so a code may differ by one here and there."""
-    check(make(storage, shape, [(3, 200), (1, 31)], rotated=True), 0.02 if storage == "int8" else 0.2)
+    case = make(storage, shape, [(3, 200), (1, 31)], rotated=True)
+    check(case, 4e-3)  # a head of one sign is one large number when it is rotated, and its range as large
 
 
 @pytest.mark.parametrize("storage", STORAGES)

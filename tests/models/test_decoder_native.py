@@ -87,11 +87,21 @@ def test_a_row_depends_on_its_text_alone(number: int) -> None:
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "int4-rotated", "k8v4", "none/1:int8"])
 def test_coded_keys_and_values(kv: str) -> None:
-    model = build("qwen3")
+    model = build("qwen3", head_dim=64)
     decoder = NativeDecoder(model)
     decoder_laws.does_not_depend_on_chunks(decoder, kv)
-    found, expected = (_logits(each, kv) for each in (decoder, TorchDecoder(model)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 if "4" in kv else 2e-3)
+    reference = TorchDecoder(model)
+    found, expected, exact = _logits(decoder, kv), _logits(reference, kv), _logits(reference, "none")
+    # Queries and weights of 16 bits move a number by 1e-5, and then a code here and there falls on its other side: its
+    # error is another one, but no larger.
+    lost, lost_in_torch = ((each - exact).square().mean() for each in (found, expected))
+    assert lost <= 1.1 * lost_in_torch and (found - expected).square().mean() <= 0.02 * lost_in_torch
+
+
+def test_small_rotated_heads_in_four_bits_are_refused() -> None:
+    """Their offset has a pattern that only attention in torch knows."""
+    with pytest.raises(ArgumentError, match="rotated head of 16"):
+        NativeDecoder(build("qwen3", head_dim=16)).new_cache(1, parse_kv("int4-rotated"))
 
 
 def _logits(decoder: Any, kv: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import ArgumentError
+from bitwright.core.kv_codes import has_patterns
 from bitwright.core.kv_scheme import KVCode, KVScheme
 from bitwright.core.scheme import LayerScheme
 from bitwright.kernels import native, native_library
@@ -73,6 +74,8 @@ def refuse_cache(scheme: KVScheme, head_dim: int) -> str | None:
         bits = tuple(code.bits for code in codes)
         if not all(_is_own(code) for code in codes) or bits not in ((8, 8), (4, 4), (8, 4)):
             return f"keys as {each.key.name} and values as {each.value.name} are not supported"
+        if any(has_patterns(code, head_dim) for code in codes):
+            return f"a rotated head of {head_dim} numbers in 4 bits is not supported"
         if head_dim * min(code.bits for code in codes) % 8:
             return f"a head of {head_dim} numbers is an odd number of 4-bit codes"
     return None
