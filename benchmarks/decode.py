@@ -38,6 +38,7 @@ SCHEMES = {
     "w8a8": ("q8_0", "int8", "w8"),
     "w8": ("q8_0", "int8", "w8"),
 }
+PEERS = ("llama-cpp", "openvino", "onnxruntime-genai", "transformers")
 HEADS = {scheme: "w8a8" if scheme.endswith("a8") else "w8" for scheme in SCHEMES}
 
 
@@ -52,8 +53,8 @@ class Engine:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    start: float = 0.0
-    peak: float = 0.0
+    starts: list[float] = field(default_factory=list)
+    memory: tuple[float, ...] = ()  # GiB: the peak, and at the end resident, proportional, private
     problem: str = ""
     process: subprocess.Popen[str] | None = None
     says_ready: bool = True
@@ -62,7 +63,7 @@ class Engine:
         pipe, settings = subprocess.PIPE, {**os.environ, **self.environment}
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=settings)
         if self.says_ready:
-            self.start = float((self._read() or "ready 0").split()[1])
+            self.starts.append(float((self._read() or "ready 0").split()[1]))
         else:
             self.process.send_signal(signal.SIGSTOP)
 
@@ -96,7 +97,8 @@ class Engine:
 
     def close(self) -> None:
         if self.process is not None:
-            self.peak = float(self.ask("peak") or 0) / (1 << 30) if self.says_ready else 0.0
+            if self.says_ready:
+                self.memory = tuple(int(size) / (1 << 30) for size in self.ask("memory").split())
             self.process.kill()
             self.process.wait()
             self.process = None
@@ -104,7 +106,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One engine on one model: tokens a second (totals over the batch), seconds, GiB."""
+    """One engine on one model: tokens a second (totals over the batch), seconds, GiB.
+
+    ``start_seconds``: from the start of the process to the first token, with the files in the system's cache.
+    ``held_gib``: what the process holds at the end, of shared pages its share; ``private_gib``: what it alone holds.
+    """
 
     shape: str
     scheme: str
@@ -115,6 +121,8 @@ class Row:
     share_of_floor: float
     start_seconds: float
     peak_gib: float
+    held_gib: float
+    private_gib: float
     rounds: int
     problem: str
 
@@ -145,10 +153,11 @@ def prepare(work: Path, peers: Path | None, wanted: list[str], name: str, scheme
         command += ["--scheme", scheme, "--algorithm", "rtn", "--no-check"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     gguf, openvino, _ = SCHEMES[scheme]
-    for engine, kind, suffix in (("llama-cpp", gguf, ".gguf"), ("openvino", openvino, "")):
-        target = work / f"{name}-{kind}{suffix}"
+    made = (("llama-cpp", "gguf", gguf), ("openvino", "openvino", openvino), ("onnxruntime-genai", "onnx", openvino))
+    for engine, writer_name, kind in made:
+        target = work / f"{name}-{kind}.{writer_name}" if engine != "openvino" else work / f"{name}-{kind}"
         python = None if peers is None else peers / engine / "bin" / "python"
-        writer = DRIVERS / ("gguf_writer.py" if engine == "llama-cpp" else "openvino_writer.py")
+        writer = DRIVERS / f"{writer_name}_writer.py"
         if engine in wanted and not target.exists() and python is not None and python.exists():
             subprocess.run([str(python), str(writer), str(source), str(target), kind], check=False)
         files[engine] = target
@@ -160,7 +169,13 @@ def engines(args: argparse.Namespace, name: str, scheme: str, threads: int) -> l
     path = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
     settings = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}  # how they wait for each other is theirs to choose
     ours = [sys.executable, str(DRIVERS / "bitwright_driver.py"), str(files["bitwright"]), str(threads), HEADS[scheme]]
-    found = [Engine(name="bitwright", command=ours, environment=settings)]
+    kept = [*ours, "--kept", str(args.work_dir / "kept")]
+    found = [
+        Engine(name="bitwright", command=ours, environment=settings),
+        Engine(name="bitwright, packed before", command=kept, environment=settings),
+    ]
+    start_again(found[1], 1)  # so that it is
+    found[1].starts.clear()
     for peer in args.peers:
         own = peer == "transformers"
         python = sys.executable if own else str(args.peers_dir / peer / "bin" / "python")
@@ -172,10 +187,20 @@ def engines(args: argparse.Namespace, name: str, scheme: str, threads: int) -> l
     return found
 
 
+def start_again(engine: Engine, times: int) -> None:
+    """Start and end it so many times."""
+    for _ in range(times):
+        if not engine.problem:
+            engine.open()
+            engine.close()
+
+
 def measure(args: argparse.Namespace, name: str, scheme: str, threads: int) -> list[Row]:
     command = floor_command(build_floor(args.work_dir), SHAPES[name], scheme, threads)
     floor = Engine(name="floor", command=command, says_ready=False)
     members = engines(args, name, scheme, threads)
+    for engine in members:
+        start_again(engine, args.starts - 1)
     for engine in (floor, *members):
         if not engine.problem:
             engine.open()
@@ -196,7 +221,8 @@ def measure(args: argparse.Namespace, name: str, scheme: str, threads: int) -> l
     rows = [
         Row(
             shape=name, scheme=scheme, threads=threads, engine=told, decode={1: floor_rate}, prefill=0.0,
-            share_of_floor=1.0, start_seconds=0.0, peak_gib=0.0, rounds=args.rounds, problem="",
+            share_of_floor=1.0, start_seconds=0.0, peak_gib=0.0, held_gib=0.0, private_gib=0.0, rounds=args.rounds,
+            problem="",
         )
     ]  # fmt: skip
     return rows + [_row(engine, name, scheme, threads, floor_rate) for engine in members]
@@ -209,23 +235,27 @@ def _row(engine: Engine, name: str, scheme: str, threads: int, floor_rate: float
         if seconds:
             decode[batch] = batch * STEPS[batch] / statistics.median(seconds)
     prefill = engine.seconds.get(f"prefill {PROMPT}")
+    peak, _, held, private = engine.memory if len(engine.memory) == 4 else (0.0, 0.0, 0.0, 0.0)
     return Row(
         shape=name, scheme=scheme, threads=threads, engine=engine.name, decode=decode,
         prefill=PROMPT / statistics.median(prefill) if prefill else 0.0,
-        share_of_floor=decode.get(1, 0.0) / floor_rate, start_seconds=engine.start, peak_gib=engine.peak,
+        share_of_floor=decode.get(1, 0.0) / floor_rate, start_seconds=statistics.median(engine.starts or [0.0]),
+        peak_gib=peak, held_gib=held, private_gib=private,
         rounds=len(prefill or ()), problem=engine.problem,
     )  # fmt: skip
 
 
 def render(rows: list[Row]) -> str:
-    heads = "shape", "scheme", "threads", "engine", "decode 1", "of floor", "4", "16", "prefill 512", "start s", "GiB"
+    heads = ["shape", "scheme", "threads", "engine", "decode 1", "of floor", "4", "16", "prefill 512", "start s"]
+    heads += ["peak GiB", "held", "private"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [f"{row.decode[batch]:.1f}" if batch in row.decode else "-" for batch in BATCHES]
         name = f"{row.engine}: {row.problem}" if row.problem else row.engine
         lines.append(
             f"| {row.shape} | {row.scheme} | {row.threads} | {name} | {cells[0]} | {row.share_of_floor:.0%} "
-            f"| {cells[1]} | {cells[2]} | {row.prefill:.0f} | {row.start_seconds:.1f} | {row.peak_gib:.2f} |"
+            f"| {cells[1]} | {cells[2]} | {row.prefill:.0f} | {row.start_seconds:.1f} | {row.peak_gib:.2f} "
+            f"| {row.held_gib:.2f} | {row.private_gib:.2f} |"
         )
     return "\n".join(lines)
 
@@ -234,11 +264,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--peers-dir", type=Path)
-    parser.add_argument("--peers", nargs="*", default=["llama-cpp", "openvino", "transformers"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--threads", nargs="*", type=int, default=[2, 1])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=3, help="of each engine, of which the median counts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -246,8 +277,9 @@ def main() -> None:
     for name in args.shapes:
         for scheme in args.schemes:
             for threads in args.threads:
-                rows += measure(args, name, scheme, threads)
-                print(render(rows[-len(args.peers) - 2 :]), flush=True)
+                found = measure(args, name, scheme, threads)
+                rows += found
+                print(render(found), flush=True)
     if args.json:
         record = {
             "command": shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]]),

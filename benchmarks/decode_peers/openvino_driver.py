@@ -29,6 +29,9 @@ class OpenVino:
         self._sequences, self._length = sequences, 0
         self._run(tokens)
 
+    def fill(self, tokens: int) -> None:
+        raise NotImplementedError("long contexts are compared with llama.cpp alone")
+
     def step(self) -> None:
         self._run(1)
 

@@ -28,6 +28,9 @@ class Transformers:
         ids = torch.randint(3, 1000, (sequences, tokens))
         self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
+    def fill(self, tokens: int) -> None:
+        raise NotImplementedError("long contexts are compared with llama.cpp alone")
+
     @torch.inference_mode()
     def step(self) -> None:
         ids = torch.randint(3, 1000, (self._batch, 1))
