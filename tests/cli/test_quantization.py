@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from bitwright.cli import main, signals
-from bitwright.cli.quantization import resume_command
+from bitwright.cli.quantization import render_plan, resume_command
 from bitwright.formats.storage import file_sha256
+from bitwright.kernels.gpu import library
 from bitwright.quantization import job
+from bitwright.quantization.events import Event
 from bitwright.quantization.plan import Unit
 from tests.evaluation.conftest import save_model
 
@@ -181,6 +183,20 @@ def test_signals_act_as_before_afterwards(tmp_path: Path) -> None:
 def test_the_resume_command_never_restarts() -> None:
     arguments = ["quantize", "a b", "-o", "c", "--restart", "--scheme", "w4"]
     assert resume_command(arguments) == "bitwright quantize 'a b' -o c --scheme w4"
+
+
+def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_has_its_memory_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if library.missing() is None:
+        pytest.skip("there is a GPU here")
+    assert quantize(tmp_path / "out", "--device", "cuda") == 2
+    told = capsys.readouterr().err
+    assert "BW201" in told and "no usable GPU is present" in told and not (tmp_path / "out").exists()
+    facts = {"model": "m", "scheme": "w4", "algorithm": "gptq", "format": "native", "layers": 1, "blocks": 1}
+    facts |= {"left_float": 0, "source_bytes": 1, "output_bytes": 1, "device": "cuda:0", "device_bytes": 3 << 30}
+    shown = render_plan(Event("plan", "", facts), tmp_path)
+    assert re.search(r"device +cuda:0, about 3\.\d* GB at most", shown), shown
 
 
 def test_every_option_reaches_the_run(tmp_path: Path) -> None:
