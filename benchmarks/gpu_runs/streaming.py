@@ -44,6 +44,8 @@ def measure_streaming(bench: Bench) -> Section:
 
 def _stream(bench: Bench, section: Section, source: Path, output: Path, algorithm: str) -> None:
     def listen(event: Event) -> None:
+        if event.kind == "plan" and "device_bytes" in event.data:
+            section.notes.append(f"{algorithm}: planned {event.data['device_bytes'] / 1e9:.2f} GB of the GPU at most")
         if event.kind != "unit" or event.data["unit"] == "outer":
             return
         error, seconds = event.data["output_error"], event.data["seconds"]
@@ -53,6 +55,8 @@ def _stream(bench: Bench, section: Section, source: Path, output: Path, algorith
     fields: dict[str, Any] = {"samples": bench.size(SAMPLES, 2), "seqlen": bench.size(LENGTH, 16)}
     if algorithm == "gptq":
         fields["calibration"] = source / "text.txt"
+    if not bench.is_dry:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     quantize(source, output, scheme=f"w4g{bench.size(128, 32)}", algorithm=algorithm, on_event=listen,
              device=str(bench.device), **fields)  # fmt: skip
