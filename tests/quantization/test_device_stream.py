@@ -122,6 +122,8 @@ def test_the_module_and_its_buffers_are_as_they_were_afterwards(tmp_path: Path, 
     frequencies = module.get_submodule("model.rotary_emb").get_buffer("inv_freq")
     api.quantize(module, tmp_path / "out", device="cuda", scheme="w4g32")
     assert lane.log
+    with on_device(MemorySource(module), lane, []):
+        assert module.get_submodule("model.rotary_emb").get_buffer("inv_freq").device == PLACE != frequencies.device
     assert module.get_submodule("model.rotary_emb").get_buffer("inv_freq") is frequencies
     for name, tensor in module.state_dict().items():
         assert type(tensor) is Tensor and torch.equal(tensor, before[name])
