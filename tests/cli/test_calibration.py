@@ -61,6 +61,7 @@ def test_four_bit_weights_and_eight_bit_keys_together(
 
 
 def test_check_and_export(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """E6."""
     export = ["--export-lmdeploy", str(tmp_path / "weights"), "--tensor-parallel", "2"]
     assert main(["calibrate", str(model), *FAST, "--check", "--json", *export]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])

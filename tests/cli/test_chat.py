@@ -88,6 +88,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 def test_what_cannot_be_is_said_before_anybody_types(
     more: list[str], status: int, told: str, typed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """E8."""
     assert main(["chat", "demo:", *more]) == status
     assert told in capsys.readouterr().err
 
@@ -96,5 +97,6 @@ def test_what_cannot_be_is_said_before_anybody_types(
 def test_policies_say_what_they_mean(
     policy: str, scheme: str, typed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """E8."""
     assert main(["chat", "turbomind", "demo:", "--model-format", "hf", "--quant-policy", policy]) == 0
     assert scheme in capsys.readouterr().out.splitlines()[0]

@@ -45,6 +45,7 @@ def test_online_codes_are_those_of_the_formula(bits: int) -> None:
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("value", [0.0, 2.0, -3.5, 1e-30, -1e-42, 3e38, 65504.0])
 def test_constant_inputs_come_back_exactly(name: str, value: float) -> None:
+    """E2."""
     code = code_of(name)
     x = torch.full((1, 2, 4, HEAD), value if abs(value) < 1e38 or not code.rotated else 1e37)
     back = decode_kv(encode_kv(x, code), code, HEAD)
@@ -91,6 +92,7 @@ def test_the_static_formula_clamps_its_extremes() -> None:
 
 
 def test_the_symmetric_static_formula() -> None:
+    """E3."""
     x = torch.tensor([-2.54, 0.0, 2.54, 0.01]).view(1, 1, 1, 4)
     parameters = StaticParameters(torch.tensor([2.54 / 127]), torch.tensor([0.0]))
     coded = encode_kv(x, code_of("int8-static-sym"), parameters)

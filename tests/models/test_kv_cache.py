@@ -145,6 +145,7 @@ def test_padding_on_the_left_changes_no_code(scheme: str) -> None:
 
 
 def test_the_thousandth_token_leaves_the_first_as_it_was() -> None:
+    """E20."""
     cache = QuantizedCache(build("llama"), "int4-rotated")
     first = None
     for _ in range(1000):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.kv_codes import decode_kv, encode_kv
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.kv_parameters import PARAMETERS_FILE, read_ranges
@@ -55,6 +56,7 @@ def brute_force(directory: Path, text: Path) -> dict[int, tuple[Tensor, Tensor]]
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "gpt2", "gpt_neox", "opt", "gptj", "stablelm"])
 def test_statistics_are_those_of_a_brute_force_pass(family: str, text: Path, tmp_path: Path) -> None:
+    """E4."""
     directory = make(tmp_path / "model", family)
     made = calibrate(directory, dataset=text, samples=SAMPLES, seqlen=SEQLEN)
     assert set(made.files) == {*STATISTICS_FILES.values(), PARAMETERS_FILE}
@@ -76,6 +78,7 @@ def test_statistics_are_those_of_a_brute_force_pass(family: str, text: Path, tmp
 
 
 def test_the_order_of_samples_does_not_matter(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E5."""
     first, second = make(tmp_path / "first"), make(tmp_path / "second")
     calibrate(first, dataset=text, samples=SAMPLES, seqlen=SEQLEN)
 
@@ -171,8 +174,23 @@ def test_the_formulas_of_the_document() -> None:
     assert float(symmetric.scale) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("name", ["int8-static", "int8-static-head", "int8-static-sym", "fp8-static"])
+@pytest.mark.parametrize("value", [2.0, 0.0, -3.5, 1e-30])
+def test_constants_are_exact_in_static_codes(name: str, value: float) -> None:
+    """E2: one number that never changes, in one element or in many."""
+    code, one = parse_kv(name).key, torch.tensor([value])
+    parameters = static_parameters(Range(one, one), code)
+    for x in (torch.full((1, 1, 1, 1), value), torch.full((2, 1, 5, 8), value)):
+        back = decode_kv(encode_kv(x, code, parameters), code, x.shape[-1], parameters)
+        if code.symmetric:  # one multiplication more
+            torch.testing.assert_close(back, x, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(back, x)
+
+
 @pytest.mark.parametrize("name", ["ptb", "c4", "wikitext2"])
 def test_named_data_sets_fail_with_the_choices(name: str, tmp_path: Path) -> None:
+    """E9."""
     with pytest.raises(BitwrightError) as refused:
         calibrate(make(tmp_path / "model"), dataset=name)
     assert refused.value.code == "BW402"
@@ -181,6 +199,7 @@ def test_named_data_sets_fail_with_the_choices(name: str, tmp_path: Path) -> Non
 
 
 def test_named_data_sets_have_local_copies(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E9."""
     monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path))
     (tmp_path / "datasets").mkdir()
     shutil.copy(text, tmp_path / "datasets" / "ptb.txt")

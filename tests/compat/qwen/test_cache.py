@@ -45,6 +45,7 @@ def test_codes_are_rounded_and_of_single_tokens(shape: tuple[int, ...], dtype: t
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -1e30, 1e-30, 7.0])
 def test_constants_are_exact(value: float) -> None:
+    """E2."""
     v = torch.full((1, 2, 3, 4), value)
     assert torch.equal(qwen.dequantize_cache_torch(*qwen.quantize_cache_v(v)), v)
     one = torch.tensor([value])
