@@ -194,7 +194,7 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Graphs are recorded by :class:`FakeGraph`; gives the pools that were asked for."""
+    """Graphs are recorded by :class:`FakeGraph`; gives the pools that were asked for, and waits for copies."""
     pools: list[Any] = []
 
     @contextmanager
@@ -211,7 +211,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             patched.setattr(CudaDecoder, "_run", noted)
             yield
 
-    idle = SimpleNamespace(wait_stream=lambda _other: None)
+    event = SimpleNamespace(synchronize=lambda: pools.append("copied"))
+    idle = SimpleNamespace(wait_stream=lambda _other: None, record_event=lambda: event)
     monkeypatch.setattr(decoder_cuda.torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(decoder_cuda.torch.cuda, "graph", recording)
     monkeypatch.setattr(decoder_cuda.torch.cuda, "Stream", lambda _device: idle)
@@ -231,7 +232,8 @@ def test_replayed_steps_give_the_logits_of_steps_that_are_run(graphs: list[Any])
         expected, found = (each.forward(some_step(lengths), cache)
                            for each, cache in zip((plain, recorded), caches, strict=True))  # fmt: skip
         assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
-    assert sorted(recorded._recordings) == [(1, 1024), (2, 1024), (4, 1024)] and graphs == [None, "pool", "pool"]
+    assert sorted(recorded._recordings) == [(1, 1024), (2, 1024), (4, 1024)]
+    assert graphs == [None, "copied", "pool", "pool"], "only the second step has a copy before it in its buffer"
     again = recorded.new_cache(10)
     recorded.forward(some_step([1]), again)
     assert sorted(recorded._recordings) == [(1, 1024)], "graphs of another cache write to its pages"

@@ -73,13 +73,15 @@ class _Block:
 
 @dataclass(slots=True)
 class _Recording:
-    """A graph, the numbers that it reads, and the logits that it writes."""
+    """A graph, the numbers that it reads, and the logits that it writes; ``copied``: the event after which ``host`` may
+    be written again."""
 
     layout: Layout
     host: Tensor
     device: Tensor
     graph: torch.cuda.CUDAGraph
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    copied: Any = None
 
 
 class CudaDecoder:
@@ -248,8 +250,11 @@ class CudaDecoder:
         if key not in self._recordings:
             self._recordings[key] = self._record(rows, cache)
         recording = self._recordings[key]
+        if recording.copied is not None:
+            recording.copied.synchronize()  # nobody may have looked at the step before
         stage(rows, pinned=True, into=recording.host)
         recording.device.copy_(recording.host, non_blocking=True)
+        recording.copied = torch.cuda.current_stream(self.device).record_event()
         recording.graph.replay()
         return recording.logits[:sequences]
 
