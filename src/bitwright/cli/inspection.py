@@ -140,7 +140,7 @@ def _layer_facts(name: str, record: LayerRecord, size: int, report: Mapping[str,
 def _tensor_bytes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int]]:
     """Name, dtype and size of each tensor."""
     for name, stored in checkpoint.tensors.items():
-        yield name, stored.entry.dtype, stored.entry.end - stored.entry.start
+        yield name, stored.entry.dtype, stored.entry.nbytes
 
 
 def _layer_bytes(checkpoint: Checkpoint, layers: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:

@@ -34,7 +34,7 @@ def checkpoint_size(checkpoint: Checkpoint) -> Size:
     weights = {name: record.shape[0] * record.shape[1] for name, record in layers.items()}
     quantized_bytes = other_bytes = others = 0
     for name, stored in checkpoint.tensors.items():
-        size = stored.entry.end - stored.entry.start
+        size = stored.entry.nbytes
         owner, _, leaf = name.rpartition(".")
         while owner and owner not in weights:  # a tensor of doubly quantized scales has a longer name
             owner = owner.rpartition(".")[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.directory import find_file, locate_file, read_object
+from bitwright.formats.fused import find_family, unfuse
 from bitwright.formats.safetensors_file import FileTensor, open_source, read_tensor
 from bitwright.formats.safetensors_index import FileIndex, TensorEntry, read_index
 from bitwright.formats.sidecar import read_sidecar
@@ -58,7 +59,8 @@ class Checkpoint:
     Attributes:
         directory: where it lies.
         config: ``config.json``, with the ``quantization_config`` that old checkpoints have in a file of its own.
-        tensors: every tensor by name.
+        tensors: every tensor by name. Those of a family with fused weights have the names, and ``config`` the fields,
+            of the model that it is (:mod:`bitwright.formats.fused`).
         files: the weight files by name, and their sizes in bytes.
         metadata: the metadata of the first weight file.
     """
@@ -119,8 +121,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
     Raises:
         BitwrightError: BW301 not a model, BW302 an invalid weight file, BW303 shards or tensors missing or
-            unexpected, BW305 pickle weights only, BW307 an invalid ``config.json``, BW308 an unfinished output,
-            BW310 an unsafe name, BW311 an unreadable record of quantization in a file of its own.
+            unexpected, BW304 or BW306 fused weights that are not known, BW305 pickle weights only, BW307 an invalid
+            ``config.json``, BW308 an unfinished output, BW310 an unsafe name, BW311 an unreadable record of
+            quantization in a file of its own.
     """
     names = _list_directory(directory)
     config = _read_config(directory, names)
@@ -135,6 +138,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if weight_map is not None:
         _check_weight_map(directory, weight_map, tensors)
     sizes = {index.path.name: index.size for index in indexes}
+    if find_family(config) is not None:
+        found = unfuse(directory, config, {name: stored.entry for name, stored in tensors.items()})
+        config = found.config
+        tensors = {name: StoredTensor(tensors[old].file, entry) for name, (old, entry) in found.tensors.items()}
     return Checkpoint(directory, config, tensors, sizes, indexes[0].metadata)
 
 

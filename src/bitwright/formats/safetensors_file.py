@@ -69,15 +69,16 @@ class FileTensor:
         """
         descriptor = _open(self.path)
         try:
-            for start in range(self.entry.start, self.entry.end, CHUNK):
-                wanted = min(CHUNK, self.entry.end - start)
-                try:
-                    chunk = os.pread(descriptor, wanted, start)
-                except OSError as error:
-                    raise _unreadable(self.path, error) from error
-                if len(chunk) != wanted:
-                    raise _truncated(self.path, self.entry)
-                yield chunk
+            for first, end in self.entry.ranges:
+                for start in range(first, end, CHUNK):
+                    wanted = min(CHUNK, end - start)
+                    try:
+                        chunk = os.pread(descriptor, wanted, start)
+                    except OSError as error:
+                        raise _unreadable(self.path, error) from error
+                    if len(chunk) != wanted:
+                        raise _truncated(self.path, self.entry)
+                    yield chunk
         finally:
             os.close(descriptor)
 
@@ -102,12 +103,12 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
     view = _bytes_of(tensor)
     descriptor = _open(path)
     try:
-        position = entry.start
-        while view.nbytes:
-            count = os.preadv(descriptor, [view[:PIECE]], position)
-            if count == 0:
-                raise _truncated(path, entry)
-            view, position = view[count:], position + count
+        for position, end in entry.ranges:
+            while position < end:
+                count = os.preadv(descriptor, [view[: min(PIECE, end - position)]], position)
+                if count == 0:
+                    raise _truncated(path, entry)
+                view, position = view[count:], position + count
     except OSError as error:
         raise _unreadable(path, error) from error
     finally:

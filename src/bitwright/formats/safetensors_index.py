@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -38,16 +38,40 @@ DTYPE_BITS: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: the format's name of its dtype, its shape, and its bytes ``[start, end)`` in the file."""
+    """One tensor of a file: the format's name of its dtype, its shape, and its bytes ``[start, end)`` in the file.
+
+    ``pieces``: where only some of those bytes are its own, those, ``[start, end)`` one after the other.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return sum(end - start for start, end in self.ranges)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The bytes that are its own."""
+        return self.pieces or ((self.start, self.end),)
+
+    def rows(self, ranges: Sequence[tuple[int, int]]) -> TensorEntry:
+        """The tensor of only some rows ``[first, end)``, which must be there, one range after the other."""
+        count = self.shape[0]
+        width = self.nbytes // count
+        found: list[tuple[int, int]] = []
+        for first, end in ranges:
+            if not 0 <= first <= end <= count:
+                raise ValueError(f"rows {first} to {end} of {count}")
+            found += _cut(self.ranges, first * width, end * width)
+        shape = (sum(end - first for first, end in ranges), *self.shape[1:])
+        if not found:
+            return TensorEntry(self.dtype, shape, self.start, self.start)
+        pieces = tuple(found) if len(found) > 1 else ()
+        return TensorEntry(self.dtype, shape, min(found)[0], max(end for _, end in found), pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +82,17 @@ class FileIndex:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     size: int
+
+
+def _cut(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
+    """The bytes ``[first, end)`` of ranges that are counted through."""
+    found, passed = [], 0
+    for start, stop in ranges:
+        low, high = max(first - passed, 0), min(end - passed, stop - start)
+        if low < high:
+            found.append((start + low, start + high))
+        passed += stop - start
+    return found
 
 
 def read_index(path: Path) -> FileIndex:

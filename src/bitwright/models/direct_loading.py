@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,15 +178,8 @@ class FileSource:
         entry, path = place.entry, self._checkpoint.directory / place.file
         if entry.shape != tuple(parameter.shape) or DTYPES.get(entry.dtype) not in (*FLOAT_DTYPES, torch.float64):
             read_whole(self._model, self._checkpoint, stored, parameter)  # which says what is wrong
-        width = entry.nbytes // entry.shape[0]
 
         def read(first: int, end: int) -> Tensor:
-            part = replace(
-                entry,
-                shape=(end - first, *entry.shape[1:]),
-                start=entry.start + first * width,
-                end=entry.start + end * width,
-            )
-            return read_tensor(path, part).to(parameter.dtype)
+            return read_tensor(path, entry.rows([(first, end)])).to(parameter.dtype)
 
         return Rows((entry.shape[0], entry.shape[1]), parameter.dtype, read)

@@ -143,7 +143,7 @@ class DiskSource:
         return {"directory": str(self._checkpoint.directory.resolve()), "config": dict(self.config), "files": files}
 
     def byte_count(self) -> int:
-        return sum(stored.entry.end - stored.entry.start for stored in self._checkpoint.tensors.values())
+        return sum(stored.entry.nbytes for stored in self._checkpoint.tensors.values())
 
     def _check_shapes(self) -> None:
         for name, shape in self._shapes.items():
