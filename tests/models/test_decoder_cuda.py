@@ -150,6 +150,23 @@ def test_a_text_is_the_same_beside_a_long_one_where_that_is_asked_for(monkeypatc
     assert torch.equal(found[0], found[1])
 
 
+def test_what_asks_for_invariance_gets_blocks_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "refuse_device", lambda *_: None)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        CudaDecoder, "_run", lambda _self, rows, _cache: seen.append(rows.block_rows) or torch.zeros(1, 2)
+    )
+    model = build("llama", num_hidden_layers=1)
+    plain, asked = CudaDecoder(model), CudaDecoder(model, invariant=True)
+    monkeypatch.setattr(library, "is_invariant", lambda: True)
+    by_variable = CudaDecoder(model)
+    assert (plain.invariant, asked.invariant, by_variable.invariant) == (False, True, True)
+    for decoder in (plain, asked, by_variable):
+        text = decoder_laws.random_text(40, decoder.shape.vocabulary, [0, 1])
+        decoder.forward(decoder_laws._step([decoder_laws.Piece(text, 40)], outputs=True), decoder.new_cache(2))
+    assert seen == [attention.MANY_QUERIES, attention.FEW_QUERIES, attention.FEW_QUERIES]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("scheme", [None, "w4g32", "w4g32-a8"])
