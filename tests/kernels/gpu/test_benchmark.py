@@ -1,0 +1,74 @@
+"""The benchmark for GPUs: it keeps what it has, whatever goes wrong, and every path of it runs without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-gpu")
+
+from benchmarks import gpu
+from benchmarks.gpu_runs.timing import Bench, Section
+
+
+def test_rows_that_there_is_no_time_for_are_named() -> None:
+    bench = Bench(is_dry=True, deadline=float("inf"))
+    section = bench.begin("a", ("number",))
+    for number in bench.within(section, range(4)):
+        section.add(number)
+        if number == 1:
+            bench.section_deadline = time.monotonic() - 1
+    assert section.rows == [(0,), (1,)] and section.notes == ["out of time, so left out: 2; 3"]
+
+
+def test_a_failing_section_and_one_without_an_end_keep_their_rows_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(bench: Bench) -> Section:
+        bench.begin("fails", ("x",)).add(1)
+        raise RuntimeError("no such instruction")
+
+    def hangs(bench: Bench) -> Section:
+        bench.begin("hangs", ("x",)).add(2)
+        try:
+            time.sleep(60)
+        except Exception:  # as a search for launches takes failures
+            time.sleep(60)
+        raise AssertionError
+
+    def works(bench: Bench) -> Section:
+        return bench.begin("works", ("x",))
+
+    kept: list[int] = []
+    table = {"fails": (fails, 9), "hangs": (hangs, 1), "works": (works, 9)}
+    monkeypatch.setattr(gpu, "SECTIONS", table)
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    before = signal.signal(signal.SIGALRM, gpu._end)
+    try:
+        bench = Bench(is_dry=False, deadline=time.monotonic() + 60)
+        gpu.run_sections(bench, list(table), lambda: kept.append(len(bench.sections)))
+        bench.deadline = 0.0
+        gpu.run_sections(bench, ["works"], lambda: kept.append(len(bench.sections)))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [section.rows for section in bench.sections] == [[(1,)], [(2,)], [], []]
+    assert "no such instruction" in bench.sections[0].notes[0] and bench.sections[1].notes[0] == "broken off"
+    assert bench.sections[3].notes == ["out of time"] and kept == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_every_path_runs_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--tune", "--json", str(tmp_path / "gpu.json")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert len(sections) == len(gpu.SECTIONS) + 1 and all(section["rows"] for section in sections)
+    assert all(section["title"] in result.stdout for section in sections)
