@@ -1,0 +1,161 @@
+"""What guessing from the text itself gains, on repetitive and on free text: the answers stay the same, bit for bit.
+
+    python -m benchmarks.speculation --json benchmarks/results/speculation.json
+    python -m benchmarks.speculation --checkpoint WORK/llama-3.2-1b-w4g32-a8
+
+Repetitive prompts tell a passage twice and begin it a third time; free ones are beginnings of held-out documents. Each
+is continued greedily, alone on the engine, without guesses and with several. A small model's steps cost about the same
+whatever they compute, so its own speed says little about large ones: with ``--checkpoint`` the time of a step that
+checks so many guesses is measured on that model, over the time of a step of one token, and the gain is what the steps
+that were saved would be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bitwright import Engine
+from bitwright.core.scheme_names import parse
+from bitwright.engine.handle import Completion
+from bitwright.models.decoder import Step
+from bitwright.models.decoder_native import NativeDecoder
+from bitwright.models.direct_loading import open_direct
+from bitwright.models.embedded_model import read_text
+from bitwright.models.paged_cache import PAGE
+
+END = "<|endoftext|>"
+GUESSES = (0, 2, 4, 8)
+CONTEXT = 256  # tokens before a step whose time is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """All prompts of a kind.
+
+    Attributes:
+        saved_steps: the share of steps that guessing made unnecessary.
+        right_guesses: of all that were made.
+        gain: in speed, as measured here.
+        gain_there: with a step of the checkpoint's cost; 0 without a checkpoint.
+        same: how many of the answers are those without guesses.
+    """
+
+    model: str
+    text: str
+    guesses: int
+    tokens_per_second: float
+    saved_steps: float
+    right_guesses: float
+    gain: float
+    gain_there: float
+    same: str
+
+
+def prompts(kind: str, count: int) -> list[str]:
+    """Texts of the embedded model's held-out documents."""
+    documents = [text.strip() for text in read_text("heldout").split(END) if len(text.strip()) > 240][:count]
+    if kind == "free":
+        return [text[:120] for text in documents]
+    return [f"{text[:160]}\n{text[:160]}\n{text[:40]}" for text in documents]
+
+
+def answer(model: str, texts: list[str], guesses: int, tokens: int) -> tuple[list[Completion], float, int, float]:
+    """The answers one after the other; the seconds and steps that they took, and the share of right guesses."""
+    with Engine(model, speculate=guesses, max_batch=1, reuse=0, cache_tokens=2048) as engine:
+        engine.generate([texts[0]], max_tokens=2)
+        before, started = engine.statistics(), time.perf_counter()
+        found = [engine.generate([text], max_tokens=tokens, ignore_end=True)[0] for text in texts]
+        seconds, after = time.perf_counter() - started, engine.statistics()
+    drafted = after.drafted_tokens - before.drafted_tokens
+    right = (after.accepted_tokens - before.accepted_tokens) / drafted if drafted else 0.0
+    return found, seconds, after.steps - before.steps, right
+
+
+def step_costs(checkpoint: Path, rounds: int) -> dict[int, float]:
+    """The time of a step of one token and so many guesses, over that of one token."""
+    direct = open_direct(checkpoint)
+    assert direct is not None, "the native decoder does not run this checkpoint"
+    decoder = NativeDecoder(direct.pack(parse("w8a8")))
+    cache = decoder.new_cache(2 * CONTEXT // PAGE)
+    seconds: dict[int, list[float]] = {guesses: [] for guesses in GUESSES}
+    decoder.forward(_step(0, CONTEXT), cache)
+    for _ in range(rounds):
+        for guesses, times in seconds.items():
+            begin = time.perf_counter()
+            decoder.forward(_step(CONTEXT, 1 + guesses), cache)
+            times.append(time.perf_counter() - begin)
+    medians = {guesses: statistics.median(times) for guesses, times in seconds.items()}
+    return {guesses: median / medians[0] for guesses, median in medians.items()}
+
+
+def _step(first: int, count: int) -> Step:
+    return Step(
+        tokens=torch.randint(3, 1000, (count,)),
+        positions=torch.arange(first, first + count, dtype=torch.int32),
+        starts=torch.tensor([0, count], dtype=torch.int32),
+        lengths=torch.tensor([first + count], dtype=torch.int32),
+        pages=torch.arange(2 * CONTEXT // PAGE, dtype=torch.int32)[None],
+        outputs=torch.arange(count, dtype=torch.int32),
+    )
+
+
+def measure(model: str, kind: str, args: argparse.Namespace, costs: dict[int, float]) -> list[Row]:
+    texts = prompts(kind, args.prompts)
+    runs = {guesses: answer(model, texts, guesses, args.tokens) for guesses in GUESSES}
+    plain, plain_seconds, plain_steps, _ = runs[0]
+    rows = []
+    for guesses, (found, seconds, steps, right) in runs.items():
+        same = sum(one.tokens == other.tokens for one, other in zip(found, plain, strict=True))
+        rows.append(
+            Row(
+                model=Path(model).name, text=kind, guesses=guesses,
+                tokens_per_second=len(texts) * args.tokens / seconds, saved_steps=1 - steps / plain_steps,
+                right_guesses=right, gain=plain_seconds / seconds,
+                gain_there=plain_steps / steps / costs[guesses] if costs else 0.0, same=f"{same} of {len(texts)}",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["demo:"])
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    costs = step_costs(args.checkpoint, args.rounds) if args.checkpoint else {}
+    if costs:
+        print("a step over one of one token: " + ", ".join(f"{g} guesses {cost:.2f}" for g, cost in costs.items()))
+    rows = [
+        row for model in args.models for kind in ("repetitive", "free") for row in measure(model, kind, args, costs)
+    ]
+    heads = list(asdict(rows[0]))
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for row in rows:
+        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in asdict(row).values())
+        print("| " + " | ".join(cells) + " |")
+    if args.json:
+        record = {
+            "command": shlex.join(["python", "-m", "benchmarks.speculation", *sys.argv[1:]]),
+            "load_average": os.getloadavg()[0],
+            "step_costs": costs,
+            "rows": [asdict(row) for row in rows],
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
