@@ -150,6 +150,27 @@ def test_a_text_is_the_same_beside_a_long_one_where_that_is_asked_for(monkeypatc
     assert torch.equal(found[0], found[1])
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_memory_that_runs_out_in_a_recording_is_told_as_that(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = CudaDecoder(build("llama", num_hidden_layers=1))
+    decoder.graphs = True
+
+    @contextmanager
+    def recording(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("the recording was broken off")
+        yield
+
+    monkeypatch.setattr(decoder_cuda.torch.cuda, "graph", recording)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        decoder.forward(some_step([1]), decoder.new_cache(3))
+    assert not decoder._recordings
+
+
 def test_what_asks_for_invariance_gets_blocks_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "refuse_device", lambda *_: None)
     seen: list[int] = []

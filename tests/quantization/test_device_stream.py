@@ -263,8 +263,8 @@ def test_the_lane_of_a_gpu_copies_from_pinned_memory_on_a_stream_of_its_own(monk
         yield
         current.pop()
 
-    def move(self: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
-        log.append(f"copy on {current[-1]}" + ("" if non_blocking else ", waiting"))
+    def move(self: Tensor, device: torch.device, *, non_blocking: bool = False, copy: bool = False) -> Tensor:
+        log.append(f"copy on {current[-1]}" + ("" if non_blocking and copy else ", waiting, or not a copy"))
         return self
 
     cuda = device_stream.torch.cuda
@@ -277,6 +277,9 @@ def test_the_lane_of_a_gpu_copies_from_pinned_memory_on_a_stream_of_its_own(monk
     lane = CudaLane(torch.device("cuda"))
     copies = lane.begin({"a": torch.ones(2), "b": torch.ones(3).t()})
     assert log == ["pin", "pin", "copy on copies", "copy on copies", "event on copies, made within copies"]
+    log.clear()
+    lane.begin({"there": torch.empty(2, device="meta")})
+    assert log == ["copy on copies", "event on copies, made within copies"], "only a processor's memory is pinned"
     log.clear()
     assert list(lane.finish(copies)) == ["a", "b"]
     assert log == ["compute waits for event", "kept for compute", "kept for compute"]

@@ -269,8 +269,13 @@ class CudaDecoder:
                 self._run(read_rows(layout, recording.device), cache)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         pool = next((each.graph.pool() for each in self._recordings.values()), None)
-        with torch.cuda.graph(recording.graph, pool=pool):
-            recording.logits = self._run(read_rows(layout, recording.device), cache)
+        try:
+            with torch.cuda.graph(recording.graph, pool=pool):
+                recording.logits = self._run(read_rows(layout, recording.device), cache)
+        except RuntimeError as error:  # a recording that was broken off by it may end with another error
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         return recording
 
     def _run(self, rows: Rows, cache: PagedCache) -> Tensor:

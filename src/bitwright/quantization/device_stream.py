@@ -56,9 +56,12 @@ class CudaLane:
 
     def begin(self, tensors: Mapping[str, Tensor]) -> Copies:
         # What is pinned here stays so until its copy is over: torch sees to that.
-        pinned = {name: tensor.contiguous().pin_memory() for name, tensor in tensors.items()}
-        with torch.cuda.stream(self._stream):
-            moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+        pinned = {
+            name: tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
+            for name, tensor in tensors.items()
+        }
+        with torch.cuda.stream(self._stream):  # a module that is there already is not to be changed: copied, too
+            moved = {name: tensor.to(self.device, non_blocking=True, copy=True) for name, tensor in pinned.items()}
             return Copies(moved, self._stream.record_event())
 
     def finish(self, copies: Copies) -> Mapping[str, Tensor]:
