@@ -18,7 +18,11 @@ import pytest
 from tests.kernels.gpu.compilation_facts import GENERATIONS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted")]
-MATRIX_UNITS = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")}
+MATRIX_UNITS = {
+    80: ("HMMA", "IMMA"),
+    89: ("HMMA", "IMMA", "QMMA"),
+    90: ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA"),
+}
 
 
 def apart(generation: int) -> Any:

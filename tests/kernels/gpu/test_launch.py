@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, expands, launch_integer, launch_linear, tuned
-from tests.kernels.gpu.compilation_facts import AMPERE, GENERATIONS, HOPPER, VOLTA
+from tests.kernels.gpu.compilation_facts import ADA, AMPERE, GENERATIONS, HOPPER, VOLTA
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7, 16, 86])
@@ -58,6 +60,15 @@ def test_whole_sums_are_split_for_any_rows_and_groups_for_a_few_alone() -> None:
     for rows, single, is_split in ((1, True, True), (1, False, True), (100, True, True), (100, False, False)):
         found = launch_integer(rows=rows, out=1024, chunks=32, single=single, facts=HOPPER)
         assert (found.split > 1) == is_split
+
+
+def test_every_generation_has_a_fallback_of_its_own_where_it_needs_one() -> None:
+    def warps(facts: object) -> int:
+        return launch_linear(rows=64, out=4096, chunks=16, bits=4, itemsize=2, facts=facts).warps  # type: ignore[arg-type]
+
+    assert [warps(facts) for facts in (AMPERE, ADA, HOPPER)] == [4, 8, 4]
+    newer = replace(HOPPER, name="a later one", capability=(12, 0))
+    assert warps(newer) == warps(HOPPER)
 
 
 def test_tiles_with_many_groups_in_a_chunk_have_few_rows() -> None:

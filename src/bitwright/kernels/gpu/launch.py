@@ -28,6 +28,8 @@ DENSE_INTEGER_ROWS = 512  # from so many on, the vendor's int8 product
 NARROW = (64, 32)  # the largest tile of 8-bit tokens times 4-bit codes in groups of less than 128
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
 MOST_SPLITS = 16
+# The oldest capability of each entry among the fallbacks, newest first; Ada keeps fewer sums in registers than its kin.
+GENERATIONS = (((9, 0), "matrix"), ((8, 9), "ada"), ((8, 0), "matrix"), ((7, 5), "turing"), ((0, 0), "volta"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,7 @@ def _tuned_row(rows: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
 
 def _entry(facts: GpuFacts) -> dict[str, Any]:
     table = tuned()
-    generation = "matrix" if facts.capability >= (8, 0) else "turing" if facts.capability >= (7, 5) else "volta"
+    generation = next(name for oldest, name in GENERATIONS if facts.capability >= oldest)
     fallback = table["fallback"][generation]
     assert isinstance(fallback, dict)
     own: dict[str, Any] = table["gpus"].get(facts.name, {})
