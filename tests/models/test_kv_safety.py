@@ -22,6 +22,7 @@ from bitwright.models.kv_trial import safe_scheme
 from bitwright.models.loading import load
 from tests.models.biased_keys import LAYER, NORM, model_with_biased_keys
 
+ROOM = 1 << 22  # bytes of an engine's cache
 UNSAFE = f"layer {LAYER}: keys share an offset of norm {NORM:.0f}"
 
 
@@ -116,18 +117,35 @@ def test_generate_tries_it(biased: Any) -> None:
 def test_the_engine_tries_it(decoder: str) -> None:
     tokenizer = load_tokenizer(embedded_directory())
     with pytest.warns(Notice, match=UNSAFE):
-        engine = Engine(model_with_biased_keys(), tokenizer=tokenizer, kv_cache="int4", decoder=decoder)
+        engine = Engine(
+            model_with_biased_keys(), tokenizer=tokenizer, kv_cache="int4", cache_memory=ROOM, decoder=decoder
+        )
     assert engine.kv_cache == parse_kv("int4")
+    narrow = engine.pages
     engine.close()
     with pytest.warns(Notice, match="is used in place of int4"):
         engine = Engine(
-            model_with_biased_keys(), tokenizer=tokenizer, kv_cache="int4", kv_safety="widen", decoder=decoder
+            model_with_biased_keys(),
+            tokenizer=tokenizer,
+            kv_cache="int4",
+            kv_safety="widen",
+            cache_memory=ROOM,
+            decoder=decoder,
         )
     assert engine.kv_cache.at(LAYER).key.bits == 8
+    assert engine.pages < narrow
     assert engine.generate("The fox", max_tokens=3).text
     engine.close()
     with pytest.raises(ArgumentError, match="kv_safety is 1"):
         Engine("demo:", kv_cache="int4", kv_safety=1)  # type: ignore[arg-type]
+
+
+def test_one_head_of_many_is_enough() -> None:
+    x = torch.randn(16, 96, 64, generator=torch.Generator().manual_seed(0))
+    x[3, :, 7] += 45
+    found = judge({"key": [x], "value": [torch.randn_like(x)]}, parse_kv("int4"))
+    assert found.layers == (0,)
+    assert 10 < found.unsafe[0].times < 160
 
 
 def test_outliers_of_values_widen_both_sides() -> None:
