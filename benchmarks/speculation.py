@@ -6,8 +6,8 @@
 Repetitive prompts tell a passage twice and begin it a third time; free ones are beginnings of held-out documents. Each
 is continued greedily, alone on the engine, without guesses and with several. A small model's steps cost about the same
 whatever they compute, so its own speed says little about large ones: with ``--checkpoint`` the time of a step that
-checks so many guesses is measured on that model, over the time of a step of one token, and the gain is what the steps
-that were saved would be there.
+checks so many guesses is measured on that model, over the time of a step of one token, and the gain is told that the
+steps and guesses of the small model would bring there.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ CONTEXT = 256  # tokens before a step whose time is taken
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """All prompts of a kind.
+    """All prompts of a kind; ``guesses`` at most in a step.
 
     Attributes:
         saved_steps: the share of steps that guessing made unnecessary.
         right_guesses: of all that were made.
         gain: in speed, as measured here.
-        gain_there: with a step of the checkpoint's cost; 0 without a checkpoint.
+        gain_there: with steps and guesses of the checkpoint's cost; 0 without a checkpoint.
         same: how many of the answers are those without guesses.
     """
 
@@ -69,16 +69,25 @@ def prompts(kind: str, count: int) -> list[str]:
     return [f"{text[:160]}\n{text[:160]}\n{text[:40]}" for text in documents]
 
 
-def answer(model: str, texts: list[str], guesses: int, tokens: int) -> tuple[list[Completion], float, int, float]:
-    """The answers one after the other; the seconds and steps that they took, and the share of right guesses."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The answers, one after the other, and what they took."""
+
+    answers: list[Completion]
+    seconds: float
+    steps: int
+    drafted: int
+    right: int
+
+
+def answer(model: str, texts: list[str], guesses: int, tokens: int) -> Run:
     with Engine(model, speculate=guesses, max_batch=1, reuse=0, cache_tokens=2048) as engine:
         engine.generate([texts[0]], max_tokens=2)
         before, started = engine.statistics(), time.perf_counter()
         found = [engine.generate([text], max_tokens=tokens, ignore_end=True)[0] for text in texts]
         seconds, after = time.perf_counter() - started, engine.statistics()
-    drafted = after.drafted_tokens - before.drafted_tokens
-    right = (after.accepted_tokens - before.accepted_tokens) / drafted if drafted else 0.0
-    return found, seconds, after.steps - before.steps, right
+    drafted, right = (getattr(after, name) - getattr(before, name) for name in ("drafted_tokens", "accepted_tokens"))
+    return Run(found, seconds, after.steps - before.steps, drafted, right)
 
 
 def step_costs(checkpoint: Path, rounds: int) -> dict[int, float]:
@@ -112,16 +121,17 @@ def _step(first: int, count: int) -> Step:
 def measure(model: str, kind: str, args: argparse.Namespace, costs: dict[int, float]) -> list[Row]:
     texts = prompts(kind, args.prompts)
     runs = {guesses: answer(model, texts, guesses, args.tokens) for guesses in GUESSES}
-    plain, plain_seconds, plain_steps, _ = runs[0]
-    rows = []
-    for guesses, (found, seconds, steps, right) in runs.items():
-        same = sum(one.tokens == other.tokens for one, other in zip(found, plain, strict=True))
+    plain, rows = runs[0], []
+    slope = statistics.median((cost - 1) / guesses for guesses, cost in costs.items() if guesses) if costs else 0.0
+    for guesses, run in runs.items():
+        same = sum(one.tokens == other.tokens for one, other in zip(run.answers, plain.answers, strict=True))
         rows.append(
             Row(
                 model=Path(model).name, text=kind, guesses=guesses,
-                tokens_per_second=len(texts) * args.tokens / seconds, saved_steps=1 - steps / plain_steps,
-                right_guesses=right, gain=plain_seconds / seconds,
-                gain_there=plain_steps / steps / costs[guesses] if costs else 0.0, same=f"{same} of {len(texts)}",
+                tokens_per_second=len(texts) * args.tokens / run.seconds, saved_steps=1 - run.steps / plain.steps,
+                right_guesses=run.right / run.drafted if run.drafted else 0.0, gain=plain.seconds / run.seconds,
+                gain_there=plain.steps / (run.steps + slope * run.drafted) if costs else 0.0,
+                same=f"{same} of {len(texts)}",
             )
         )  # fmt: skip
     return rows

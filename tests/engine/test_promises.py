@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,30 @@ from bitwright.quantization.session import quantize_module
 def check_books(engine: Engine) -> None:
     engine._loop._allocator.check()
     assert engine.statistics().cache_used == 0 and engine.statistics().running == engine.statistics().waiting == 0
+
+
+def test_as_many_tokens_are_guessed_as_were_right(tiny: PreTrainedModel) -> None:
+    """Twice as many while all are right, one after none was."""
+    prompt = [5, 6, 7]
+    with Engine(tiny, speculate=0) as engine:
+        answer = list(engine.generate([prompt], max_tokens=40, ignore_end=True)[0].tokens)
+    wanted: list[int] = []
+
+    def know(tokens: Sequence[int], most: int) -> list[int]:
+        wanted.append(most)
+        return answer[len(tokens) - len(prompt) :][:most]
+
+    def err(tokens: Sequence[int], most: int) -> list[int]:
+        wanted.append(most)
+        return [(token + 1) % 80 for token in know(tokens, most)]
+
+    for draft, expected in ((know, [1, 2, 4, 6, 6, 6]), (err, [1] * 12)):
+        with Engine(tiny, speculate=6) as engine:
+            engine._loop._scheduler._draft = draft
+            found = engine.generate([prompt], max_tokens=40, ignore_end=True)[0]
+        assert list(found.tokens) == answer
+        assert wanted[: len(expected)] == expected
+        wanted.clear()
 
 
 @pytest.mark.parametrize(("kind", "count"), [("float32", 24), ("quantized, int4 cache, speculation", 12)])

@@ -169,11 +169,12 @@ class EngineLoop:
     def _choose(self, request: Request, draft: Sequence[int], rows: NDArray[np.float32]) -> FinishReason | None:
         """Choose the next token, and further ones as long as the guesses were right."""
         self._counters.drafted_tokens += len(draft)
-        for row, guess in zip(rows, [*draft, None], strict=True):
+        for right, (row, guess) in enumerate(zip(rows, [*draft, None], strict=True)):
             token, logprobs = request.sampler.choose(row)
             self._counters.generated_tokens += 1
             reason = request.append(token, logprobs)
             if reason is not None or token != guess:
+                request.learn(len(draft), right)
                 return reason
             request.computed += 1  # the guess was computed in this step already
             self._counters.accepted_tokens += 1

@@ -26,6 +26,7 @@ class Request:
         pages: where keys and values of the first ``computed`` tokens lie, and room for more.
         hashes: of the full pages of ``tokens``.
         reused: how many tokens were in the cache when the request was first begun.
+        guesses: how many tokens are guessed next.
     """
 
     handle: RequestHandle
@@ -43,6 +44,7 @@ class Request:
     computed: int = 0
     reused: int | None = None
     preemptions: int = 0
+    guesses: int = 1
     first_token_after: float | None = None
     is_cancelled: bool = False
     shown: list[str] = field(default_factory=list)
@@ -67,6 +69,11 @@ class Request:
             before = self.hashes[-1] if self.hashes else b""
             self.hashes += page_hashes(self.tokens[done * PAGE :], salt, before)
         return self.hashes
+
+    def learn(self, made: int, right: int) -> None:
+        """Guess twice as many next time if all were right, else as many as were, but always one: it costs little."""
+        if made:
+            self.guesses = 2 * made if right == made else max(1, right)
 
     def append(self, token: int, logprobs: Logprobs | None) -> FinishReason | None:
         """Add a generated token, hand over what can be shown, and say whether the answer has ended."""

@@ -158,7 +158,7 @@ class Scheduler:
     def _with_draft(self, work: Work) -> Work:
         """Add guesses, if there are any and they need no room that others may want."""
         request = work.request
-        most = min(self._most_drafted, request.limit - request.generated - 1)
+        most = min(self._most_drafted, request.guesses, request.limit - request.generated - 1)
         if self._draft is None or not work.wants_token or most < 1:
             return work
         draft = self._draft(request.tokens, most)
