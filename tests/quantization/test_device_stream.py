@@ -17,7 +17,7 @@ from bitwright.kernels.gpu import library
 from bitwright.quantization import api, device_stream, job
 from bitwright.quantization.device_memory import check_device, device_bytes
 from bitwright.quantization.device_stream import Copies, CudaLane, DeviceSource, find_device, on_device
-from bitwright.quantization.events import Stopped
+from bitwright.quantization.events import Event, Stopped
 from bitwright.quantization.plan import make_plan
 from bitwright.quantization.sources import DiskSource, MemorySource
 from tests.kernels.gpu.pretending import PLACE, PretendGpu, there
@@ -109,7 +109,10 @@ def test_a_block_is_copied_while_the_one_before_it_is_rounded_and_never_earlier(
         return quantize_block(work)
 
     monkeypatch.setattr(job, "quantize_block", watched)
-    api.quantize(model, tmp_path / "out", device="cuda", **settings(model, "rtn", calibration=None))
+    events: list[Event] = []
+    fields = settings(model, "rtn", calibration=None)
+    api.quantize(model, tmp_path / "out", device="cuda", on_event=events.append, **fields)
+    assert events[0].data["device"] == "meta" and events[0].data["device_bytes"] > 0 and "seconds" not in events[0].data
     assert seen == [True] * BLOCKS
     assert [each for each in lane.log if each[1] in "012"] == [
         ("begin", "0"), ("take", "0"), ("begin", "1"), ("take", "1"), ("begin", "2"), ("take", "2")

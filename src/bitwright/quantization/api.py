@@ -189,6 +189,7 @@ def _run(
     needed = estimate(source, plan, tokens)
     planned = plan_facts(name, plan, recipe, tokens, needed, request.output)
     if request.device.type != "cpu":
+        del planned["seconds"]  # they are a processor's
         planned |= {"device": str(request.device), "device_bytes": device_bytes(source, plan, tokens)}
     request.sink(Event("plan", f"{len(plan.schemes)} layers to {recipe.scheme.name}", planned))
     for notice in notices:
