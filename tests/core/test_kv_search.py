@@ -18,7 +18,7 @@ def restated(row: Tensor) -> tuple[list[int], np.float32, np.float32]:
     """One row, number by number, in float32 and whole numbers."""
     x = row.numpy()
     least, width = x.min(), np.float32(x.max() - x.min())
-    inverse = np.float32(4095) / width
+    inverse = np.float32(np.float32(1) / width) * np.float32(4095)
     units = [int(np.rint(np.float32(np.float32(each - least) * inverse))) for each in x]
     count, sum_u = len(x), sum(units)
     best, kept = 0.0, None

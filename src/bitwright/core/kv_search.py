@@ -1,6 +1,6 @@
 """Which grid is best for one token's head: codes of few bits, chosen among many grids by least squares.
 
-The numbers ``x`` of a row are measured first: ``u = round((x - min) * (UNITS / (max - min)))``, whole numbers that
+The numbers ``x`` of a row are measured first: ``u = round((x - min) * (1 / (max - min) * UNITS))``, whole numbers that
 float32 sums exactly in any order, so that whoever computes it finds the same codes, whatever else is in the batch. Each
 candidate grid codes them, ``c = clamp(round((u - offset) * factor))``; the line through these codes that fits ``u``
 best explains ``S_cu^2 / S_cc`` of the squares of ``u``, where ``S_ab = n sum(ab) - sum(a) sum(b)``. Of the first grid
@@ -61,7 +61,7 @@ def _search(rows: Tensor, offsets: Tensor, factors: Tensor, code_max: int) -> tu
     width = rows.amax(1, keepdim=True) - least
     searched = (width >= LEAST) & (width <= GREATEST)
     width = torch.where(searched, width, 1.0)
-    units = torch.where(searched, ((rows - least) * (UNITS / width)).round(), 0.0)
+    units = torch.where(searched, ((rows - least) * (width.reciprocal() * UNITS)).round(), 0.0)
     codes = ((units - offsets) * factors).round().clamp(0, code_max)  # [grids, rows, n]
     sum_c, sum_u = codes.sum(2).double(), units.sum(1).double()
     squares = count * codes.square().sum(2).double() - sum_c.square()
