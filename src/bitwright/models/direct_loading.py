@@ -44,7 +44,7 @@ from bitwright.models.packed_files import identify, load_packed, packed_path, sa
 from bitwright.models.plain_config import read_plain
 from bitwright.models.skeleton import Skeleton
 
-__all__ = ["Direct", "open_direct"]
+__all__ = ["Direct", "FileSource", "open_direct"]
 
 
 class Direct:

@@ -87,11 +87,12 @@ def save_packed(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]
     """
     tensors: list[Tensor] = []
     record = {"identity": dict(identity), "weights": _describe(weights, tensors)}
-    places, end = [], 0
+    places, starts, end = list[dict[str, Any]](), list[int](), 0
     for tensor in tensors:
         aligned = LARGE if tensor.nbytes >= WHOLE else SMALL
         start = -(-end // aligned) * aligned
         end = start + tensor.nbytes
+        starts.append(start)
         places.append({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "start": start})
     header = json.dumps(record | {"tensors": places, "size": end}).encode()
     begin = len(MAGIC) + 8 + 32 + len(header)
@@ -99,7 +100,7 @@ def save_packed(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]
     make_directory(path.parent)
     own = path.with_name(f"{path.stem}.{os.getpid()}.part")
     _sweep(path)
-    write_file(own, _chunks(header, tensors, [int(place["start"]) for place in places]), size=len(header) + end)
+    write_file(own, _chunks(header, tensors, starts), size=len(header) + end)
     move_file(own, path)
     return path.stat().st_size
 
