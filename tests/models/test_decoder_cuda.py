@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitwright.core.errors import ArgumentError
+from bitwright.core.errors import ArgumentError, Notice
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.kernels.gpu import attention, integer, layers, library, linear
 from bitwright.models import decoder_cuda
@@ -65,8 +65,10 @@ def test_every_architecture(name: str, fields: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kv", ["int8", "int4", "int4-rotated", "k8v4", "fp8", "none/1:int8-sym"])
-def test_coded_keys_and_values_are_the_torch_decoders(kv: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*better grids are not searched")
+def test_coded_keys_and_values_are_the_torch_decoders(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, scheme = build("qwen3"), parse_kv(kv)
+    monkeypatch.setattr("bitwright.core.kv_codes.is_searched", lambda _code: False)  # GPUs take the plain range
     found = []
     for decoder in (CudaDecoder(model), TorchDecoder(model)):
         text = decoder_laws.random_text(45, decoder.shape.vocabulary, [1, 0])
@@ -277,6 +279,14 @@ def test_replayed_steps_give_the_logits_of_steps_that_are_run(graphs: list[Any])
     assert sorted(recorded._recordings) == [(1, 1024)], "graphs of another cache write to its pages"
     recorded.free_memory()
     assert not recorded._recordings
+
+
+def test_codes_whose_grids_are_not_searched_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "refuse_device", lambda *_: None)
+    decoder = CudaDecoder(build("llama", num_hidden_layers=1))
+    with pytest.warns(Notice, match="int4-rotated: on a GPU codes range from the least"):
+        decoder.new_cache(1, parse_kv("int4-rotated"))
+    decoder.new_cache(1, parse_kv("int8-rotated"))  # a warning would be an error
 
 
 def test_what_cannot_run_is_refused() -> None:

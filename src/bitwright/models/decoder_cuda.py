@@ -6,6 +6,7 @@ recorded once for each size of batch and context, padded up to it, and replayed 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.core.errors import ArgumentError
-from bitwright.core.kv_codes import rotate_head
+from bitwright.core.errors import ArgumentError, Notice
+from bitwright.core.kv_codes import is_searched, rotate_head
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
 from bitwright.kernels.gpu.attention import AttentionBatch, StoredSide
@@ -199,6 +200,12 @@ class CudaDecoder:
         if reason is not None:
             what = f"the GPU decoder cannot read this cache: {reason}"
             raise ArgumentError("BW201", what, suggestion="int8 or int4, or the decoder in torch")
+        own = KVScheme() if scheme is None else scheme
+        if any(is_searched(code) for each in (own, *own.overrides.values()) for code in (each.key, each.value)):
+            what = (
+                f"{own.name}: on a GPU codes range from the least number to the greatest; better grids are not searched"
+            )
+            warnings.warn(what, Notice, stacklevel=2)
         shape = CacheShape(
             layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim, dtype=self._dtype
         )
