@@ -33,9 +33,8 @@ test: setup
 
 # The programs for GPUs, interpreted on the CPU; with SLOW=1 every scheme and size, and the machine code for GPUs that are not
 # here. Installs Triton, 200 MB without anything else; `make test` then runs these tests, too. A GPU is not needed.
-TRITON := triton==3.9.0
 test-gpu: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-gpu.lock
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(if $(SLOW),-m "slow or not slow") \
 		tests/kernels/gpu tests/models/test_decoder_cuda.py $(ARGS)
 
