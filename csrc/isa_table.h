@@ -100,7 +100,7 @@ extern const bw_isa_table bw_neon_dotprod_table;
 /* Numbers of a head are padded to a multiple of this where codes are read. */
 #define BW_SLAB 64
 #ifndef BW_AHEAD
-#define BW_AHEAD 2048 /* bytes */
+#define BW_AHEAD 4096 /* bytes */
 #endif
 
 /* The table in use. */

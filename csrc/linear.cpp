@@ -102,6 +102,7 @@ struct Block {
     size_t bytes_of_worker() const { return 64 + words + padded((row + (input->norm ? 2 * tokens * columns : 0)) * 4); }
     void prepare(int threads);
     bool is_ready(int worker) const { return *reinterpret_cast<const bool*>(memory + bytes_of_worker() * worker); }
+    void look_ahead(int64_t panel) const;
     void prepare_alone(int worker);
     void place(char* at, bw_linear_job (&placed)[MOST_PRODUCTS]) const;
     void run(int64_t from, int64_t to, int worker);
@@ -151,6 +152,16 @@ void Block::prepare(int threads) {
     }
 }
 
+/* Asks for the beginning of a panel, so that memory is not idle while tokens are prepared. */
+void Block::look_ahead(int64_t panel) const {
+    int job = 0;
+    while (panel >= ends[job]) job++;
+    const bw_weight& w = *jobs[job].weight;
+    panel -= job ? ends[job - 1] : 0;
+    const uint8_t* codes = w.codes + panel * static_cast<int64_t>(bw_codes_bytes(BW_PANEL, w.slots, w.bits));
+    for (int at = 0; at < BW_AHEAD; at += 64) __builtin_prefetch(codes + at);
+}
+
 /* For one worker: its memory holds whether it is ready, prepared tokens, a row, and norms and sums. */
 void Block::prepare_alone(int worker) {
     char* own = memory + bytes_of_worker() * static_cast<size_t>(worker);
@@ -177,18 +188,18 @@ void Block::prepare_alone(int worker) {
 void Block::run(int64_t from, int64_t to, int worker) {
     bw_linear_job own[MOST_PRODUCTS];
     if (is_private) {
-        if (!is_ready(worker)) prepare_alone(worker);
+        if (!is_ready(worker)) {
+            look_ahead(from);
+            prepare_alone(worker);
+        }
         place(memory + bytes_of_worker() * static_cast<size_t>(worker) + 64, own);
     }
     const bw_linear_job* placed = is_private ? own : jobs;
     if (is_gated) {
-        int64_t rows = placed[0].weight->rows;
-        for (int64_t panel = from; panel < to; panel++) {
-            int64_t begin = panel * BW_PANEL, end = begin + BW_PANEL < rows ? begin + BW_PANEL : rows;
-            for (int i = 0; i < 2; i++) bw_isa()->panels(&placed[i], panel, panel + 1);
-            for (int64_t token = 0; token < tokens; token++)
-                bw_isa()->silu_multiply(placed[0].y, placed[1].y, BW_FLOAT32, token * rows + begin, token * rows + end, placed[0].y);
-        }
+        int64_t rows = placed[0].weight->rows, begin = from * BW_PANEL, end = to * BW_PANEL < rows ? to * BW_PANEL : rows;
+        for (int i = 0; i < 2; i++) bw_isa()->panels(&placed[i], from, to);
+        for (int64_t token = 0; token < tokens; token++)
+            bw_isa()->silu_multiply(placed[0].y, placed[1].y, BW_FLOAT32, token * rows + begin, token * rows + end, placed[0].y);
         return;
     }
     for (int64_t job = 0, begin = 0; from < to; begin = ends[job++]) {

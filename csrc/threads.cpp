@@ -31,11 +31,17 @@ struct Job {
     int threads;
 };
 
+/* What is left of one worker's part of a job. */
+struct alignas(64) Part {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+};
+
 struct Pool {
     // Which job, whether it is open, and how many workers are inside: one word, so that a worker that wakes late can
     // neither hold up the caller nor enter a job that has ended.
     alignas(64) std::atomic<uint64_t> state{0};
-    alignas(64) std::atomic<int64_t> next{0};
+    Part parts[MAX_THREADS];
     alignas(64) std::atomic<int> sleepers{0};
     Job job{};
     std::mutex sleep_mutex, use_mutex;
@@ -46,13 +52,17 @@ struct Pool {
 std::atomic<Pool*> pool{nullptr};
 thread_local bool inside = false;
 
+/* A worker does its own part from first to last, so that memory is read in one stream, and then what others have left. */
 void work(Pool& p, int worker) {
     const Job job = p.job;
-    for (;;) {
-        int64_t first = p.next.fetch_add(job.grain, std::memory_order_relaxed);
-        if (first >= job.count) return;
-        int64_t last = first + job.grain < job.count ? first + job.grain : job.count;
-        job.body(job.context, first, last, worker);
+    for (int i = 0; i < job.threads; i++) {
+        Part& part = p.parts[(worker + i) % job.threads];
+        for (;;) {
+            if (part.next.load(std::memory_order_relaxed) >= part.end) break;
+            int64_t first = part.next.fetch_add(job.grain, std::memory_order_relaxed);
+            if (first >= part.end) break;
+            job.body(job.context, first, first + job.grain < part.end ? first + job.grain : part.end, worker);
+        }
     }
 }
 
@@ -126,7 +136,11 @@ void parallel(int threads, int64_t count, int64_t grain, void (*body)(void*, int
     }
     grow(*p, threads - 1);
     p->job = Job{body, context, count, grain, threads};
-    p->next.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < threads; i++) { /* parts are made of whole pieces */
+        p->parts[i].next.store(pieces * i / threads * grain, std::memory_order_relaxed);
+        int64_t end = pieces * (i + 1) / threads * grain;
+        p->parts[i].end = end < count ? end : count;
+    }
     p->state.store((p->state.load(std::memory_order_relaxed) / EPOCH + 1) * EPOCH + OPEN);
     if (p->sleepers.load()) {
         std::lock_guard lock(p->sleep_mutex);

@@ -21,13 +21,16 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
     int64_t groups = (w.slots + w.group - 1) / w.group, tokens = job->tokens.count;
     for (int64_t panel = first; panel < last; panel++) {
         PanelPlace at{*job, panel, groups, w.codes + panel * (w.slots / BW_BLOCK) * 4 * 64 * BITS};
+        if constexpr (IS_COMMON) {
+            if (tokens <= 2) {
+                if (tokens == 1) sum_whole_panel<R, BITS, 1>(at, levels, totals);
+                else sum_whole_panel<R, BITS, 2>(at, levels, totals);
+                write_panel(*job, panel, totals);
+                continue;
+            }
+        }
         memset(totals, 0, sizeof(float) * (size_t)(tokens * BW_PANEL));
         for (int64_t group = 0; group < groups; group++) {
-            if constexpr (IS_COMMON) {
-                if (tokens == 1) sum_directly<R, BITS, 1>(at, group, 0, levels, totals);
-                if (tokens == 2) sum_directly<R, BITS, 2>(at, group, 0, levels, totals);
-                if (tokens <= 2) continue;
-            }
             if constexpr (IS_USUAL) {
                 if (tokens <= 3 * TILE_TOKENS) {
                     sum_tiles_directly<R, BITS>(at, group, levels, totals);

@@ -38,7 +38,7 @@ INLINE void fold_tile(typename R::Sum (&sums)[TOKENS][4], float* totals, const P
     UNROLL
     for (int i = 0; i < 4 * TOKENS; i++) {
         F total = load_f(totals + i * BW_LANES);
-        total = R::template fold<HAS_ZERO, HAS_REMAINDER>(total, sums[i / 4][i % 4], i % 4 * BW_LANES, p,
+        total = R::template fold<HAS_ZERO, HAS_REMAINDER>(total, sums[i / 4][i % 4], LaneParameters(p, i % 4 * BW_LANES),
                                                           (const uint32_t*)group_sums + i / 4);
         store_f(totals + i * BW_LANES, total);
         IN_ORDER; /* or all totals are loaded first, and spilled */
@@ -60,15 +60,10 @@ INLINE void start(typename R::Sum (&sums)[TOKENS][4], bool has_zero, const Level
         sums[i / 4][i % 4] = R::start(has_zero, levels, (const uint32_t*)group_sums + i / 4);
 }
 
-/* A group of a panel times a tile of TOKENS tokens, weights straight from memory. */
+/* `blocks` blocks of a panel times TOKENS tokens, added to sums; codes and words of the tokens move on. */
 template <class R, int BITS, int TOKENS>
-void sum_directly(const PanelPlace& at, int64_t group, int64_t first, const Levels& levels, float* totals) {
-    const bw_linear_job& job = at.job;
-    int64_t blocks = group_slots(*job.weight, group) / BW_BLOCK;
-    const uint32_t* x = group_words<R>(job, group) + first * blocks * (BW_BLOCK / 4) * R::STEPS;
-    const uint8_t* codes = at.codes + group * job.weight->group / BW_BLOCK * 4 * 64 * BITS;
-    typename R::Sum sums[TOKENS][4];
-    start<R, TOKENS>(sums, job.weight->zero != nullptr, levels, group_sums(job, group, first));
+INLINE void sum_blocks(int64_t blocks, const uint8_t*& codes, const uint32_t*& x, const Levels& levels,
+                       typename R::Sum (&sums)[TOKENS][4]) {
     for (int64_t b = 0; b < blocks; b++, x += 8 * R::STEPS * TOKENS)
         for_each<4>([&](auto lane) INLINE_LAMBDA {
             Block<BITS> block(codes);
@@ -83,8 +78,55 @@ void sum_directly(const PanelPlace& at, int64_t group, int64_t first, const Leve
                 });
             });
         });
+}
+
+/* A group of a panel times a tile of TOKENS tokens, weights straight from memory. */
+template <class R, int BITS, int TOKENS>
+void sum_directly(const PanelPlace& at, int64_t group, int64_t first, const Levels& levels, float* totals) {
+    const bw_linear_job& job = at.job;
+    int64_t blocks = group_slots(*job.weight, group) / BW_BLOCK;
+    const uint32_t* x = group_words<R>(job, group) + first * blocks * (BW_BLOCK / 4) * R::STEPS;
+    const uint8_t* codes = at.codes + group * job.weight->group / BW_BLOCK * 4 * 64 * BITS;
+    typename R::Sum sums[TOKENS][4];
+    start<R, TOKENS>(sums, job.weight->zero != nullptr, levels, group_sums(job, group, first));
+    sum_blocks<R, BITS, TOKENS>(blocks, codes, x, levels, sums);
     Parameters p = load_parameters(*job.weight, at.panel, group, at.groups, R::STEPS == 1);
     fold<R, TOKENS>(sums, totals + first * BW_PANEL, p, group_sums(job, group, first));
+}
+
+/* All groups of a panel times all tokens of the job, of which there are TOKENS, one or two. Totals stay in registers: with
+ * small groups, moving them takes as long as the products. */
+template <class R, int BITS, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
+void sum_panel(const PanelPlace& at, const Levels& levels, float* totals) {
+    const bw_weight& w = *at.job.weight;
+    const uint32_t* x = at.job.tokens.words;
+    const uint8_t* codes = at.codes;
+    F total[4 * TOKENS];
+    UNROLL
+    for (int i = 0; i < 4 * TOKENS; i++) total[i] = set_f(0.0f);
+    for (int64_t group = 0; group < at.groups; group++) {
+        const uint32_t* own_sums = (const uint32_t*)group_sums(at.job, group, 0);
+        typename R::Sum sums[TOKENS][4];
+        start<R, TOKENS>(sums, HAS_ZERO, levels, own_sums);
+        sum_blocks<R, BITS, TOKENS>(group_slots(w, group) / BW_BLOCK, codes, x, levels, sums);
+        for_each<4>([&](auto lane) INLINE_LAMBDA {
+            int64_t first = (at.panel * at.groups + group) * BW_PANEL + lane * BW_LANES;
+            LaneParameters p = load_lane<HAS_ZERO, HAS_REMAINDER>(w, first, R::STEPS == 1);
+            for_each<TOKENS>([&](auto token) INLINE_LAMBDA {
+                F& own = total[4 * token + lane];
+                own = R::template fold<HAS_ZERO, HAS_REMAINDER>(own, sums[token][lane], p, own_sums + token);
+            });
+        });
+    }
+    UNROLL
+    for (int i = 0; i < 4 * TOKENS; i++) store_f(totals + i * BW_LANES, total[i]);
+}
+
+template <class R, int BITS, int TOKENS>
+INLINE void sum_whole_panel(const PanelPlace& at, const Levels& levels, float* totals) {
+    if (!at.job.weight->zero) return sum_panel<R, BITS, TOKENS, false, false>(at, levels, totals);
+    if (!at.job.weight->remainder) return sum_panel<R, BITS, TOKENS, true, false>(at, levels, totals);
+    sum_panel<R, BITS, TOKENS, true, true>(at, levels, totals);
 }
 
 /* The same for all tokens of the job, tile after tile; a group's codes then come from a cache. */

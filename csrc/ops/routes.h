@@ -44,6 +44,27 @@ inline Parameters load_parameters(const bw_weight& w, int64_t panel, int64_t gro
     return p;
 }
 
+/* Of them, what 16 rows need. */
+struct LaneParameters {
+    F scale, offset;
+    I zero;
+
+    INLINE LaneParameters(const Parameters& p, int lane)
+        : scale(load_f(p.scale + lane)), offset(load_f(p.offset + lane)), zero(load_i(p.zero + lane)) {}
+    INLINE LaneParameters(F a, F b, I c) : scale(a), offset(b), zero(c) {}
+};
+
+/* Those of 16 rows straight from the weight, whose first number is `at`; `is_integer` as in load_parameters. */
+template <bool HAS_ZERO, bool HAS_REMAINDER>
+INLINE LaneParameters load_lane(const bw_weight& w, int64_t at, bool is_integer) {
+    F scale = load_number(w.scale, at, w.scale_dtype), offset = set_f(0.0f);
+    I zero = set_i(0);
+    if constexpr (HAS_ZERO) zero = load_bytes(w.zero + at);
+    if constexpr (HAS_REMAINDER) offset = load_f(w.remainder + at);
+    if (HAS_ZERO && !is_integer) offset = add_f(sub_f(to_f(zero), set_f((float)w.center)), offset);
+    return {scale, offset, zero};
+}
+
 struct Integer {
     using Sum = I;
     static constexpr int STEPS = 1; /* a quad */
@@ -66,12 +87,12 @@ struct Integer {
     /* A token's total and a group's sum to the new total. Every step rounds by itself, as the reference does: the
      * results are equal bit for bit. */
     template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, I sum, int lane, const Parameters& p, const void* sums) {
+    static INLINE F fold(F total, I sum, const LaneParameters& p, const void* sums) {
         [[maybe_unused]] int32_t codes = *(const int32_t*)sums;
-        if constexpr (HAS_ZERO) sum = sub_i(sum, mul_i(load_i(p.zero + lane), set_i(codes)));
+        if constexpr (HAS_ZERO) sum = sub_i(sum, mul_i(p.zero, set_i(codes)));
         F value = to_f(sum);
-        if constexpr (HAS_REMAINDER) value = sub_f(value, mul_f(set_f((float)codes), load_f(p.offset + lane)));
-        return add_f(total, mul_f(value, load_f(p.scale + lane)));
+        if constexpr (HAS_REMAINDER) value = sub_f(value, mul_f(set_f((float)codes), p.offset));
+        return add_f(total, mul_f(value, p.scale));
     }
 };
 
@@ -114,9 +135,9 @@ struct Float32 {
         return multiply_add(bits_to_f(w), bits_to_f(set_i((int32_t)x)), sum);
     }
     template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, F sum, int lane, const Parameters& p, const void* sums) {
-        if constexpr (HAS_ZERO) sum = sub_f(sum, mul_f(load_f(p.offset + lane), set_f(*(const float*)sums)));
-        return multiply_add(sum, load_f(p.scale + lane), total);
+    static INLINE F fold(F total, F sum, const LaneParameters& p, const void* sums) {
+        if constexpr (HAS_ZERO) sum = sub_f(sum, mul_f(p.offset, set_f(*(const float*)sums)));
+        return multiply_add(sum, p.scale, total);
     }
 };
 

@@ -2,6 +2,7 @@
  *
  *     entry_points ROUNDS SEED
  *
+ * Each round mutates the buffers of a packed weight MUTATIONS times, and gives them to all that reads such weights.
  * Arrays are as long as the ABI says, to the byte, so that one read or write too far is a report. */
 #include "rounds.h"
 
@@ -10,6 +11,15 @@ namespace {
 int64_t hostile() {
     static const int64_t values[] = {0, -1, 1, 31, 33, INT32_MIN, INT32_MAX, INT64_MIN, INT64_MAX, int64_t{1} << 40};
     return values[draw(0, 9)];
+}
+
+constexpr int MUTATIONS = 4;
+
+void mutate(Bytes& bytes) {
+    for (int64_t i = draw(0, 3); i > 0 && !bytes.values.empty(); i--) {
+        auto& byte = bytes.values[static_cast<size_t>(draw(0, static_cast<int64_t>(bytes.values.size()) - 1))];
+        byte = static_cast<unsigned char>(draw(0, 1) ? byte ^ 1 << draw(0, 7) : draw(0, 1) ? 255 : draw(0, 255));
+    }
 }
 
 void linear_round() {
@@ -32,6 +42,16 @@ void linear_round() {
     int status = bw_linear(&w, x.as<void>(), dtype, tokens, draw(0, 1) ? bias.as<void>() : nullptr, activation,
                            y.as<void>(), threads);
     require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of sound arguments");
+    Bytes row(static_cast<size_t>(columns * 4)), back(static_cast<size_t>(rows * columns));
+    for (int i = 0; i < MUTATIONS; i++) {
+        for (Bytes* each : {&codes, &scale, &zero, &remainder, &levels, &order, &x}) mutate(*each);
+        status = bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, activation, y.as<void>(), threads);
+        require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of mutated buffers");
+        int64_t id = draw(0, rows - 1);
+        require(bw_look_up(&w, &id, 1, row.as<float>(), 1) == BW_OK, "bw_look_up in mutated buffers");
+        require(bw_unpack_codes(codes.as<uint8_t>(), rows, columns, slots, bits, w.order, back.as<uint8_t>(), 1) == BW_OK,
+                "bw_unpack_codes of mutated buffers");
+    }
     switch (draw(0, 9)) { /* now one that is not sound; most of these are, some may be by chance */
         case 0: w.rows = -w.rows; break;
         case 1: w.slots = draw(0, 1) ? w.slots + 1 : -32; break;
