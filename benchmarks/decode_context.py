@@ -30,6 +30,7 @@ from benchmarks.decode import DRIVERS, HEADS, Engine, prepare
 from benchmarks.decode_peers.driving import memory
 from benchmarks.shapes import SHAPES, Shape
 from bitwright.core.kv_scheme import parse_kv
+from bitwright.core.memory import trim_memory
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
 
 CONTEXTS = (2048, 8192, 32768)
@@ -139,6 +140,7 @@ def fits(name: str, shape: Shape, caches: list[str]) -> list[Fit]:
 
 
 def _taken(sizes: CacheShape, pages: int, cache: str) -> int:
+    trim_memory()  # what the cache before has left in the heap would be taken for a part of this one
     before = memory()[1]
     made = PagedCache(sizes, pages, parse_kv(cache))
     every = (made.keys, made.values, made.key_codes, made.value_codes, made.key_scale, made.value_scale)
