@@ -78,7 +78,7 @@ def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, 
                     group = (chunk * CHUNK + run * 32) // SPAN
                     total += _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, groups, ZERO)
                     products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-        if not SINGLE and SPAN >= CHUNK and ((chunk + 1) % chunks_of_group == 0 or chunk + 1 == last):
+        if (not SINGLE and SPAN >= CHUNK) and ((chunk + 1) % chunks_of_group == 0 or chunk + 1 == last):
             group = chunk // chunks_of_group
             total += _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, groups, ZERO)
             products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)

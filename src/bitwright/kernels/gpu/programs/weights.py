@@ -23,10 +23,11 @@ def pair_of_runs(words, SLOT: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def with_exponents(pair, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Both codes of a pair set into the mantissas of 16-bit powers of two, where ``DTYPE`` has room for them."""
-    if KIND == "integer" and tl.float16 == DTYPE:
-        pair = pair | 0x64006400  # 1024 + code
-    elif KIND == "integer" and tl.bfloat16 == DTYPE and BITS < 8:
-        pair = pair | 0x43004300  # 128 + code
+    if KIND == "integer":  # dtypes on the right: before Triton 3.3 one on the left is equal to no constant
+        if DTYPE == tl.float16:  # noqa: SIM300
+            pair = pair | 0x64006400  # 1024 + code
+        elif DTYPE == tl.bfloat16 and BITS < 8:  # noqa: SIM300
+            pair = pair | 0x43004300  # 128 + code
     return pair
 
 
@@ -48,9 +49,9 @@ def as_numbers(half, zero, levels, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE
     elif KIND == "fp8":
         bits = ((half & 0x80) << 8) | ((half & 0x7F) << 7)  # e4m3 lies in the top of float16, 2^8 times smaller
         numbers = (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
-    elif tl.float16 == DTYPE:
+    elif DTYPE == tl.float16:  # noqa: SIM300
         numbers = half.to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
-    elif tl.bfloat16 == DTYPE and BITS < 8:
+    elif DTYPE == tl.bfloat16 and BITS < 8:  # noqa: SIM300
         numbers = half.to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
     else:
         wide = (half.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
