@@ -72,8 +72,13 @@ INLINE void find_chunk(const bw_attention_job& job, const bw_tile& tile, Attenti
         chunk.keys[group] = (const char*)p.keys + at * chunk.key_bytes;
         chunk.values[group] = (const char*)p.values + at * chunk.value_bytes;
         chunk.later_keys[group] = nullptr;
-        if (later < tile.context) chunk.later_keys[group] = (const char*)p.keys + place_of(job, tile, later) * chunk.key_bytes;
+        int64_t next = later < tile.context ? place_of(job, tile, later) : at;
+        if (later < tile.context) chunk.later_keys[group] = (const char*)p.keys + next * chunk.key_bytes;
         if constexpr (KEY >= BW_INT8) {
+            for (int i = 0; i < 2 * BW_LANES; i += BW_LANES) {
+                __builtin_prefetch(p.key_scale + 2 * next + i, 0, 2);
+                __builtin_prefetch(p.value_scale + 2 * next + i, 0, 2);
+            }
             read_scales(p.key_scale + 2 * at, chunk.key_scale + group * BW_LANES, chunk.key_least + group * BW_LANES);
             read_scales(p.value_scale + 2 * at, chunk.value_scale + group * BW_LANES, chunk.value_least + group * BW_LANES);
         }

@@ -182,7 +182,7 @@ inline Levels make_levels(const bw_weight& w) {
     levels.zero = w.center;
     int count = w.bits <= 4 ? 1 << w.bits : BW_LEVELS; /* of more bits, and of floats, there are none */
     for (int i = 0; i < BW_LEVELS; i++)
-        levels.values[i] = w.levels ? w.levels[i] : (float)(i % count) - levels.center;
+        levels.values[i] = w.levels ? w.levels[i % count] : (float)(i % count) - levels.center;
 #if defined(BW_PAIRS)
     for (int i = 0; i < 32; i++) {
         float value = (float)(w.bits <= 5 ? i % (1 << w.bits) : i) - levels.center;
