@@ -11,7 +11,9 @@ from pathlib import Path
 
 import openvino
 from openvino import opset13
-from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+sys.modules["torchvision"] = None  # type: ignore[assignment]  # that which optimum brings is of another build of torch
+from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig  # noqa: E402
 
 __all__ = ["write"]
 

@@ -69,15 +69,11 @@ def test_no_more_is_guessed_than_may_be_generated() -> None:
 
 
 def test_next_tokens_go_before_pieces_of_prompts() -> None:
-    """A long prompt that came first delays the next token of a running answer by nothing but its own step."""
-    scheduler = Scheduler(PageAllocator(64, reuse=0), max_batch=4, step_tokens=40)
+    """Also where the long prompt came first."""
+    scheduler = Scheduler(PageAllocator(64, reuse=0), max_batch=4, step_tokens=240)
     long, short = request(0, 200), request(1, 3)
-    scheduler.add(long)
-    assert [work.count for work in scheduler.plan()] == [40]
-    long.computed = 40
-    scheduler.add(short)
-    scheduler._step_tokens = 400
-    scheduler.plan()
-    short.computed = 2
-    scheduler._step_tokens = 40
-    assert [(work.request.number, work.count) for work in scheduler.plan()] == [(1, 1), (0, 39)]
+    for each in (long, short):
+        scheduler.add(each)
+    assert [(work.request.number, work.count) for work in scheduler.plan()] == [(0, 200), (1, 3)]
+    long.computed, short.computed = 40, 2
+    assert [(work.request.number, work.count) for work in scheduler.plan()] == [(1, 1), (0, 160)]
