@@ -6,6 +6,7 @@ token alone (``token_head``), from calibration (``static_*``), or from a finishe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -165,9 +166,8 @@ class KVScheme:
 
     @property
     def step(self) -> int:
-        """How many tokens are coded at a time: the group of per-channel codes, else 1."""
-        groups = [code.group for code in (self.key, self.value) if code.grain == "channel"]
-        return max(groups, default=1)
+        """How many tokens are coded at a time: whole groups of per-channel codes, of keys and of values, else 1."""
+        return math.lcm(*(code.group for code in (self.key, self.value) if code.grain == "channel"))
 
     @property
     def name(self) -> str:

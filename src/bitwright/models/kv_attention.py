@@ -33,13 +33,14 @@ def attend(
     gets zeros.
 
     Raises:
-        ArgumentError: BW201 for padding on the left, where a token's place decides how it is stored.
+        ArgumentError: BW201 for padding, where a token's place decides how it is stored.
     """
     batch, heads, _ = view.shape
     queries = query.shape[2]
     if view.counts_columns and mask is not None:
-        first = mask[..., -1, 0]
-        _refuse_padding(~first if mask.dtype == torch.bool else first < torch.finfo(mask.dtype).min / 2)
+        own = mask[..., -queries:].diagonal(dim1=-2, dim2=-1)  # whether tokens of this step see themselves
+        seen = own if view.is_sliding else torch.cat([own, mask[..., -1:, 0]], dim=-1)
+        _refuse_padding(~seen if mask.dtype == torch.bool else seen < torch.finfo(mask.dtype).min / 2)
     turned = _turned(query.to(torch.float32), view, "key") * (query.shape[-1] ** -0.5 if scale is None else scale)
     grouped = turned.view(batch, heads, repeats, queries, -1)
     sums = grouped.new_zeros(*grouped.shape[:-1], view.widths["value"])
@@ -84,7 +85,9 @@ def mix(view: View, weights: Tensor, repeats: int) -> Tensor:
     """``weights values``, ``[batch, heads * repeats, queries, width]``, of weights ``[.., queries, columns]``."""
     batch, heads, _ = view.shape
     if view.counts_columns:
-        _refuse_padding((weights[..., -1, 0] == 0).all(1))  # in no head does the newest token see the first
+        # In no head does the newest token see the first; in a window, a token of this step the one before it.
+        new = weights[..., -weights.shape[2] :].diagonal(offset=-1, dim1=-2, dim2=-1)
+        _refuse_padding(((new if view.is_sliding else weights[..., -1:, 0]) == 0).all(1))
     grouped = weights.to(torch.float32).view(batch, heads, repeats, weights.shape[2], -1)
     sums = grouped.new_zeros(*grouped.shape[:-1], view.widths["value"])
     for piece in view.pieces:
@@ -95,7 +98,7 @@ def mix(view: View, weights: Tensor, repeats: int) -> Tensor:
 
 
 def _refuse_padding(is_hidden: Tensor) -> None:
-    """Raises BW201 if the newest token of some sequence does not see the first column."""
+    """Raises BW201 if some token that should be seen is hidden."""
     if bool(is_hidden.any()):
         what = "prompts of different lengths, padded on the left, in a cache of token groups or windows"
         why = "they would be counted from the padding on, and padding would share scales with tokens"

@@ -131,14 +131,12 @@ def _transpose(packed: PackedTensor, dim0: Any = None, dim1: Any = None) -> Any:
 def _multiply(left: Any, right: Any) -> Any:
     if not isinstance(right, PackedTensor) or isinstance(left, PackedTensor) or left.dim() != 4:
         return NotImplemented
-    batch, heads, _ = right.view_of.shape
-    if left.shape[:2] != (batch, heads * right.repeats) or not _fits(left, right):
+    repeats = _repeats(left, right)
+    if repeats is None or not _fits(left, right):
         return NotImplemented
     if right.side == "key" and right.form == "turned":
-        return scores(right.view_of, left, right.repeats)
-    return (
-        mix(right.view_of, left, right.repeats) if right.side == "value" and right.form == "plain" else NotImplemented
-    )
+        return scores(right.view_of, left, repeats)
+    return mix(right.view_of, left, repeats) if right.side == "value" and right.form == "plain" else NotImplemented
 
 
 def _attention(
@@ -154,12 +152,23 @@ def _attention(
     both = isinstance(key, PackedTensor) and isinstance(value, PackedTensor) and not isinstance(query, PackedTensor)
     if not both or key.view_of is not value.view_of or dropout_p or {key.form, value.form} != {"plain"}:
         return NotImplemented
-    batch, heads, _ = key.view_of.shape
-    repeats = query.shape[1] // heads
-    alike = query.shape[0] == batch and (enable_gqa or query.shape[1] == heads * key.repeats)
-    if not alike or query.dim() != 4 or not _fits(query, key) or (attn_mask is not None and attn_mask.dim() > 4):
+    if query.dim() != 4 or not _fits(query, key) or (attn_mask is not None and attn_mask.dim() > 4):
+        return NotImplemented
+    repeats = _repeats(query, key, enable_gqa=enable_gqa)
+    if repeats is None:
         return NotImplemented
     return attend(key.view_of, query, mask=attn_mask, is_causal=is_causal, scale=scale, repeats=repeats)
+
+
+def _repeats(left: Tensor, packed: PackedTensor, *, enable_gqa: bool = False) -> int | None:
+    """How many heads of ``left`` share one of keys or values; ``None`` if they do not go together.
+
+    A single head is broadcast, as in multi-query attention.
+    """
+    batch, heads, _ = packed.view_of.shape
+    is_shared = enable_gqa and left.shape[1] % heads == 0
+    alike = left.shape[1] == heads * packed.repeats or heads * packed.repeats == 1 or is_shared
+    return left.shape[1] // heads if alike and left.shape[0] == batch else None
 
 
 def _fits(query: Tensor, packed: PackedTensor) -> bool:

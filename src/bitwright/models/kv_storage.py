@@ -1,7 +1,8 @@
 """The keys and values of one layer as they are stored, and as the queries of one step see them.
 
-Tokens that are coded lie in sealed blocks of ``BLOCK`` and one that still grows, so that appending copies little and no
-byte is reserved that holds no token. Sinks and the newest tokens of schemes with a window are kept as they came.
+Tokens that are coded lie in sealed blocks of about ``BLOCK``, of whole groups, and one that still grows, so that
+appending copies little and no byte is reserved that holds no token. Sinks and the newest tokens of schemes with a
+window are kept as they came.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class View:
         widths: of a head, by side.
         parameters: of calibrated codes.
         dtype: that the model computes with.
-        counts_columns: whether the place of a token decides how it is stored, and all are there: padding would count.
+        counts_columns: whether the place of a token decides how it is stored: padding would count.
+        is_sliding: whether a query may not see the first columns, padding or not.
     """
 
     pieces: tuple[Piece, ...]
@@ -69,6 +71,7 @@ class View:
     parameters: LayerParameters
     dtype: torch.dtype
     counts_columns: bool = False
+    is_sliding: bool = False
 
     def numbers(self, piece: Piece, side: Side, *, turned: bool = False) -> Tensor:
         """The keys or values of a piece, float32 ``[batch, heads, tokens, head_dim]``.
@@ -97,9 +100,10 @@ class View:
 
 @dataclass(slots=True)
 class _Run:
-    """Coded keys, or values: sealed blocks, and the one that grows."""
+    """Coded keys, or values: sealed blocks of ``size`` tokens, whole groups, and the one that grows."""
 
     code: KVCode
+    size: int
     blocks: list[Coded] = field(default_factory=list)
 
     @property
@@ -107,11 +111,11 @@ class _Run:
         return sum(block.tokens for block in self.blocks)
 
     def append(self, coded: Coded) -> None:
-        if self.blocks and self.blocks[-1].tokens < BLOCK:
+        if self.blocks and self.blocks[-1].tokens < self.size:
             coded = join([self.blocks.pop(), coded])
-        while coded.tokens > BLOCK:
-            self.blocks.append(coded.span(0, BLOCK, self.group))
-            coded = coded.span(BLOCK, coded.tokens, self.group)
+        while coded.tokens > self.size:
+            self.blocks.append(coded.span(0, self.size, self.group))
+            coded = coded.span(self.size, coded.tokens, self.group)
         self.blocks.append(coded)
 
     def keep(self, tokens: int) -> None:
@@ -140,13 +144,14 @@ class LayerStore:
     def __init__(self, scheme: KVScheme, parameters: LayerParameters, *, sliding: int | None = None) -> None:
         self.scheme, self.parameters, self.sliding = scheme, parameters, sliding
         self.codes: dict[Side, KVCode] = {"key": scheme.key, "value": scheme.value}
+        self.block = max(BLOCK // scheme.step, 1) * scheme.step
         self.forget()
 
     def forget(self) -> None:
         """Become empty."""
         self.length = 0  # tokens seen, whether they are still here or not
         self.dropped = 0  # of the coded ones, behind a sliding window
-        self.runs: dict[Side, _Run] = {side: _Run(self.codes[side]) for side in SIDES}
+        self.runs: dict[Side, _Run] = {side: _Run(self.codes[side], self.block) for side in SIDES}
         self.sinks: dict[Side, Tensor] = {}
         self.recent: dict[Side, Tensor] = {}
 
@@ -266,7 +271,8 @@ class LayerStore:
             widths={side: plain[side].shape[3] for side in SIDES},
             parameters=self.parameters,
             dtype=keys.dtype,
-            counts_columns=self._is_late and self.sliding is None,
+            counts_columns=self._is_late,
+            is_sliding=self.sliding is not None,
         )
 
     @property
@@ -278,7 +284,7 @@ class LayerStore:
         """Drop the blocks that no later query sees."""
         while self.sliding is not None and self.runs["key"].blocks:
             first = self.runs["key"].blocks[0].tokens
-            if first < BLOCK or self.dropped + first > self.length - self.sliding + 1:
+            if first < self.block or self.dropped + first > self.length - self.sliding + 1:
                 return
             for run in self.runs.values():
                 run.blocks.pop(0)
