@@ -1,4 +1,4 @@
-"""The check of :mod:`.kv_safety` on models of transformers: each is run once, and what was found is remembered."""
+"""The check of :mod:`.kv_safety` on models of transformers: each is run once a scheme, and the verdict remembered."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bitwright.models.kv_storage import Side
 
 __all__ = ["observe_model", "safe_scheme"]
 
-# By model: keys and values of the text, and the schemes that were judged.
-KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[dict[Side, list[Tensor]], dict[str, KVSafety]]] = WeakKeyDictionary()
+# By model: the schemes that were judged. Keys and values, of a 7B model 96 MiB, are not kept for the next scheme.
+KNOWN: WeakKeyDictionary[PreTrainedModel, dict[str, KVSafety]] = WeakKeyDictionary()
 
 
 class _Recorder(Cache):
@@ -65,11 +65,9 @@ def safe_scheme(
     check_safety(safety)
     if safety == "off" or not has_few_bits(scheme) or any(part.is_meta for part in model.parameters()):
         return scheme
-    if model not in KNOWN:
-        KNOWN[model] = observe_model(model, _text(model, tokenizer)), {}
-    observed, judged = KNOWN[model]
+    judged = KNOWN.setdefault(model, {})
     if scheme.name not in judged:
-        judged[scheme.name] = judge(observed, scheme)
+        judged[scheme.name] = judge(observe_model(model, _text(model, tokenizer)), scheme)
         return settle(judged[scheme.name], safety)
     return judged[scheme.name].recommended if safety == "widen" else scheme
 

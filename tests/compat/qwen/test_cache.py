@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import bitwright.compat.qwen as qwen
-from bitwright.core.errors import BitwrightError, Notice
+from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.models.embedded_model import embedded_directory
+from bitwright.models.kv_cache import QuantizedCache
+from bitwright.models.loading import load
 
 DOCUMENT = Path(__file__).resolve().parents[4] / "shared" / "seeds" / "qwen_quantization.md"
 
@@ -136,3 +138,18 @@ def test_the_blocks_of_the_document_run() -> None:
     torch.testing.assert_close(names["v"], v, atol=0.05, rtol=0)
     assert names["layer_past"] == (v, v)
     assert len(chosen) == 5
+
+
+def test_layer_past_of_a_float_cache_and_of_an_empty_one() -> None:
+    model: Any = load("demo:", dtype=torch.float32)
+    for scheme in ("none", "int8"):
+        with pytest.raises(ArgumentError, match="an empty cache"):
+            qwen.layer_past(QuantizedCache(model, scheme))
+    cache = QuantizedCache(model, "none")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    past: Any = qwen.layer_past(cache)[0]
+    key, value = past
+    whole = cache.stores[0].runs["key"].blocks[0].codes
+    assert torch.equal(key, whole)
+    assert key.shape == value.shape == (1, 2, 3, 64)

@@ -69,6 +69,9 @@ def layer_past(past_key_values: Any) -> tuple[LayerPast, ...]:
     """The ``layer_past`` of each layer of what a model returns as ``past_key_values``.
 
     With a quantized cache in the layout of :class:`QwenCache`, else ``(key, value)``.
+
+    Raises:
+        ArgumentError: BW201 for a cache that is empty, or of another scheme than ``int8`` and ``none``.
     """
     if isinstance(past_key_values, QuantizedCache):
         return tuple(_layer_past(store) for store in past_key_values.stores)
@@ -116,11 +119,13 @@ def _replace_cache(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[
 def _layer_past(store: LayerStore) -> LayerPast:
     parts: list[Any] = []
     for side in SIDES:
-        blocks = store.runs[side].blocks
-        if store.codes[side] != INT8:
+        if store.codes[side] != INT8 and not store.scheme.is_float:
             what = f"a cache of {store.codes[side].name} has no layer_past in this layout"
-            raise ArgumentError("BW201", what, suggestion="a cache of int8")
-        parts.append(_states(join(list(blocks))))
+            raise ArgumentError("BW201", what, suggestion="a cache of int8, or of none")
+        if not store.stored:
+            raise ArgumentError("BW201", "an empty cache has no layer_past", suggestion="the cache of a model that ran")
+        coded = join(list(store.runs[side].blocks))
+        parts.append(coded.codes if store.scheme.is_float else _states(coded))
     return parts[0], parts[1]
 
 
