@@ -1,8 +1,8 @@
 /* Every entry point of csrc/kernels.h with random shapes, arbitrary bytes and hostile arguments, for sanitizers.
  *
- *     entry_points ROUNDS SEED
+ *     entry_points ROUNDS SEED [MUTATIONS]
  *
- * Each round mutates the buffers of a packed weight MUTATIONS times, and gives them to all that reads such weights.
+ * Each round mutates the buffers of a packed weight MUTATIONS (4) times, and gives them to all that reads such weights.
  * Arrays are as long as the ABI says, to the byte, so that one read or write too far is a report. */
 #include "rounds.h"
 
@@ -13,7 +13,7 @@ int64_t hostile() {
     return values[draw(0, 9)];
 }
 
-constexpr int MUTATIONS = 4;
+long mutations = 4;
 
 void mutate(Bytes& bytes) {
     for (int64_t i = draw(0, 3); i > 0 && !bytes.values.empty(); i--) {
@@ -43,7 +43,7 @@ void linear_round() {
                            y.as<void>(), threads);
     require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of sound arguments");
     Bytes row(static_cast<size_t>(columns * 4)), back(static_cast<size_t>(rows * columns));
-    for (int i = 0; i < MUTATIONS; i++) {
+    for (long i = 0; i < mutations; i++) {
         for (Bytes* each : {&codes, &scale, &zero, &remainder, &levels, &order, &x}) mutate(*each);
         status = bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, activation, y.as<void>(), threads);
         require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of mutated buffers");
@@ -113,6 +113,7 @@ void layers_round() {
 int main(int count, char** arguments) {
     long rounds = count > 1 ? std::atol(arguments[1]) : 1000;
     generator.seed(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1);
+    mutations = count > 3 ? std::atol(arguments[3]) : mutations;
     for (long round = 0; round < rounds; round++) {
         int isa = static_cast<int>(draw(0, bw_isa_count() - 1));
         if (bw_isa_is_supported(isa)) bw_isa_select(bw_isa_name(isa));
@@ -128,5 +129,5 @@ int main(int count, char** arguments) {
     std::vector<unsigned char> memory(3 << 20, 1);
     require(bw_read_memory(memory.data(), 3 << 20, 2) == 0x01010101 && !bw_read_memory(nullptr, 1, 1), "bw_read_memory");
     for (int route = -1; route < 4; route++) bw_multiply(route, 10, 2);
-    std::printf("%ld rounds\n", rounds);
+    std::printf("%ld rounds, %ld mutated weights\n", rounds, rounds * mutations);
 }

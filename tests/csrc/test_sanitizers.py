@@ -34,4 +34,4 @@ def test_entry_points(tmp_path: Path) -> None:
     command = [str(tmp_path / "entry_points"), str(ROUNDS), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"seed {seed}\n{done.stderr[-5000:]}"
-    assert f"{ROUNDS} rounds" in done.stdout
+    assert f"{ROUNDS} rounds" in done.stdout and f"{4 * ROUNDS} mutated" in done.stdout
