@@ -75,8 +75,29 @@ def test_check_and_export(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert key_scale == pytest.approx((high - low) / 255, rel=1e-6)
         assert key_zero == pytest.approx((high + low) / 2, rel=1e-5, abs=1e-6)
         assert value_scale > 0
-    assert main(["calibrate", str(model), *FAST, *export[:3], "3"]) == 2
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_runs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """E6."""
+    split = ["--tensor-parallel", "3"]
+    assert main(["calibrate", str(model), *FAST, "--export-lmdeploy", str(tmp_path / "weights"), *split]) == 2
     assert "2 heads of keys and values do not divide among 3 ranks" in capsys.readouterr().err
+    for lonely in (split, ["--symmetric"]):
+        assert main(["calibrate", str(model), *FAST, *lonely]) == 2
+        assert "--export-lmdeploy" in capsys.readouterr().err
+    assert not (model / "kv_parameters.safetensors").exists()
+
+
+def test_what_comes_next_works(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calibrated scales are read beside the weights; elsewhere they are not recommended."""
+    assert main(["calibrate", str(model), *FAST]) == 0
+    assert f"bitwright chat {model} --kv-cache int8-static" in capsys.readouterr().out
+    assert main(["calibrate", str(model), *FAST, "--work-dir", str(tmp_path / "else")]) == 0
+    shown = capsys.readouterr().out
+    assert f"bitwright chat {model} --kv-cache int8\n" in shown
+    assert "beside the weights" in shown
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_a_single_head_that_all_queries_share_stays_packed(path: str, monkeypatc
         vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, multi_query=True, alibi=False
     )
     torch.manual_seed(0)
-    model: Any = FalconForCausalLM(config).eval()
+    model: Any = FalconForCausalLM(config)
+    model.eval()
     model.set_attn_implementation(path)
     ids = torch.randint(2, 97, (2, 20), generator=torch.Generator().manual_seed(0))
     found = []

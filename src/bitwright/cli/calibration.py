@@ -55,6 +55,7 @@ def run_calibrate(request: CalibrateRequest, *, as_json: bool, plain: bool) -> N
     from bitwright.quantization.events import Event, Stopped
     from bitwright.quantization.kv_calibration import calibrate
 
+    _refuse_export(request)
     command = resume_command(request.arguments)
     progress = choose_progress(as_json=as_json, plain=plain)
 
@@ -80,6 +81,25 @@ def run_calibrate(request: CalibrateRequest, *, as_json: bool, plain: bool) -> N
         progress.say(json.dumps(record | {"check": None if check is None else check.to_dict()}))
     else:
         progress.say(_render(request, made, exported, check))
+
+
+def _refuse_export(request: CalibrateRequest) -> None:
+    """Raises BW201 for what could not be exported, before hours are spent on it."""
+    from bitwright.core.errors import ArgumentError
+    from bitwright.formats.checkpoint import open_checkpoint
+    from bitwright.models.hf import read_config
+    from bitwright.models.kv_export import refuse_ranks
+    from bitwright.models.location import resolve_model
+
+    if request.lmdeploy is None:
+        if request.ranks != 1 or request.symmetric:
+            what = "--tensor-parallel and --symmetric are about LMDeploy's files"
+            raise ArgumentError("BW201", what, suggestion="--export-lmdeploy DIR, where they go")
+        return
+    config = read_config(open_checkpoint(resolve_model(request.model))).get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if heads:
+        refuse_ranks(heads, request.ranks, where=request.model)
 
 
 def _export(request: CalibrateRequest, made: Calibrated) -> tuple[str, ...]:
@@ -114,17 +134,22 @@ def _check(request: CalibrateRequest, progress: Progress) -> KVCheck:
 
 
 def _render(request: CalibrateRequest, made: Calibrated, exported: Sequence[str], check: KVCheck | None) -> str:
+    from bitwright.models.location import resolve_model
+
     text = f"{made.samples} samples of {made.seqlen} tokens of {made.source}"
     lines = [f"calibrated {made.layers} layers on {text} in {format_duration(made.seconds)}"]
     lines += [f"wrote {', '.join(made.files)} to {made.output}"]
     if exported:
         lines.append(f"wrote {len(exported)} files for LMDeploy to {request.lmdeploy}")
-    scheme = "int8-static"
+    is_beside = made.output.resolve() == resolve_model(request.model).resolve()
+    scheme, more = ("int8-static", ",int8-static") if is_beside else ("int8", "")
+    if not is_beside:
+        lines.append("int8-static reads kv_parameters.safetensors beside the weights alone: copy it there to use it")
     if check is not None:
         lines += ["", render_check(check)]
         scheme = check.recommended
     lines += ["", "next:", f"  bitwright chat {request.model} --kv-cache {scheme}"]
-    lines.append(f"  bitwright eval {request.model} --kv-cache none,int8,int8-static,int4-rotated")
+    lines.append(f"  bitwright eval {request.model} --kv-cache none,int8{more},int4-rotated")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from bitwright.core.kv_scheme import KVCode
 from bitwright.formats.storage import make_directory, write_file
 from bitwright.models.kv_ranges import Range, Ranges, static_parameters
 
-__all__ = ["export_lmdeploy"]
+__all__ = ["export_lmdeploy", "refuse_ranks"]
 
 LAYER = KVCode(bits=8, grain="static_layer")
 SYMMETRIC = KVCode(bits=8, grain="static_layer", symmetric=True)
@@ -28,16 +28,11 @@ def export_lmdeploy(
     Raises:
         ArgumentError: BW201 if the heads do not divide among the ranks.
     """
-    if type(ranks) is not int or ranks < 1:
-        raise ArgumentError("BW201", f"tensor-parallel is {ranks!r}", suggestion="a whole number, at least 1")
     code = SYMMETRIC if symmetric else LAYER
     contents: dict[str, bytes] = {}
     for layer, found in ranges.items():
         heads = len(found["key"].low)
-        if heads % ranks:
-            what = f"{heads} heads of keys and values do not divide among {ranks} ranks"
-            divisors = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-            raise ArgumentError("BW201", what, where=f"layer {layer}", suggestion=f"one of {divisors}")
+        refuse_ranks(heads, ranks, where=f"layer {layer}")
         for rank in range(ranks):
             own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
             numbers: list[float] = []
@@ -50,3 +45,13 @@ def export_lmdeploy(
     for name, content in contents.items():
         write_file(directory / name, [content])
     return tuple(contents)
+
+
+def refuse_ranks(heads: int, ranks: int, *, where: str) -> None:
+    """Raises BW201 unless ``heads`` divide among ``ranks``."""
+    if type(ranks) is not int or ranks < 1:
+        raise ArgumentError("BW201", f"tensor-parallel is {ranks!r}", suggestion="a whole number, at least 1")
+    if heads % ranks:
+        what = f"{heads} heads of keys and values do not divide among {ranks} ranks"
+        divisors = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise ArgumentError("BW201", what, where=where, suggestion=f"one of {divisors}")

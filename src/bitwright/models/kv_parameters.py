@@ -84,7 +84,8 @@ def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> d
             raise _refusal(directory, f"{PARAMETERS_FILE} has no ranges for layer {layer}")
         parts = [read_tensor(path, index.tensors[name]).to(torch.float32) for name in names]
         shapes = {tuple(part.shape) for part in parts}
-        if len(shapes) != 1 or parts[0].dim() != 1 or not all(bool(part.isfinite().all()) for part in parts):
+        is_sound = len(shapes) == 1 and parts[0].dim() == 1 and all(bool(part.isfinite().all()) for part in parts)
+        if not is_sound or not all(bool((low <= high).all()) for low, high in (parts[:2], parts[2:])):
             raise _refusal(directory, f"the ranges of layer {layer} in {PARAMETERS_FILE} are damaged")
         ranges[layer] = {"key": Range(parts[0], parts[1]), "value": Range(parts[2], parts[3])}
     return ranges
