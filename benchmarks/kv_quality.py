@@ -63,6 +63,14 @@ PEER_WINDOWS = 2  # token by token, they are slow
 MakeCache = Callable[[], Any]
 
 
+class RoundedCache(DynamicCache):
+    """Keys and values in bfloat16, under a model that computes in float32: what any 16-bit cache costs."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        rounded = (states.to(torch.bfloat16).to(states.dtype) for states in (key_states, value_states))
+        return super().update(*rounded, *arguments, **keywords)
+
+
 class RestatedQ4(DynamicCache):
     """llama.cpp's q4_0: rotated, blocks of 32, scale = the number of largest magnitude / -8 in float16."""
 
@@ -152,6 +160,7 @@ def own_rows(
     model: Any, directory: Path, windows: Tensor, wanted: list[Tensor], text: str, shape: dict[str, int]
 ) -> dict[str, Any]:
     rows: dict[str, Any] = {}
+    rows["bf16"] = measure(model, windows, wanted, lambda: RoundedCache(config=model.config), 1 << 20) | {"bits": 16}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(directory, Path(folder) / "model"))
         (Path(folder) / "text.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
