@@ -160,7 +160,7 @@ def test_memory_that_runs_out_in_a_recording_is_told_as_that(
     decoder.graphs = True
 
     @contextmanager
-    def recording(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+    def recording(graph: FakeGraph, pool: Any, stream: Any, errors: str) -> Iterator[None]:
         try:
             raise torch.OutOfMemoryError("no room")
         finally:
@@ -238,8 +238,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     pools: list[Any] = []
 
     @contextmanager
-    def recording(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+    def recording(graph: FakeGraph, pool: Any, stream: Any, errors: str) -> Iterator[None]:
         pools.append(pool)
+        assert (stream, errors) == (idle, "thread_local")
         run = CudaDecoder._run
 
         def noted(self: CudaDecoder, rows: Any, cache: Any) -> torch.Tensor:

@@ -121,6 +121,7 @@ class CudaDecoder:
             self._weight_bytes += self._embedding.nbytes
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._recorded: Callable[[], PagedCache | None] = lambda: None
+        self._stream: torch.cuda.Stream | None = None  # of all recordings: the vendor's products keep room for each
 
     def _read_block(self, layer: Any, *, release: bool) -> _Block:
         own = layer.self_attn
@@ -234,6 +235,10 @@ class CudaDecoder:
     @torch.no_grad()
     def forward_there(self, step: Step, cache: PagedCache) -> Tensor:
         """As :meth:`forward`, left on the GPU in the model's dtype, and valid until the next step."""
+        with library.on(self.device):
+            return self._step(step, cache)
+
+    def _step(self, step: Step, cache: PagedCache) -> Tensor:
         sequences = len(step.lengths)
         is_decoding = len(step.tokens) == sequences and len(step.outputs) == sequences
         if self.graphs and is_decoding and sequences <= BATCHES[-1]:
@@ -269,7 +274,9 @@ class CudaDecoder:
         """Run a step twice, which compiles what has to be, then record it. Its writes are those of the step itself."""
         layout, host = stage(rows, pinned=True)
         recording = _Recording(layout, host, host.to(self.device), torch.cuda.CUDAGraph())
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -277,7 +284,8 @@ class CudaDecoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         pool = next((each.graph.pool() for each in self._recordings.values()), None)
         try:
-            with torch.cuda.graph(recording.graph, pool=pool):
+            # What other threads do with the GPU meanwhile is theirs, and no fault of the recording.
+            with torch.cuda.graph(recording.graph, pool, stream, "thread_local"):
                 recording.logits = self._run(read_rows(layout, recording.device), cache)
         except RuntimeError as error:  # a recording that was broken off by it may end with another error
             if isinstance(error.__context__, torch.OutOfMemoryError):

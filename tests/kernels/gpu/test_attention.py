@@ -116,6 +116,14 @@ def test_decoding_is_attention_on_what_is_stored(name: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("new", [[1, 1], [3, 1]])
+def test_more_parts_of_a_context_than_are_put_together_at_a_time(new: list[int], monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention, "TOGETHER", 2)
+    check("float", "float", torch.float32, lengths=[300, 70], new=new, split=64)
+    check("int8", "int8", torch.float32, lengths=[330], new=[1], split=64, window=70)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_prompts_in_parts_with_a_window_and_different_codes() -> None:
     check("int8", "int4", torch.float16, lengths=[45, 80], new=[45, 20], window=33)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import bitwright
 from bitwright.core.errors import Notice
 from bitwright.core.scheme_names import parse
 from bitwright.kernels import table
-from bitwright.kernels.gpu import library
+from bitwright.kernels.gpu import fp8, integer, library, linear
 from bitwright.kernels.records import KernelSpec
 from tests.kernels.gpu.compilation_facts import AMPERE, HOPPER, TURING, VOLTA
 from tests.quantization.tiny import save_model
@@ -25,6 +28,18 @@ CHOICES = {  # on Volta, Turing, Ampere, Hopper
     **dict.fromkeys(("fp8-afp8", "w4g128-afp8", "w4g128-asym-afp8"), ("reference",) * 3 + ("triton-fp8",)),
     "w4g128-axis0": NONE,
 }  # fmt: skip
+
+
+def test_launches_go_to_the_gpu_that_the_operands_lie_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    run: Any = library.beside(lambda x, *more: (x.device, *more))
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        device = torch.device(name)
+        assert run(SimpleNamespace(device=device), 2) == (device, 2)
+    assert entered == [torch.device("cuda:1")]
+    assert all(hasattr(kernel.run, "__wrapped__") for kernel in (linear.KERNEL, integer.KERNEL, fp8.KERNEL))
 
 
 @pytest.mark.parametrize("name", CHOICES)

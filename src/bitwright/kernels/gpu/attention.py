@@ -31,6 +31,7 @@ MANY_QUERIES = 64
 TILE = 64  # tokens of keys that are multiplied at a time
 FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batch
 LEAST_SPLIT = 128
+TOGETHER = 32  # parts of a context that are put together at a time: one after the other they would wait for memory
 WAVES = 4
 
 
@@ -167,9 +168,9 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
         BLOCK_T=TILE, PARTIAL=partial, **_options(q, batch.block_rows, min(keys.bits, values.bits)), **shape,
     )  # fmt: skip
     if partial:
-        module.combine[(blocks, kv_heads)](
+        module.combine[(blocks, kv_heads, batch.block_rows)](
             parts, statistics, batch.blocks, batch.starts, batch.lengths, out, kv_heads, splits, split,
-            num_warps=4, num_stages=1, **shape,
+            TOGETHER=TOGETHER, num_warps=4, num_stages=1, **shape,
         )  # fmt: skip
     return out
 

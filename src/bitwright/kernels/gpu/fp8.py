@@ -86,6 +86,7 @@ def fp8_tokens(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+@library.beside
 def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """``x [..., in]`` in e4m3, a scale a row, times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
 

@@ -91,6 +91,7 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     )
 
 
+@library.beside
 def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
     """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``; ``invariant`` as in
     :func:`bitwright.kernels.gpu.linear.run`.
@@ -131,7 +132,8 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
     facts = library.describe(y.device)
     if chosen is None and _is_dense(tokens, weight, facts):
         padding = max(0, launch.FEW_ROWS + 1 - rows)  # the vendor's product takes no fewer
-        products = torch._int_mm(functional.pad(tokens.codes, (0, 0, 0, padding)), tensors["codes"].t())
+        codes = functional.pad(tokens.codes, (0, 0, 0, padding)) if padding else tokens.codes
+        products = torch._int_mm(codes, tensors["codes"].t())
         library.program("integer").scale_products[(-(-out // 64), -(-rows // 32))](
             products, tokens.scale, tokens.sums, *operands, products if bias is None else bias, y, rows, out,
             ZERO=zero, HAS_BIAS=bias is not None, BLOCK_N=64, BLOCK_M=32, num_warps=4, enable_fp_fusion=False,

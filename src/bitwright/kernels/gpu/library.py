@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
+from typing import Concatenate, ParamSpec
 
 import torch
+from torch import Tensor
 
 from bitwright.core.settings import read_settings
 
@@ -22,14 +26,18 @@ __all__ = [
     "OLDEST",
     "PROGRAMMED",
     "GpuFacts",
+    "beside",
     "describe",
     "gpu_memory",
     "is_invariant",
     "missing",
+    "on",
     "program",
     "refuse_device",
     "usable_memory",
 ]
+
+Given = ParamSpec("Given")
 
 HEADROOM = 0.08  # of a GPU's memory: the driver's own, graphs, and what the allocator cannot use
 
@@ -92,6 +100,24 @@ def _describe_cuda(index: int) -> GpuFacts:
         processors=found.multi_processor_count,
         shared_bytes=shared,
     )
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """A block whose launches go to ``device``: Triton launches on the current GPU, wherever the operands lie."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def beside(function: Callable[Concatenate[Tensor, Given], Tensor]) -> Callable[Concatenate[Tensor, Given], Tensor]:
+    """``function`` with its launches :func:`on` the device of its first argument."""
+
+    @wraps(function)
+    def run(x: Tensor, /, *args: Given.args, **kwargs: Given.kwargs) -> Tensor:
+        with on(x.device):
+            return function(x, *args, **kwargs)
+
+    return run
 
 
 def refuse_device(device: torch.device, oldest: tuple[int, int] = OLDEST, what: str = "") -> str | None:

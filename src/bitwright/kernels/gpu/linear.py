@@ -126,6 +126,7 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     )
 
 
+@library.beside
 def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
     """``x [..., in]`` times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
 
@@ -199,7 +200,10 @@ def _run_expanded(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     for first in range(0, out, step):
         last = min(first + step, out)
         dense = expand(weight, first, last, x.dtype)
-        y[:, first:last] = functional.linear(x, dense, None if bias is None else bias[first:last])
+        if bias is None:  # written where it belongs, without a copy
+            torch.mm(x, dense.t(), out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, dense.t(), out=y[:, first:last])
     return y
 
 

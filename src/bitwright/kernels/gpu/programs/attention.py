@@ -144,26 +144,29 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
 
 @triton.jit
 def combine(parts, statistics, blocks, starts, lengths, out, kv_heads, splits, split_tokens,
-            GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
-    """The parts of a context put together, in their order."""
-    block, head = tl.program_id(0), tl.program_id(1)
+            GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr,
+            TOGETHER: tl.constexpr):  # fmt: skip
+    """One row's parts of a context put together, ``TOGETHER`` at a time, in their order."""
+    block, head, own_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(blocks + 2 * block)
     start, length = tl.load(starts + sequence), tl.load(lengths + sequence)
-    row = tl.load(blocks + 2 * block + 1) + tl.arange(0, BLOCK_Q)
-    rows_in = row < (tl.load(starts + sequence + 1) - start) * GROUP
-    channel = tl.arange(0, WIDTH)
-    mask = rows_in[:, None] & (channel < HEAD)[None, :]
-    largest = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32)
-    for split in range(tl.minimum(splits, tl.cdiv(length, split_tokens))):
-        at = ((block.to(tl.int64) * kv_heads + head) * splits + split) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        own = tl.load(statistics + 2 * at)
-        higher = tl.maximum(largest, own)
-        decay, share = tl.exp2(largest - higher), tl.exp2(own - higher)
-        part = tl.load(parts + at[:, None] * HEAD + channel[None, :], mask=mask, other=0.0)
-        total = total * decay + tl.load(statistics + 2 * at + 1) * share
-        mixed, largest = mixed * decay[:, None] + part * share[:, None], higher
-    mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-    at = (start + row // GROUP).to(tl.int64) * (kv_heads * GROUP) + head * GROUP + row % GROUP
-    tl.store(out + at[:, None] * HEAD + channel[None, :], mixed.to(out.dtype.element_ty), mask=mask)
+    row = tl.load(blocks + 2 * block + 1) + own_row
+    if row < (tl.load(starts + sequence + 1) - start) * GROUP:
+        channel = tl.arange(0, WIDTH)
+        largest, total = tl.full((1,), LOWEST, dtype=tl.float32), tl.zeros((1,), dtype=tl.float32)
+        mixed = tl.zeros((WIDTH,), dtype=tl.float32)
+        there = tl.minimum(splits, tl.cdiv(length, split_tokens))
+        for first in range(0, there, TOGETHER):
+            split = first + tl.arange(0, TOGETHER)
+            at = ((block.to(tl.int64) * kv_heads + head) * splits + split) * BLOCK_Q + own_row
+            own = tl.load(statistics + 2 * at, mask=split < there, other=LOWEST)
+            weight = tl.load(statistics + 2 * at + 1, mask=split < there, other=0.0)
+            mask = (split < there)[:, None] & (channel < HEAD)[None, :]
+            part = tl.load(parts + at[:, None] * HEAD + channel[None, :], mask=mask, other=0.0)
+            higher = tl.maximum(largest, tl.max(own, axis=0))
+            decay, share = tl.exp2(largest - higher), tl.exp2(own - higher)
+            total = total * decay + tl.sum(weight * share, axis=0)
+            mixed, largest = mixed * decay + tl.sum(part * share[:, None], axis=0), higher
+        mixed = mixed / tl.where(total > 0.0, total, 1.0)
+        at = (start + row // GROUP).to(tl.int64) * (kv_heads * GROUP) + head * GROUP + row % GROUP
+        tl.store(out + at * HEAD + channel, mixed.to(out.dtype.element_ty), mask=channel < HEAD)

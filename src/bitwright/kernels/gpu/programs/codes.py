@@ -70,7 +70,16 @@ def centred_codes(codes, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
     else:
         if KIND == "signed" and BITS == 8:
             codes = codes ^ 0x80
-        numbers = ((codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + (1 << (BITS - 1)))).to(DTYPE)
+        # Set into the mantissa of a power of two. Not by way of float16 to bfloat16, which is a conversion each.
+        if DTYPE == tl.bfloat16 and BITS < 8:  # noqa: SIM300
+            wide = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+            numbers = wide - tl.full(codes.shape, 128.0 + (1 << (BITS - 1)), dtype=tl.bfloat16)
+        elif DTYPE == tl.bfloat16:  # noqa: SIM300
+            wide = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+            numbers = (wide - (8388608.0 + (1 << (BITS - 1)))).to(tl.bfloat16)
+        else:
+            wide = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+            numbers = (wide - (1024.0 + (1 << (BITS - 1)))).to(DTYPE)
     return numbers
 
 
