@@ -261,6 +261,26 @@ def test_numbers_that_are_not_finite_fail_one_request(tiny: PreTrainedModel, mon
         engine._loop._allocator.check()
 
 
+def test_what_a_failed_request_computed_is_found_by_nobody(tiny: PreTrainedModel, monkeypatch: Any) -> None:
+    """Its pages are cleared, those that were full and sound before it failed as well."""
+    with Engine(tiny, cache_tokens=512, step_tokens=32) as engine:
+        expected = Engine(tiny, reuse=0)
+        decoder = engine._loop._runner.decoder
+        forward = decoder.forward
+
+        def broken(step: Any, cache: Any) -> Any:
+            logits = forward(step, cache)
+            return logits * math.nan if 77 in step.tokens else logits
+
+        monkeypatch.setattr(decoder, "forward", broken)
+        with pytest.raises(BitwrightError, match="BW601"):
+            engine.generate([[9] * 64 + [77]], max_tokens=4)
+        found = engine.generate([[9] * 64 + [7]], max_tokens=12)[0]
+        assert found.tokens == expected.generate([[9] * 64 + [7]], max_tokens=12)[0].tokens
+        assert found.reused_tokens == 0
+        expected.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

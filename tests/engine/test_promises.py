@@ -21,6 +21,20 @@ def check_books(engine: Engine) -> None:
     assert engine.statistics().cache_used == 0 and engine.statistics().running == engine.statistics().waiting == 0
 
 
+def _count_tokens(engine: Engine) -> list[int]:
+    """How many tokens each step computes, from now on."""
+    counts: list[int] = []
+    decoder = engine._loop._runner.decoder
+    forward = decoder.forward
+
+    def counting(step: Any, cache: Any) -> Any:
+        counts.append(len(step.tokens))
+        return forward(step, cache)
+
+    decoder.forward = counting  # type: ignore[method-assign]
+    return counts
+
+
 def test_as_many_tokens_are_guessed_as_were_right(tiny: PreTrainedModel) -> None:
     """Twice as many while all are right, one after none was."""
     prompt = [5, 6, 7]
@@ -39,9 +53,12 @@ def test_as_many_tokens_are_guessed_as_were_right(tiny: PreTrainedModel) -> None
     for draft, expected in ((know, [1, 2, 4, 6, 6, 6]), (err, [1] * 12)):
         with Engine(tiny, speculate=6) as engine:
             engine._loop._scheduler._draft = draft
+            computed = _count_tokens(engine)
             found = engine.generate([prompt], max_tokens=40, ignore_end=True)[0]
         assert list(found.tokens) == answer
         assert wanted[: len(expected)] == expected
+        if draft is know:  # nothing is computed twice, and the last token never
+            assert sum(computed) == len(prompt) + len(answer) - 1
         wanted.clear()
 
 

@@ -103,3 +103,11 @@ def test_logits_that_are_no_numbers(wrong: float) -> None:
     with pytest.raises(ArgumentError, match=r"BW201.*leaves no token"):
         options = RequestOptions(logit_bias={0: -math.inf, 1: -math.inf})
         Sampler(options, [], 0).choose(np.array([1.0, 1.0], dtype=np.float32))
+
+
+def test_a_repetition_penalty_makes_less_likely_what_is_unlikely_too() -> None:
+    """Negative logits are multiplied by it: divided, they would become likelier."""
+    logits = np.array([-1.0, -1.5, -9.0], dtype=np.float32)
+    assert Sampler(RequestOptions(repetition_penalty=2.0), [], 0).choose(logits)[0] == 0
+    assert Sampler(RequestOptions(repetition_penalty=2.0), [0], 0).choose(logits)[0] == 1
+    assert Sampler(RequestOptions(repetition_penalty=1.4), [0], 0).choose(logits)[0] == 0

@@ -58,6 +58,19 @@ def test_guesses_take_no_room_that_others_may_want() -> None:
         allocator.check()
 
 
+def test_a_page_is_found_only_when_its_last_token_is_computed() -> None:
+    allocator = PageAllocator(8)
+    scheduler = Scheduler(allocator, max_batch=4, step_tokens=64)
+    first = request(0, PAGE)
+    scheduler.add(first)
+    scheduler.plan()
+    keys = first.hash_pages(allocator.salt)
+    for computed, count in ((PAGE - 1, 0), (PAGE, 1)):
+        first.computed = computed
+        scheduler.publish(first)
+        assert len(allocator.find(keys, 1)) == count
+
+
 def test_no_more_is_guessed_than_may_be_generated() -> None:
     scheduler = Scheduler(
         PageAllocator(8, reuse=0), max_batch=4, step_tokens=64, draft=lambda tokens, most: [1] * most, most_drafted=8
