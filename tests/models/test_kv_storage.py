@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import BartConfig, FalconConfig, FalconForCausalLM, T5Config
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import StaticParameters
@@ -53,6 +53,31 @@ def test_codes_are_the_same_however_tokens_come(scheme: str, cuts: tuple[int, ..
     whole, cut = (parts_of(filled(scheme, numbers, pieces)) for pieces in ((), cuts))
     assert len(whole) == len(cut)
     assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [*NAMED_KV, "int2-rotated", "int4-sym-g32", "fp8-rotated-w40-s3", "none/1:int2"])
+@pytest.mark.parametrize(("width", "tokens"), [(64, 3), (64, 200), (96, 1023)])
+def test_the_planner_agrees_to_the_byte(scheme: str, width: int, tokens: int) -> None:
+    parsed, total = parse_kv(scheme), 0
+    for layer in range(2):
+        own = parsed.at(layer)
+        fixed = {
+            side: StaticParameters(torch.ones(heads), torch.zeros(heads))
+            for side, code in (("key", own.key), ("value", own.value))
+            if code.is_static
+            for heads in (3 if code.grain == "static_head" else 1,)
+        }
+        store = LayerStore(own, fixed)  # type: ignore[arg-type]
+        numbers = torch.zeros(2, 3, tokens, width, dtype=torch.bfloat16)
+        store.append(numbers, numbers)
+        total += store.nbytes
+    assert total == kv_bytes(parsed, layers=2, kv_heads=3, head_dim=width, tokens=tokens, batch=2)
+
+
+@pytest.mark.parametrize("config", [T5Config(), BartConfig()])
+def test_models_of_encoder_and_decoder_are_refused_by_name(config: Any) -> None:
+    with pytest.raises(ArgumentError, match="an encoder and a decoder"):
+        QuantizedCache(config, "int8")
 
 
 @pytest.mark.parametrize("scheme", ODD_GROUPS)

@@ -106,7 +106,7 @@ class QuantizedCache(Cache):
 
     Raises:
         ArgumentError: BW202 for a scheme that is none, BW201 for overrides of layers that are not there and for layers
-            without keys and values (linear attention and the like).
+            without keys and values (linear attention and the like), and for models of an encoder and a decoder.
         BitwrightError: BW404 if the scheme is calibrated and the model is not.
 
     Example:
@@ -124,6 +124,8 @@ class QuantizedCache(Cache):
         kv_safety: str = "warn",
     ) -> None:
         config = model.config if isinstance(model, PreTrainedModel) else model
+        if getattr(config, "is_encoder_decoder", False):
+            raise _no("models of an encoder and a decoder", "run it with its own cache, in float")
         text = config.get_text_config(decoder=True)
         self.scheme = scheme if isinstance(scheme, KVScheme) else parse_kv(scheme)
         windows = _windows(text)
