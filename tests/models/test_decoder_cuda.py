@@ -282,12 +282,15 @@ def test_replayed_steps_give_the_logits_of_steps_that_are_run(graphs: list[Any])
     assert not recorded._recordings
 
 
-def test_codes_whose_grids_are_not_searched_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_heads_whose_offsets_have_no_patterns_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "refuse_device", lambda *_: None)
     decoder = CudaDecoder(build("llama", num_hidden_layers=1))
-    with pytest.warns(Notice, match="int4-rotated: on a GPU codes range from the least"):
+    assert decoder.shape.head_dim <= 32
+    with pytest.warns(Notice, match=r"int4-rotated: on a GPU the offsets of heads of \d+ numbers have no patterns"):
         decoder.new_cache(1, parse_kv("int4-rotated"))
     decoder.new_cache(1, parse_kv("int8-rotated"))  # a warning would be an error
+    decoder.shape = replace(decoder.shape, head_dim=64)
+    decoder.new_cache(1, parse_kv("int4-rotated"))
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import ArgumentError, Notice
-from bitwright.core.kv_codes import is_searched, rotate_head
+from bitwright.core.kv_codes import has_patterns, rotate_head
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
 from bitwright.kernels.gpu.attention import AttentionBatch, StoredSide
@@ -202,9 +202,10 @@ class CudaDecoder:
             what = f"the GPU decoder cannot read this cache: {reason}"
             raise ArgumentError("BW201", what, suggestion="int8 or int4, or the decoder in torch")
         own = KVScheme() if scheme is None else scheme
-        if any(is_searched(code) for each in (own, *own.overrides.values()) for code in (each.key, each.value)):
+        codes = [code for each in (own, *own.overrides.values()) for code in (each.key, each.value)]
+        if any(has_patterns(code, self.shape.head_dim) for code in codes):
             what = (
-                f"{own.name}: on a GPU codes range from the least number to the greatest; better grids are not searched"
+                f"{own.name}: on a GPU the offsets of heads of {self.shape.head_dim} numbers have no patterns of signs"
             )
             warnings.warn(what, Notice, stacklevel=2)
         shape = CacheShape(

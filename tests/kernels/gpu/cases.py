@@ -109,6 +109,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int8 prompt": cached("int8", 100, 4096),
     "int4 decode": cached("int4", 1, 4096, torch.bfloat16),
     "int4 prompt": cached("int4", 100, 4096),
+    "int4-rotated decode": cached("int4-rotated", 1, 4096, torch.bfloat16),
     "fp8 decode": cached("fp8", 1, 4096),
 }
 # Before Ampere: no bfloat16, no matrix units in Triton, so few rows at a time and small blocks; and of 8-bit

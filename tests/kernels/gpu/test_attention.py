@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import StaticParameters, decode_kv, encode_kv
 from bitwright.core.kv_scheme import FLOAT, KVCode
+from bitwright.core.kv_search import search_grids
 from bitwright.kernels.gpu import attention
 from tests.kernels.gpu.oracle import relative_error
 
@@ -159,6 +161,32 @@ def test_written_codes_are_bit_for_bit_those_of_the_reference(name: str) -> None
         present = theirs is not None and not CODES[name].is_static
         assert not present or ours is None or torch.equal(ours.view(theirs.dtype), theirs)
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (48, torch.float16), (128, torch.bfloat16)])
+def test_searched_codes_are_bit_for_bit_those_of_the_reference(head_dim: int, dtype: torch.dtype) -> None:
+    code = replace(CODES["int4"], rotated=True)
+    numbers = torch.randn(7, 2, head_dim)
+    numbers[1], numbers[2] = numbers[1] ** 3, torch.randint(-2, 3, (2, head_dim)).float()
+    numbers[3], numbers[4], numbers[5] = 0.0, -2.5, 1e-32 * numbers[5]
+    numbers = numbers.to(dtype)
+    table, pages, offsets = places([7])
+    sides = [Pages(each, table.numel(), 2, head_dim, torch.float32) for each in (code, CODES["int4"])]
+    attention.append(numbers, numbers, pages[0], offsets[0], sides[0].side, sides[1].side)
+    codes, scale, low = (part[0].transpose(0, 1).flatten(0, 1) for part in sides[0].parts(pages[0], offsets[0]))
+    rows = numbers.float().flatten(0, 1)
+    best, best_scale, best_low, searched = search_grids(rows, 15)
+    plain = encode_kv(numbers.float().transpose(0, 1)[None], CODES["int4"])
+    kept = [part[0].transpose(0, 1).flatten(0, 1) for part in (plain.codes, plain.scale, plain.low)]
+    pairs = best[:, 0::2] | best[:, 1::2] << 4
+    assert searched.tolist() == [True] * 6 + [False] * 6 + [True] * 2
+    for found, chosen, first in zip((codes, scale, low), (pairs, best_scale[:, None], best_low[:, None]), kept,
+                                    strict=True):  # fmt: skip
+        assert torch.equal(found, torch.where(searched[:, None], chosen, first))
+    assert not torch.equal(codes, kept[0])
+    found = sides[1].parts(pages[0], offsets[0])
+    assert torch.equal(found[0], plain.codes), "values beside them, which are not rotated, keep the plain range"
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError
+from bitwright.core.kv_codes import is_searched
 from bitwright.core.kv_scheme import KVCode
+from bitwright.core.kv_search import MOST_NUMBERS, grids
 from bitwright.kernels.gpu import library
 
 __all__ = [
@@ -31,6 +34,7 @@ MANY_QUERIES = 64
 TILE = 64  # tokens of keys that are multiplied at a time
 FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batch
 LEAST_SPLIT = 128
+CODE_MAX = 15  # of the only codes that are searched here: 4 bits
 TOGETHER = 32  # parts of a context that are put together at a time: one after the other they would wait for memory
 WAVES = 4
 
@@ -45,6 +49,7 @@ class StoredSide:
         kind: ``float``, ``unsigned`` (codes above an offset), ``signed`` or ``fp8``.
         bits: of a code; 16 for numbers.
         static: whether the scale is calibrated.
+        searched: whether what is written takes the best of several grids (:mod:`bitwright.core.kv_search`).
     """
 
     data: Tensor
@@ -52,6 +57,7 @@ class StoredSide:
     kind: str
     bits: int
     static: bool
+    searched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,7 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     assert scales is not None
     signed = code.symmetric or code.is_static
     kind = "fp8" if code.kind == "fp8" else "signed" if signed else "unsigned"
-    return StoredSide(data, scales, kind, code.bits, code.is_static)
+    return StoredSide(data, scales, kind, code.bits, code.is_static, is_searched(code))
 
 
 def arrange(starts: list[int], group: int, *, few: bool = False) -> tuple[list[tuple[int, int]], int]:
@@ -187,11 +193,15 @@ def append(keys: Tensor, values: Tensor, pages: Tensor, offsets: Tensor, key_sid
     if not tokens:
         return
     cosine, sine = (keys, keys) if turns is None else turns
+    is_searched_for = [side.searched and head_dim <= MOST_NUMBERS for side in (key_side, value_side)]
+    table = _grid_table(keys.device) if any(is_searched_for) else keys
+    key_grids, value_grids = (len(grids(CODE_MAX)) if each else 0 for each in is_searched_for)
     library.program("append").append[(tokens, kv_heads)](
         keys, values, cosine, sine, pages, offsets, key_side.data, key_side.scales, value_side.data, value_side.scales,
-        kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2], HEAD=head_dim, WIDTH=_width(head_dim),
+        table, kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2], HEAD=head_dim, WIDTH=_width(head_dim),
         KEY_KIND=key_side.kind, KEY_BITS=key_side.bits, VALUE_KIND=value_side.kind, VALUE_BITS=value_side.bits,
-        KEY_STATIC=key_side.static, VALUE_STATIC=value_side.static, TURNED=turns is not None,
+        KEY_STATIC=key_side.static, VALUE_STATIC=value_side.static, KEY_GRIDS=key_grids, VALUE_GRIDS=value_grids,
+        TURNED=turns is not None,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -204,6 +214,12 @@ def turn(q: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
             q, *turns, y, q.stride(0), HEAD=q.shape[2], WIDTH=_width(q.shape[2]), num_warps=1, enable_fp_fusion=False
         )
     return y
+
+
+@cache
+def _grid_table(device: torch.device) -> Tensor:
+    """Offset and factor of every grid of 4-bit codes, on the device once: a graph cannot record its copying."""
+    return torch.tensor(grids(CODE_MAX), dtype=torch.float64).to(device, torch.float32)
 
 
 def _width(head_dim: int) -> int:

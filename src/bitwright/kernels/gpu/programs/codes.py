@@ -7,13 +7,13 @@ part of the offset. Two 4-bit codes lie in a byte, the even channel low.
 import triton
 import triton.language as tl
 
-__all__ = ["centred_codes", "encode_row", "parameters_of_tokens", "row_parameters"]
+__all__ = ["centred_codes", "encode_row", "parameters_of_tokens", "round_even", "row_parameters"]
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 
 
 @triton.jit
-def _halfway_even(numbers):
+def round_even(numbers):
     """To the nearest whole number, half to even, of magnitudes below 2^22."""
     return (numbers + 12582912.0) - 12582912.0
 
@@ -24,7 +24,7 @@ def _as_fp8(numbers):
     bits = numbers.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    small = _halfway_even(tl.abs(numbers) * 512.0).to(tl.int32)  # below 2^-6 codes are multiples of 2^-9
+    small = round_even(tl.abs(numbers) * 512.0).to(tl.int32)  # below 2^-6 codes are multiples of 2^-9
     return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
 
 
@@ -52,10 +52,10 @@ def encode_row(numbers, scale, offset, KIND: tl.constexpr, BITS: tl.constexpr):
     if KIND == "fp8":
         codes = _as_fp8(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
     elif KIND == "unsigned":
-        codes = _halfway_even(tl.minimum(tl.maximum(scaled, 0.0), (1 << BITS) - 1.0)).to(tl.int32)
+        codes = round_even(tl.minimum(tl.maximum(scaled, 0.0), (1 << BITS) - 1.0)).to(tl.int32)
     else:
         LEAST: tl.constexpr = -(1 << (BITS - 1))
-        codes = _halfway_even(tl.minimum(tl.maximum(scaled, LEAST * 1.0), -LEAST - 1.0)).to(tl.int32)
+        codes = round_even(tl.minimum(tl.maximum(scaled, LEAST * 1.0), -LEAST - 1.0)).to(tl.int32)
         codes = codes & 0xFF if BITS == 8 else codes - LEAST
     return codes
 
