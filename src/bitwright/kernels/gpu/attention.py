@@ -198,7 +198,8 @@ def append(keys: Tensor, values: Tensor, pages: Tensor, offsets: Tensor, key_sid
     key_grids, value_grids = (len(grids(CODE_MAX)) if each else 0 for each in is_searched_for)
     library.program("append").append[(tokens, kv_heads)](
         keys, values, cosine, sine, pages, offsets, key_side.data, key_side.scales, value_side.data, value_side.scales,
-        table, kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2], HEAD=head_dim, WIDTH=_width(head_dim),
+        table, kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2],
+        HEAD=head_dim, WIDTH=_width(head_dim),
         KEY_KIND=key_side.kind, KEY_BITS=key_side.bits, VALUE_KIND=value_side.kind, VALUE_BITS=value_side.bits,
         KEY_STATIC=key_side.static, VALUE_STATIC=value_side.static, KEY_GRIDS=key_grids, VALUE_GRIDS=value_grids,
         TURNED=turns is not None,
