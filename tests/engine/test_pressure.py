@@ -45,17 +45,22 @@ class ShortOfMemory:
         return self.real.forward(step, cache)
 
 
+def _can_be_smaller(step: Step) -> bool:
+    """The smallest steps fit: where they do not, too, the engine has nothing left but an error."""
+    return len(step.lengths) > 1 or len(step.tokens) > PAGE
+
+
 @pytest.mark.parametrize("speculate", [0, 4])
 def test_answers_are_those_of_undisturbed_runs(tiny: PreTrainedModel, speculate: int) -> None:
     requests = mixed_requests(16, 5, 80)
     expected = alone(tiny, requests)
     with Engine(tiny, max_batch=16, step_tokens=128, speculate=speculate) as engine:
-        decoder = ShortOfMemory(engine, lambda number, step: number % 7 == 3 and len(step.tokens) > 1)
+        decoder = ShortOfMemory(engine, lambda number, step: number % 7 == 3 and _can_be_smaller(step))
         handles = [engine.submit(prompt, **fields) for prompt, fields in requests]
         answers = [handle.result(60) for handle in handles]
         statistics = engine.statistics()
         check_books(engine)
-    assert decoder.failures > 3 and statistics.preemptions > 0 and statistics.failed == 0
+    assert decoder.failures > 2 and statistics.preemptions > 0 and statistics.failed == 0
     assert decoder.freed == decoder.failures
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
 
