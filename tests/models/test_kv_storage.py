@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import BartConfig, FalconConfig, FalconForCausalLM, T5Config
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import StaticParameters
 from bitwright.core.kv_scheme import NAMED_KV, kv_bytes, parse_kv
+from bitwright.models.kv_attention import mix
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.kv_packed import PackedTensor
 from bitwright.models.kv_storage import SIDES, LayerStore
@@ -119,6 +121,31 @@ def test_padding_is_refused_wherever_it_is(name: str, path: str, pads: slice, sc
         model(input_ids=ids, past_key_values=QuantizedCache(model, scheme), attention_mask=mask, position_ids=places)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=QuantizedCache(model, scheme), attention_mask=torch.ones_like(mask))
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+def test_weights_that_vanish_in_half_precision_are_no_padding(queries: int) -> None:
+    numbers = torch.randn(1, 2, 200, 64, dtype=torch.float16)
+    store = LayerStore(parse_kv("int2"), {})
+    store.append(numbers[:, :, : 200 - queries], numbers[:, :, : 200 - queries])
+    view = store.append(numbers[:, :, 200 - queries :], numbers[:, :, 200 - queries :])
+    sums = torch.randn(1, 4, 200, 200).masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
+    sums[:, :, 1:, 0] -= 25
+    weights = sums.softmax(-1).half()[:, :, 200 - queries :]
+    assert not weights[..., -1, 0].any()
+    assert mix(view, weights, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_padding_is_refused_in_half_precision(name: str) -> None:
+    model = build(name, dtype=torch.float16)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(2, 80, dtype=torch.int64)
+    mask[1, :5] = 0
+    for seen in (mask, torch.ones_like(mask)):
+        with nullcontext() if seen.all() else pytest.raises(ArgumentError, match="padded"), torch.no_grad():
+            cache = QuantizedCache(model, "int2")
+            model(input_ids=sample_ids(2, 80), past_key_values=cache, attention_mask=seen)
 
 
 @pytest.mark.parametrize("path", ["eager", "sdpa"])
