@@ -130,7 +130,7 @@ def tune(bench: Bench) -> tuple[Section, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
-    parser.add_argument("--seconds", type=float, default=540, help="no section begins later")
+    parser.add_argument("--seconds", type=float, default=510, help="no section begins later; imports come before")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--tune", action="store_true", help="look for the best launches first (some two minutes)")
     parser.add_argument("--json", type=Path)

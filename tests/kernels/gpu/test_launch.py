@@ -18,10 +18,14 @@ def test_every_chunk_has_one_program_and_no_program_is_idle(chunks: int, split: 
     assert (parts - 1) * each < chunks <= parts * each
 
 
-def test_few_rows_fill_the_gpu_by_splitting_columns_and_many_do_not_split() -> None:
+def test_columns_are_split_until_the_gpu_is_full() -> None:
     one = launch_linear(rows=1, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
     assert one.block_m == 16 and 64 * one.split >= 2 * HOPPER.processors
-    many = launch_linear(rows=200, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
+    for rows in (17, 64, 200):  # one program for each tile would leave processors without work
+        some = launch_linear(rows=rows, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
+        tiles = -(-4096 // some.block_n) * -(-rows // some.block_m)
+        assert HOPPER.processors < tiles * some.split <= 2 * HOPPER.processors
+    many = launch_linear(rows=600, out=4096, chunks=16, bits=4, itemsize=2, facts=HOPPER)
     assert many.split == 1 and many.block_m >= 64
     wide = launch_linear(rows=1, out=128256, chunks=16, bits=4, itemsize=2, facts=HOPPER)
     assert wide.split == 1

@@ -27,6 +27,7 @@ LARGE_ROWS = 1024  # from so many rows on, unpacking once and a dense product ar
 DENSE_INTEGER_ROWS = 512  # from so many on, the vendor's int8 product
 NARROW = (64, 32)  # the largest tile of 8-bit tokens times 4-bit codes in groups of less than 128
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
+FULL = 2  # of more rows, whose parts cost more to add: so many that no processor is idle
 MOST_SPLITS = 16
 # The oldest capability of each entry among the fallbacks, newest first; Ada keeps fewer sums in registers than its kin.
 GENERATIONS = (((9, 0), "matrix"), ((8, 9), "ada"), ((8, 0), "matrix"), ((7, 5), "turing"), ((0, 0), "volta"))
@@ -76,8 +77,8 @@ def launch_linear(
     if itemsize == 4:
         block_n, block_m = min(block_n, 32), 16  # float32 tiles are multiplied without matrix units, from registers
     tiles = -(-out // block_n) * -(-(1 if invariant else rows) // block_m)
-    wanted = WAVES * facts.processors
-    split = 1 if rows > FEW_ROWS and not invariant else max(1, min(MOST_SPLITS, wanted // tiles))
+    waves = FULL if rows > FEW_ROWS and not invariant else WAVES
+    split = max(1, min(MOST_SPLITS, waves * facts.processors // tiles))
     split, _ = cut_columns(chunks, int(row.get("split", split)))
     return LinearLaunch(
         block_n=block_n, block_m=block_m, split=split, warps=int(row["warps"]), stages=_stages(row, facts)
