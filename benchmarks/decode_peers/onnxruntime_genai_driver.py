@@ -43,7 +43,10 @@ class Genai:
         self._run(tokens)
 
     def step(self) -> None:
-        self._run(1)
+        if self._sequences == 1:
+            self._run(1)
+        else:  # of several sequences only the first tokens can be given; the first of these calls computes nothing yet
+            self._generator.generate_next_token()
 
     def _run(self, count: int) -> None:
         """The logits of the last token are there when this returns."""
