@@ -225,7 +225,9 @@ class CudaDecoder:
             torch.OutOfMemoryError: if the GPU's memory does not hold the activations; the cache may then hold a part of
                 the step, which the same step writes again.
         """
-        return self.forward_there(step, cache).to("cpu", torch.float32)
+        logits = self.forward_there(step, cache)
+        # Into pinned memory, which they reach several times as fast; widened where they are.
+        return torch.empty(logits.shape, dtype=torch.float32, pin_memory=logits.is_cuda).copy_(logits)
 
     def free_memory(self) -> None:
         """Give up what can be made again: recorded graphs, and what the allocator keeps."""
