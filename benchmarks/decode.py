@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import signal
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.command import told_command
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -282,7 +282,7 @@ def main() -> None:
                 print(render(found), flush=True)
     if args.json:
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]]),
+            "command": told_command("benchmarks.decode"),
             "processor": platform.processor() or platform.machine(),
             "load_average": os.getloadavg()[0],
             "rows": [asdict(row) for row in rows],

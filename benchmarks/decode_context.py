@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import told_command
 from benchmarks.decode import DRIVERS, HEADS, Engine, prepare
 from benchmarks.decode_peers.driving import memory
 from benchmarks.shapes import SHAPES, Shape
@@ -187,7 +187,7 @@ def main() -> None:
             found += map(asdict, rows)
     if args.json:
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.decode_context", *sys.argv[1:]]),
+            "command": told_command("benchmarks.decode_context"),
             "load_average": os.getloadavg()[0],
             "rows": found,
         }

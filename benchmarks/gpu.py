@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.command import told_command
 from benchmarks.gpu_runs.caches import measure_attention, measure_writing
 from benchmarks.gpu_runs.decoding import measure_decoding, measure_memory
 from benchmarks.gpu_runs.products import (
@@ -103,7 +103,7 @@ def write_record(bench: Bench, tuned: dict[str, Any], path: Path | None) -> None
     if path is None:
         return
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "command": told_command("benchmarks.gpu"),
         "gpu": asdict(library.describe(bench.device)),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -13,9 +13,7 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.command import told_command
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
@@ -184,7 +183,7 @@ def main() -> None:
     print(render(rows, best))
     if args.json:
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
+            "command": told_command("benchmarks.kernels"),
             "processor": platform.processor() or platform.machine(),
             "instruction_set": native_library.instruction_set(),
             "load_average": os.getloadavg()[0],

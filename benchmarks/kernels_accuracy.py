@@ -15,14 +15,13 @@ import argparse
 import copy
 import json
 import math
-import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import told_command
 from bitwright.kernels import native, native_library
 from bitwright.models.blocks import set_module
 from bitwright.models.decoder import Step
@@ -120,7 +119,7 @@ def main() -> None:
         costs = " | ".join(f"{cost:.1e}" for cost in (row.rounding, row.arithmetic, row.with_cache))
         print(f"| {row.model} | {row.scheme} | {row.dtype} | {costs} |")
     if arguments.json:
-        command = shlex.join(["python", "-m", "benchmarks.kernels_accuracy", *sys.argv[1:]])
+        command = told_command("benchmarks.kernels_accuracy")
         isa = native_library.instruction_set()
         record = {"command": command, "instruction_set": isa, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from transformers import LlamaConfig
 
 import bitwright
+from benchmarks.command import told_command
 from bitwright.core.kv_scheme import kv_bytes, parse_kv
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -132,7 +131,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.memory", *sys.argv[1:]]),
+        "command": told_command("benchmarks.memory"),
         "planned": {name: {"batch": batch_table(name), "length": length_table(name)} for name in SHAPES},
         "differences": difference_table("Llama-7B"),
         "measured": measured_table(),

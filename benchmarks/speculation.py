@@ -16,15 +16,14 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.command import told_command
 from bitwright import Engine
 from bitwright.core.scheme_names import parse
 from bitwright.engine.handle import Completion
@@ -178,7 +177,7 @@ def main() -> None:
         print("| " + " | ".join(cells) + " |")
     if args.json:
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.speculation", *sys.argv[1:]]),
+            "command": told_command("benchmarks.speculation"),
             "load_average": os.getloadavg()[0],
             "step_costs": costs,
             "rows": [asdict(row) for row in rows],
