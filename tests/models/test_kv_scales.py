@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,11 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from bitwright.cli import main
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.formats import storage
 from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.checksums import verify_files
+from bitwright.models import kv_scales
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.kv_parameters import PARAMETERS_FILE, read_ranges
-from bitwright.models.kv_scales import SCALES_FILE, read_scales
+from bitwright.models.kv_scales import SCALES_FILE, read_scales, write_scales
 from bitwright.models.loading import load
 from bitwright.quantization.api import quantize
 from bitwright.quantization.kv_calibration import calibrate
@@ -144,6 +149,54 @@ def test_calibrating_again_replaces_them(model: Path, capsys: pytest.CaptureFixt
     assert json.loads((model / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]["type"] == "int"
     verify_files(model)
     assert read_ranges(model, LAYERS)
+
+
+def with_scales_among_weights(model: Path) -> None:
+    """As another writer leaves them: in a shard of weights, and no shard of their own."""
+    weight_map = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    home = next(file for file in weight_map.values() if file != SCALES_FILE)
+    save_file(load_file(model / home) | load_file(model / SCALES_FILE), model / home)
+    weight_map = {name: home if file == SCALES_FILE else file for name, file in weight_map.items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in (SCALES_FILE, PARAMETERS_FILE, "bitwright_files.json"):
+        (model / name).unlink()
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.mark.parametrize("is_among_weights", [True, False])
+def test_an_interruption_leaves_what_can_be_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_among_weights: bool
+) -> None:
+    """Before each file that is written or removed."""
+    if is_among_weights:
+        with_scales_among_weights(model)
+    wanted, ranges = set(open_checkpoint(model).tensors), read_ranges(model, LAYERS)
+    written = None
+    for last in range(20):
+        copy, calls = Path(shutil.copytree(model, tmp_path / str(last))), itertools.count()
+
+        def stop(*given: Any, call: Any, calls: Any = calls, last: int = last) -> Any:
+            if next(calls) == last:
+                raise Interruption
+            return call(*given)
+
+        with monkeypatch.context() as patch:
+            for name in ("write_file", "remove_file"):
+                patch.setattr(kv_scales, name, functools.partial(stop, call=getattr(storage, name)))
+            with contextlib.suppress(Interruption):
+                written = write_scales(open_checkpoint(copy), ranges, "fp8")
+        checkpoint = open_checkpoint(copy)
+        assert set(checkpoint.tensors) == wanted
+        assert read_scales(checkpoint) is not None
+        if written is not None:
+            break
+    assert written is not None
+    assert last == len(written) + 1  # the list of sums, or the shard that is removed
+    assert {path.name for path in copy.glob("*.safetensors")} - {PARAMETERS_FILE} >= set(open_checkpoint(copy).files)
+    load(copy)
 
 
 def test_a_single_file_is_written_anew(model: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from bitwright.formats.checksums import CHECKSUMS, listed_files, serialize_check
 from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.safetensors_file import TensorSource, serialize
 from bitwright.formats.safetensors_index import read_index
-from bitwright.formats.storage import write_file
+from bitwright.formats.storage import remove_file, write_file
 from bitwright.formats.stored import read_checked
 from bitwright.models.kv_ranges import FP8_MAX, Range, Ranges, static_parameters, weights_identity
 from bitwright.models.kv_storage import Side
@@ -48,7 +48,9 @@ def write_scales(checkpoint: Checkpoint, ranges: Mapping[int, Ranges], kind: str
     """Put the scales of calibrated ``ranges`` into a compressed-tensors checkpoint; returns the files written.
 
     ``config.json`` and, where there is one, the list of sha256 sums are brought up to date. A checkpoint of a single
-    file is written anew with them; one of shards gets a shard more, and its index, from which loaders go.
+    file is written anew with them; one of shards gets a shard more, and its index, from which loaders go. Wherever this
+    is interrupted, the checkpoint can be loaded: shards that hold scales of an earlier writer are written without them
+    under another name, the index goes over to all new files at once, and what it named before is removed last.
 
     Raises:
         ArgumentError: BW201 for another ``kind`` than those of ``SCALE_CODES``, and for a checkpoint of another format
@@ -64,11 +66,12 @@ def write_scales(checkpoint: Checkpoint, ranges: Mapping[int, Ranges], kind: str
         for side, field in FIELDS
     }
     metadata = {**checkpoint.metadata, IDENTITY: weights_identity(checkpoint)}
+    left: set[str] = set()
     if set(checkpoint.files) == {SINGLE}:
         kept = {name: checkpoint.source(name) for name in checkpoint.tensors if not CACHE_SCALE.fullmatch(name)}
         hashes = {SINGLE: write_file(checkpoint.directory / SINGLE, serialize({**kept, **scales}, metadata))}
     else:
-        hashes = _write_shard(checkpoint, scales, metadata)
+        hashes, left = _write_shard(checkpoint, scales, metadata)
     config = read_object(checkpoint.directory / CONFIG, code="BW307", limit=LIMIT)
     config["quantization_config"]["kv_cache_scheme"] = {
         "num_bits": 8,
@@ -78,7 +81,9 @@ def write_scales(checkpoint: Checkpoint, ranges: Mapping[int, Ranges], kind: str
         "dynamic": False,
     }
     hashes[CONFIG] = write_file(checkpoint.directory / CONFIG, _json(config))
-    _renew_checksums(checkpoint, hashes)
+    _renew_checksums(checkpoint, hashes, left)
+    for file in sorted(left):
+        remove_file(checkpoint.directory / file)
     return tuple(hashes)
 
 
@@ -102,27 +107,33 @@ def attention_names(checkpoint: Checkpoint, kind: str) -> dict[int, str]:
 
 def _write_shard(
     checkpoint: Checkpoint, scales: Mapping[str, Tensor | TensorSource], metadata: Mapping[str, str]
-) -> dict[str, str]:
-    """Scales of an earlier writer leave their shards; then comes the shard of the new ones, last the index."""
+) -> tuple[dict[str, str], set[str]]:
+    """The sums of the files that are new, and the shards that nothing names any more; the index is written last."""
     directory, hashes = checkpoint.directory, {}
     kept = {name: stored for name, stored in checkpoint.tensors.items() if not CACHE_SCALE.fullmatch(name)}
-    old = {stored.file for name, stored in checkpoint.tensors.items() if name not in kept} - {SCALES_FILE}
-    for file in sorted(old):
+    left = {stored.file for name, stored in checkpoint.tensors.items() if name not in kept} - {SCALES_FILE}
+    homes = {file: file for file in checkpoint.files}
+    for file in sorted(left):
         rest = {name: checkpoint.source(name) for name, stored in kept.items() if stored.file == file}
-        hashes[file] = write_file(directory / file, serialize(rest, read_index(directory / file).metadata))
+        while homes[file] in checkpoint.files:
+            homes[file] = homes[file].removesuffix(".safetensors") + "-weights.safetensors"
+        if rest:
+            new = directory / homes[file]
+            hashes[new.name] = write_file(new, serialize(rest, read_index(directory / file).metadata))
     hashes[SCALES_FILE] = write_file(directory / SCALES_FILE, serialize(scales, metadata))
-    weight_map = {name: stored.file for name, stored in kept.items()} | dict.fromkeys(scales, SCALES_FILE)
+    weight_map = {name: homes[stored.file] for name, stored in kept.items()} | dict.fromkeys(scales, SCALES_FILE)
     total = sum(stored.entry.nbytes for stored in kept.values()) + 4 * len(scales)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     hashes[INDEX] = write_file(directory / INDEX, _json(index))
-    return hashes
+    return hashes, left
 
 
-def _renew_checksums(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> None:
+def _renew_checksums(checkpoint: Checkpoint, hashes: Mapping[str, str], left: Set[str]) -> None:
     path = find_file(checkpoint.directory, CHECKSUMS)
     if path is not None and listed_files(checkpoint.directory):
         known = read_object(path, code="BW314", limit=LIMIT)["sha256"]
-        write_file(path, [serialize_checksums(known | dict(hashes))])
+        listed = {file: digest for file, digest in (known | dict(hashes)).items() if file not in left}
+        write_file(path, [serialize_checksums(listed)])
 
 
 def read_scales(checkpoint: Checkpoint) -> dict[int, Ranges] | None:
