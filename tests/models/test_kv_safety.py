@@ -140,6 +140,18 @@ def test_the_engine_tries_it(decoder: str) -> None:
         Engine("demo:", kv_cache="int4", kv_safety=1)  # type: ignore[arg-type]
 
 
+def test_weights_that_are_not_in_memory_are_told_not_passed_over() -> None:
+    model: Any = load("demo:", dtype=torch.float32)
+    model.model.layers[3].mlp.to("meta")
+    with pytest.warns(Notice, match="was not tried: model.layers.3.mlp") as told:
+        assert [safe_scheme(model, parse_kv("int4"), safety) for safety in ("warn", "widen")] == [parse_kv("int4")] * 2
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert safe_scheme(model, parse_kv("int4-rotated"), "off") == parse_kv("int4-rotated")
+        assert safe_scheme(model, parse_kv("int8")) == parse_kv("int8")
+
+
 def test_one_head_of_many_is_enough() -> None:
     x = torch.randn(16, 96, 64, generator=torch.Generator().manual_seed(0))
     x[3, :, 7] += 45

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from bitwright.core.errors import Notice
 from bitwright.core.kv_scheme import KVScheme
 from bitwright.models.hf import Cache, PreTrainedModel, Tokenizer, context_length, load_tokenizer
 from bitwright.models.kv_safety import (
@@ -57,15 +59,26 @@ def safe_scheme(
 ) -> KVScheme:
     """``scheme``, or with ``widen`` one of more bits in the layers where few are unsafe.
 
-    Schemes of more than 4 bits are taken as they are. Unsafe layers are named in a notice, once a model and scheme.
+    Schemes of more than 4 bits are taken as they are. Unsafe layers are named in a notice, once a model and scheme. A
+    model with parameters on the meta device is not tried, which a notice tells as often.
 
     Raises:
         ArgumentError: BW201 if ``safety`` is none of ``warn``, ``widen``, ``off``.
     """
     check_safety(safety)
-    if safety == "off" or not has_few_bits(scheme) or any(part.is_meta for part in model.parameters()):
+    if safety == "off" or not has_few_bits(scheme):
         return scheme
     judged = KNOWN.setdefault(model, {})
+    absent = next((name for name, part in model.named_parameters() if part.is_meta), None)
+    if absent is not None:
+        if scheme.name not in judged:
+            judged[scheme.name] = KVSafety(scheme, (), scheme)
+            what = f"whether {scheme.name} is safe for this model was not tried: {absent} is on the meta device"
+            advice = (
+                "bitwright calibrate MODEL --check tries it where the weights are in memory; kv_safety='off' is silent"
+            )
+            warnings.warn(Notice(f"{what} (offloaded, or not loaded yet); {advice}"), stacklevel=3)
+        return scheme
     if scheme.name not in judged:
         judged[scheme.name] = judge(observe_model(model, _text(model, tokenizer)), scheme)
         return settle(judged[scheme.name], safety)
