@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import bitwright.compat.qwen as qwen
 from bitwright.core.errors import ArgumentError, BitwrightError, Notice
@@ -92,6 +93,22 @@ def test_generate_and_chat_use_it(quantizing: Any, tokenizer: Any) -> None:
     assert plain.chat(tokenizer, "Hi", history=None, max_new_tokens=8)[0][:4] == response[:4]
     with torch.no_grad():
         assert quantizing(input_ids=ids, use_cache=False).past_key_values is None
+
+
+def test_a_cache_that_was_replaced_is_not_taken_again(quantizing: Any) -> None:
+    """It stays empty: the second call would answer without what the first one read."""
+    mine = DynamicCache(config=quantizing.config)
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])
+    with torch.no_grad():
+        output = quantizing(input_ids=first, past_key_values=mine)
+        assert mine.get_seq_length() == 0
+        with pytest.raises(ArgumentError, match="is empty still") as refused:
+            quantizing(input_ids=second, past_key_values=mine)
+        assert "output.past_key_values" in refused.value.suggestion
+        found = quantizing(input_ids=second, past_key_values=output.past_key_values)
+        fresh = quantizing(input_ids=second, past_key_values=DynamicCache(config=quantizing.config))
+    assert found.past_key_values.get_seq_length() == 5
+    assert not torch.equal(found.logits, fresh.logits)
 
 
 def test_the_switches_are_taken_from_the_configuration(tmp_path: Path) -> None:

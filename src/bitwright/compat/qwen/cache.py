@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = ["QwenCache", "dequantize_cache_torch", "layer_past", "quantize_cache_
 INT8 = KVCode(bits=8)
 QuantizedStates = tuple[Tensor, Tensor, Tensor]
 LayerPast = tuple[QuantizedStates, QuantizedStates] | tuple[Tensor, Tensor]
+REPLACED: WeakSet[Any] = WeakSet()  # caches of others, empty when they were given to a model
 SWITCHES = ("use_cache_quantization", "use_cache_kernel", "use_flash_attn")
 
 
@@ -105,7 +107,14 @@ def _tell(message: str) -> None:
 
 
 def _replace_cache(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Put a quantized cache in the place of none, or of an empty one, where the model is to use a cache at all."""
+    """Put a quantized cache in the place of none, or of an empty one, where the model is to use a cache at all.
+
+    ``generate`` makes an empty one of its own and goes on with what the model returns. A caller who gives a
+    ``DynamicCache`` again that was replaced, and so is empty still, would lose the context.
+
+    Raises:
+        ArgumentError: BW201 for such a cache.
+    """
     assert isinstance(model, PreTrainedModel)
     wanted = keywords.get("use_cache")
     wanted = getattr(model.config, "use_cache", True) if wanted is None else wanted
@@ -113,6 +122,12 @@ def _replace_cache(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[
     is_fresh = cache is None or (not isinstance(cache, QuantizedCache) and cache.get_seq_length() == 0)
     if not wanted or not is_fresh:
         return arguments, keywords
+    if type(cache).__name__ == "DynamicCache":  # a static one is reset and used again by generate itself
+        if cache in REPLACED:
+            what = "past_key_values is empty still: an earlier call stored keys and values in a quantized cache instead"
+            advice = "pass output.past_key_values of that call on, or a new cache for a new text"
+            raise ArgumentError("BW201", what, suggestion=advice)
+        REPLACED.add(cache)
     return arguments, {**keywords, "past_key_values": QwenCache(model, "int8"), "use_cache": True}
 
 
