@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from bitwright.core.errors import BitwrightError
 from bitwright.core.kv_codes import decode_kv, encode_kv
 from bitwright.core.kv_scheme import parse_kv
+from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.kv_cache import QuantizedCache
 from bitwright.models.kv_parameters import PARAMETERS_FILE, read_ranges
 from bitwright.models.kv_ranges import Range, static_parameters
@@ -161,6 +162,27 @@ def test_ranges_of_other_weights_are_refused(text: Path, tmp_path: Path) -> None
         read_ranges(other, 2)
     assert refused.value.code == "BW404"
     read_ranges(other, 2, model=directory)
+
+
+def test_damaged_ranges_are_to_be_made_again(text: Path, tmp_path: Path) -> None:
+    directory = make(tmp_path / "model")
+    calibrate(directory, dataset=text, samples=2, seqlen=SEQLEN)
+    whole = (directory / PARAMETERS_FILE).read_bytes()
+    for damaged in (whole[:-5], whole[:4], b"", b"\xff" * 100):
+        (directory / PARAMETERS_FILE).write_bytes(damaged)
+        with pytest.raises(BitwrightError, match="is damaged") as refused:
+            read_ranges(directory, 2)
+        assert refused.value.code == "BW404"
+        assert f"bitwright calibrate {directory}" in refused.value.suggestion
+        assert "fetch" not in refused.value.suggestion
+
+
+def test_the_embedded_model_is_called_by_its_name() -> None:
+    with pytest.raises(BitwrightError) as refused:
+        QuantizedCache(load("demo:"), "int8-static")
+    assert (refused.value.code, refused.value.where) == ("BW404", "demo:")
+    assert str(embedded_directory()) not in str(refused.value)
+    assert "bitwright calibrate DIR" in refused.value.suggestion
 
 
 def test_the_formulas_of_the_document() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,14 +17,17 @@ from bitwright.formats.directory import find_file
 from bitwright.formats.safetensors_file import read_tensor, serialize
 from bitwright.formats.safetensors_index import read_index
 from bitwright.formats.storage import write_file
+from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.kv_ranges import Range, Ranges, static_parameters, weights_identity
 from bitwright.models.kv_scales import read_scales
 from bitwright.models.kv_storage import SIDES, LayerParameters, Side
+from bitwright.models.location import DEMO
 
 __all__ = ["PARAMETERS_FILE", "find_parameters", "has_parameters", "make_parameters", "read_ranges", "write_ranges"]
 
 PARAMETERS_FILE = "kv_parameters.safetensors"
 VERSION = "1"
+T = TypeVar("T")
 
 
 def make_parameters(ranges: Mapping[int, Ranges], scheme: KVScheme) -> dict[int, LayerParameters]:
@@ -61,7 +64,8 @@ def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> d
     ``model`` is where the weights are, if not there.
 
     Raises:
-        BitwrightError: BW404 if there is nothing, if it belongs to other weights, or if a layer is missing.
+        BitwrightError: BW404 if there is nothing, if it is damaged, if it belongs to other weights, or if a layer is
+            missing.
     """
     path = find_file(directory, PARAMETERS_FILE)
     if path is None:
@@ -71,7 +75,7 @@ def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> d
         if sorted(scales) != list(range(layers)):
             raise _refusal(directory, f"the checkpoint has scales of {len(scales)} of {layers} layers")
         return scales
-    index = read_index(path)
+    index = _read_parameters(directory, lambda: read_index(path))
     if index.metadata.get("version") != VERSION:
         raise _refusal(directory, f"{PARAMETERS_FILE} has version {index.metadata.get('version')!r}, not {VERSION!r}")
     if index.metadata.get("weights") != weights_identity(open_checkpoint(model or directory)):
@@ -82,13 +86,23 @@ def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> d
         names = [f"layers.{layer}.{side}.{end}" for side in SIDES for end in ("low", "high")]
         if any(name not in index.tensors for name in names):
             raise _refusal(directory, f"{PARAMETERS_FILE} has no ranges for layer {layer}")
-        parts = [read_tensor(path, index.tensors[name]).to(torch.float32) for name in names]
+        entries = [index.tensors[name] for name in names]
+        parts = _read_parameters(directory, lambda entries=entries: [read_tensor(path, each) for each in entries])
+        parts = [part.to(torch.float32) for part in parts]
         shapes = {tuple(part.shape) for part in parts}
         is_sound = len(shapes) == 1 and parts[0].dim() == 1 and all(bool(part.isfinite().all()) for part in parts)
         if not is_sound or not all(bool((low <= high).all()) for low, high in (parts[:2], parts[2:])):
             raise _refusal(directory, f"the ranges of layer {layer} in {PARAMETERS_FILE} are damaged")
         ranges[layer] = {"key": Range(parts[0], parts[1]), "value": Range(parts[2], parts[3])}
     return ranges
+
+
+def _read_parameters(directory: Path, read: Callable[[], T]) -> T:
+    """Calibration makes the file of ranges: where it cannot be read, that is what to do, not to fetch it."""
+    try:
+        return read()
+    except BitwrightError as error:
+        raise _refusal(directory, f"{PARAMETERS_FILE} is damaged", error.what) from error
 
 
 def find_parameters(config: Any, scheme: KVScheme, layers: int) -> dict[int, LayerParameters]:
@@ -99,10 +113,13 @@ def find_parameters(config: Any, scheme: KVScheme, layers: int) -> dict[int, Lay
     """
     name = getattr(config, "name_or_path", "") or ""
     if not name or not os.path.isdir(name):
-        raise _refusal(name or "the model in memory", f"{scheme.name} needs calibrated ranges of keys and values")
+        raise _refusal(name, f"{scheme.name} needs calibrated ranges of keys and values")
     return make_parameters(read_ranges(Path(name), layers), scheme)
 
 
 def _refusal(where: Path | str, what: str, why: str = "") -> BitwrightError:
-    suggestion = f"bitwright calibrate {where}, or a scheme that needs none, such as int8"
-    return BitwrightError("BW404", what, where=str(where), why=why, suggestion=suggestion)
+    place, command = str(where) or "the model in memory", f"bitwright calibrate {where or 'MODEL'}"
+    if place == str(embedded_directory()):  # inside the package, where nothing is written
+        place, command = DEMO, f"bitwright quantize {DEMO} --output DIR, then bitwright calibrate DIR"
+    suggestion = f"{command}, or a scheme that needs none, such as int8"
+    return BitwrightError("BW404", what, where=place, why=why, suggestion=suggestion)
