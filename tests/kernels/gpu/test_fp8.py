@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitwright.core.codebook import encode_levels
 from bitwright.core.scheme_names import parse
 from bitwright.kernels import reference
-from bitwright.kernels.gpu import fp8, library
+from bitwright.kernels.gpu import fp8, launch, library
 from bitwright.kernels.records import KernelSpec
 from tests.kernels.gpu.compilation_facts import AMPERE, HOPPER
 from tests.kernels.gpu.oracle import layer, relative_error
@@ -42,6 +44,29 @@ def test_products_are_those_of_float64(name: str) -> None:
     assert fp8.run(x[:0], weight).shape == (0, 20)
     again = fp8.run(torch.stack([x, x]).to(torch.bfloat16), weight)
     assert again.dtype == torch.bfloat16 and again.shape == (2, 3, 20)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["fp8-afp8", "w4g32-asym-afp8"])
+def test_columns_are_shared_by_programs_whose_parts_are_added_in_order(name: str) -> None:
+    tensor, scheme = layer(name, 20, 1100)
+    weight, x, bias = fp8.pack(tensor, scheme), torch.randn(3, 1100), torch.randn(20)
+    tokens = fp8.fp8_tokens(x, 1280 if tensor.scheme.bits == 4 else 1152)
+    one = launch.LinearLaunch(block_n=16, block_m=16, split=1, warps=4, stages=1)
+    whole = fp8.multiply(tokens, weight, bias, torch.float32, chosen=one)
+    for split in (2, 3, 16):  # also more than there are chunks, and a last part of fewer
+        cut = fp8.multiply(tokens, weight, bias, torch.float32, chosen=replace(one, split=split))
+        assert relative_error(cut, whole.double()) < 1e-6
+        assert torch.equal(cut, fp8.multiply(tokens, weight, bias, torch.float32, chosen=replace(one, split=split)))
+        assert not weight.tensors["counters"].any()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_row_does_not_depend_on_its_neighbours_where_that_is_asked_for() -> None:
+    tensor, scheme = layer("w4g32-afp8", 24, 600)
+    weight, x = fp8.pack(tensor, scheme), torch.randn(18, 600)
+    together = fp8.run(x, weight, invariant=True)
+    assert torch.equal(fp8.run(x[7:8], weight, invariant=True), together[7:8])
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -42,6 +42,19 @@ def test_results_are_bit_for_bit_the_reference_kernels(name: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_parts_of_groups_differ_from_the_reference_by_the_rounding_of_their_sums_alone() -> None:
+    tensor, scheme = layer("w4g64-a8", 24, 1100)
+    weight, x = integer.pack(tensor, scheme), torch.randn(20, 1100)  # more rows than a few: split all the same
+    tokens = quantize_tokens(x, integer.token_layout(weight))
+    found, whole = (integer.multiply(tokens, weight, None, x.dtype, chosen=chosen) for chosen in (None, SMALL))
+    assert torch.equal(whole, reference.run(x, reference.pack(tensor, scheme)))
+    numbers = tokens.codes[:, :1100].double() * tokens.scale[:, None].double()
+    sizes = numbers.abs() @ tensor.dequantize().double().abs().t()
+    bound = 2 * tensor.group_count * 2.0**-24 * sizes  # each order of sums rounds once a group (Higham 2002, 4.2)
+    assert ((found.double() - whole.double()).abs() <= bound).all() and not torch.equal(found, whole)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_a_row_does_not_depend_on_its_neighbours_where_that_is_asked_for() -> None:
     tensor, scheme = layer("w4g32-a8", 24, 600)
     weight, x = integer.pack(tensor, scheme), torch.randn(18, 600)

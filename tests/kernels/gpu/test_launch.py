@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from bitwright.kernels.gpu.launch import MOST_SPLITS, cut_columns, expands, launch_integer, launch_linear, tuned
+from bitwright.kernels.gpu.launch import (
+    MOST_SPLITS,
+    cut_columns,
+    expands,
+    launch_fp8,
+    launch_integer,
+    launch_linear,
+    shape_class,
+    tuned,
+)
 from tests.kernels.gpu.compilation_facts import ADA, AMPERE, GENERATIONS, HOPPER, VOLTA
 
 
@@ -42,6 +51,8 @@ def test_the_order_of_sums_does_not_depend_on_the_rows_where_that_is_asked_for()
         for rows in (1, 16, 17, 300)
     }
     assert len(launches) == 1
+    launches = {launch_fp8(rows=rows, out=4096, chunks=32, facts=HOPPER, invariant=True) for rows in (1, 16, 17, 300)}
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("facts", GENERATIONS.values(), ids=[str(number) for number in GENERATIONS])
@@ -60,10 +71,19 @@ def test_weights_are_unpacked_first_for_many_rows_and_soon_where_there_are_no_ma
     assert [expands(rows, VOLTA) for rows in (1, 16, 17)] == [False, False, True]
 
 
-def test_whole_sums_are_split_for_any_rows_and_groups_for_a_few_alone() -> None:
-    for rows, single, is_split in ((1, True, True), (1, False, True), (100, True, True), (100, False, False)):
-        found = launch_integer(rows=rows, out=1024, chunks=32, single=single, facts=HOPPER)
-        assert (found.split > 1) == is_split
+def test_columns_of_8_bit_and_fp8_tokens_are_split_while_processors_would_be_idle() -> None:
+    for rows in (1, 16, 17, 100, 200):
+        for found in (
+            launch_integer(rows=rows, out=1024, chunks=32, single=False, facts=HOPPER),
+            launch_fp8(rows=rows, out=1024, chunks=32, facts=HOPPER),
+        ):
+            tiles = -(-1024 // found.block_n) * -(-rows // found.block_m)
+            most = 4 if rows <= 16 else 2
+            assert found.split == 16 or HOPPER.processors < tiles * found.split <= most * HOPPER.processors
+            assert found.split > 1
+        assert launch_integer(rows=rows, out=1024, chunks=32, single=True, facts=HOPPER).split > 1
+    assert launch_integer(rows=5000, out=1024, chunks=32, single=False, facts=HOPPER).split == 1
+    assert launch_fp8(rows=5000, out=1024, chunks=32, facts=HOPPER).split == 1
 
 
 def test_every_generation_has_a_fallback_of_its_own_where_it_needs_one() -> None:
@@ -96,3 +116,21 @@ def test_a_known_gpu_has_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     four = launch_linear(rows=1, out=64, chunks=16, bits=4, itemsize=2, facts=VOLTA)
     assert (four.block_n, four.split, four.warps, four.stages) == (32, 3, 2, 1)
     assert launch_linear(rows=1, out=64, chunks=16, bits=8, itemsize=2, facts=VOLTA).block_n == 64
+
+
+@pytest.mark.parametrize("kernel", ["linear", "integer", "fp8"])
+def test_rows_of_every_kernel_are_found_by_gpu_and_by_shape(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"rows": 1 << 30, "block_n": 32, "block_m": 16, "split": 5, "warps": 2, "stages": 2, "wide": {"split": 1}}
+    monkeypatch.setitem(tuned()["gpus"], HOPPER.name, {kernel: [row]})
+
+    def split(out: int) -> tuple[int, int]:
+        sizes = {"rows": 1, "out": out, "chunks": 30, "facts": HOPPER}
+        found = {
+            "linear": lambda: launch_linear(bits=4, itemsize=2, **sizes),  # type: ignore[arg-type]
+            "integer": lambda: launch_integer(single=False, **sizes),  # type: ignore[arg-type]
+            "fp8": lambda: launch_fp8(**sizes),  # type: ignore[arg-type]
+        }[kernel]()
+        return found.split, found.warps
+
+    assert split(4096) == (5, 2) and split(64 * HOPPER.processors) == (1, 2)
+    assert [shape_class(out, HOPPER) for out in (4096, 8448)] == ["narrow", "wide"]

@@ -14,15 +14,14 @@ from torch.nn import functional
 from bitwright.core.errors import ArgumentError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme
-from bitwright.kernels.gpu import library, linear
+from bitwright.kernels.gpu import launch, library, linear
 from bitwright.kernels.gpu.operand import word_layout
 from bitwright.kernels.gpu.tokens import LONGEST
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
-__all__ = ["KERNEL", "fp8_tokens", "pack", "refuse", "run", "unpack"]
+__all__ = ["KERNEL", "fp8_tokens", "multiply", "pack", "refuse", "run", "unpack"]
 
 STEP = 128  # e4m3 columns multiplied at a time
-TILES = ((16, 64, 16, 4), (64, 64, 64, 4), (1 << 31, 128, 64, 8))  # rows up to, block_n, block_m, warps
 
 
 def refuse(spec: KernelSpec) -> str | None:
@@ -55,6 +54,7 @@ def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
     tensors = {"codes": codes, "scale": tensor.dense_scale().t().contiguous()}
     if tensor.group_index is not None:
         tensors["group_index"] = tensor.group_index.clone()
+    tensors["counters"] = linear.new_counters(tensor.shape[0], codes.device)
     return PackedWeight(scheme=scheme, shape=tensor.shape, tensors=tensors)
 
 
@@ -87,31 +87,54 @@ def fp8_tokens(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 @library.beside
-def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in]`` in e4m3, a scale a row, times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``.
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
+    """``x [..., in]`` in e4m3, a scale a row, times the weight, plus the bias: ``[..., out]`` in the dtype of ``x``;
+    ``invariant`` as in :func:`bitwright.kernels.gpu.linear.run`.
 
     A token with a number that is not finite gives NaN.
     """
-    tensors, (out, columns), bits = weight.tensors, weight.shape, weight.scheme.weight.bits
+    tensors, (out, columns) = weight.tensors, weight.shape
     rows = x.detach().reshape(-1, columns)
-    y = torch.empty(rows.shape[0], out, dtype=x.dtype, device=x.device)
     if not rows.shape[0]:
-        return y.view(*x.shape[:-1], out)
+        return x.new_empty(*x.shape[:-1], out)
     if "order" in tensors:  # -1 is the column of zeros at the end
         rows = functional.pad(rows, (0, 1))[:, tensors["order"].long()]
-    chunk = STEP if bits == 8 else word_layout(4).chunk
-    slots = -(-rows.shape[1] // chunk) * chunk
-    codes, scale = fp8_tokens(rows.contiguous(), slots)
-    _, block_n, block_m, warps = next(tile for tile in TILES if rows.shape[0] <= tile[0])
-    grid = (-(-out // block_n) * -(-rows.shape[0] // block_m),)
-    group = slots if bits == 8 else linear.group_slots(weight, word_layout(4))
-    library.program("fp8").fp8_product[grid](
-        codes, scale, tensors["codes"], tensors["scale"], tensors.get("zero", codes), scale if bias is None else bias,
-        y, rows.shape[0], out, slots, tensors["scale"].shape[0], slots // chunk,
-        BITS=bits, CHUNK=chunk, GROUP=group, HAS_ZERO="zero" in tensors, HAS_BIAS=bias is not None,
-        BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, num_stages=3, enable_fp_fusion=True,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], out)
+    chunk = _chunk(weight)
+    tokens = fp8_tokens(rows.contiguous(), -(-rows.shape[1] // chunk) * chunk)
+    return multiply(tokens, weight, bias, x.dtype, invariant=invariant).view(*x.shape[:-1], out)
 
 
 KERNEL = Kernel(name="triton-fp8", refuse=refuse, pack=pack, unpack=unpack, run=run)
+
+
+def multiply(tokens: tuple[Tensor, Tensor], weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, *,
+             invariant: bool = False, chosen: launch.LinearLaunch | None = None) -> Tensor:  # fmt: skip
+    """Tokens of :func:`fp8_tokens`, filled up to whole chunks, times the weight: ``[rows, out]`` in ``dtype``;
+    ``chosen`` overrides the launch."""
+    (codes, scale), tensors, out, bits = tokens, weight.tensors, weight.shape[0], weight.scheme.weight.bits
+    (rows, slots), chunk = codes.shape, _chunk(weight)
+    y = torch.empty(rows, out, dtype=dtype, device=codes.device)
+    chunks = slots // chunk
+    plan = chosen or launch.launch_fp8(rows=rows, out=out, chunks=chunks, facts=library.describe(y.device),
+                                       invariant=invariant or library.is_invariant())  # fmt: skip
+    split, each = launch.cut_columns(chunks, plan.split)
+    tiles = -(-out // plan.block_n) * -(-rows // plan.block_m)
+    size = tiles * split * plan.block_n * plan.block_m if split > 1 else 1
+    partials = torch.empty(size, dtype=torch.float32, device=y.device)
+    counters = tensors["counters"]
+    if tiles > counters.numel():
+        counters = torch.zeros(tiles, dtype=torch.int32, device=y.device)
+    group = slots if bits == 8 else linear.group_slots(weight, word_layout(4))
+    library.program("fp8").fp8_product[(tiles, split)](
+        codes, scale, tensors["codes"], tensors["scale"], tensors.get("zero", codes), scale if bias is None else bias,
+        y, partials, counters, rows, out, slots, tensors["scale"].shape[0], chunks, each,
+        BITS=bits, CHUNK=chunk, GROUP=group, HAS_ZERO="zero" in tensors, HAS_BIAS=bias is not None,
+        BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, SPLIT=split,
+        num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def _chunk(weight: PackedWeight) -> int:
+    """Columns of a chunk, of which every program has some."""
+    return STEP if weight.scheme.weight.bits == 8 else word_layout(4).chunk

@@ -17,8 +17,10 @@ __all__ = [
     "LinearLaunch",
     "cut_columns",
     "expands",
+    "launch_fp8",
     "launch_integer",
     "launch_linear",
+    "shape_class",
     "tuned",
 ]
 
@@ -29,6 +31,7 @@ NARROW = (64, 32)  # the largest tile of 8-bit tokens times 4-bit codes in group
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
 FULL = 2  # of more rows, whose parts cost more to add: so many that no processor is idle
 MOST_SPLITS = 16
+WIDE_TILE = 64  # output features of the tiles that a weight's shape is judged by
 # The oldest capability of each entry among the fallbacks, newest first; Ada keeps fewer sums in registers than its kin.
 GENERATIONS = (((9, 0), "matrix"), ((8, 9), "ada"), ((8, 0), "matrix"), ((7, 5), "turing"), ((0, 0), "volta"))
 
@@ -72,17 +75,18 @@ def launch_linear(
 
     With ``invariant`` the order of sums does not depend on ``rows``: the split is that of one row, and the tile too.
     """
-    row = _tuned_row(1 if invariant else rows, bits, facts)
-    block_n, block_m = int(row["block_n"]), int(row["block_m"])
-    if itemsize == 4:
-        block_n, block_m = min(block_n, 32), 16  # float32 tiles are multiplied without matrix units, from registers
-    tiles = -(-out // block_n) * -(-(1 if invariant else rows) // block_m)
-    waves = FULL if rows > FEW_ROWS and not invariant else WAVES
-    split = max(1, min(MOST_SPLITS, waves * facts.processors // tiles))
-    split, _ = cut_columns(chunks, int(row.get("split", split)))
-    return LinearLaunch(
-        block_n=block_n, block_m=block_m, split=split, warps=int(row["warps"]), stages=_stages(row, facts)
-    )
+    rows = 1 if invariant else rows
+    row = _tuned_row("linear", rows=rows, out=out, bits=bits, facts=facts)
+    if itemsize == 4:  # float32 tiles are multiplied without matrix units, from registers
+        row |= {"block_n": min(int(row["block_n"]), 32), "block_m": 16}
+    return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts)
+
+
+def launch_fp8(*, rows: int, out: int, chunks: int, facts: GpuFacts, invariant: bool = False) -> LinearLaunch:
+    """How e4m3 tokens times a weight ``[out, ...]`` are computed; ``invariant`` as in :func:`launch_linear`."""
+    rows = 1 if invariant else rows
+    row = _tuned_row("fp8", rows=rows, out=out, bits=8, facts=facts)
+    return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts)
 
 
 def launch_integer(
@@ -96,17 +100,25 @@ def launch_integer(
     invariant: bool = False,
 ) -> LinearLaunch:
     """How 8-bit tokens times a weight are computed: with one group (``single``) parts are whole numbers, split without
-    any loss; with several, columns are split for a few rows alone, or with ``invariant`` as for one row.
+    any loss; with several, as other weights are, whatever the rows with ``invariant`` as for one row.
 
     ``narrow``: so many groups lie in a chunk of 4-bit codes that tiles of many rows would not stay in registers.
     """
     rows = 1 if invariant and not single else rows
-    row = next(row for row in _entry(facts)["integer"] if rows <= row["rows"])
-    block_n, block_m = int(row["block_n"]), int(row["block_m"])
+    row = _tuned_row("integer", rows=rows, out=out, bits=8, facts=facts)
     if narrow:
-        block_n, block_m = min(block_n, NARROW[0]), min(block_m, NARROW[1])
+        row |= {"block_n": min(int(row["block_n"]), NARROW[0]), "block_m": min(int(row["block_m"]), NARROW[1])}
+    return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts, waves=WAVES if single else None)
+
+
+def _planned(
+    row: dict[str, Any], *, rows: int, out: int, chunks: int, facts: GpuFacts, waves: int | None = None
+) -> LinearLaunch:
+    """A row of the table as a launch: columns are split until so many programs are there for each processor."""
+    block_n, block_m = int(row["block_n"]), int(row["block_m"])
     tiles = -(-out // block_n) * -(-rows // block_m)
-    split = max(1, min(MOST_SPLITS, WAVES * facts.processors // tiles)) if single or rows <= FEW_ROWS else 1
+    waves = waves or (FULL if rows > FEW_ROWS else WAVES)
+    split = max(1, min(MOST_SPLITS, waves * facts.processors // tiles))
     split, _ = cut_columns(chunks, int(row.get("split", split)))
     return LinearLaunch(
         block_n=block_n, block_m=block_m, split=split, warps=int(row["warps"]), stages=_stages(row, facts)
@@ -118,15 +130,21 @@ def _stages(row: dict[str, Any], facts: GpuFacts) -> int:
     return int(row["stages"]) if facts.capability >= (8, 0) else 1
 
 
-def _tuned_row(rows: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
-    """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded."""
-    found = next(row for row in _entry(facts)["linear"] if rows <= row["rows"])
-    assert isinstance(found, dict)
-    special: dict[str, Any] = found.get(f"bits{bits}", {})
-    return found | special
+def shape_class(out: int, facts: GpuFacts) -> str:
+    """``wide`` where one row alone has a tile for every processor, else ``narrow``."""
+    return "wide" if out >= WIDE_TILE * facts.processors else "narrow"
+
+
+def _tuned_row(kernel: str, *, rows: int, out: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
+    """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded, with what it
+    says of this width (``bits8``) and, above that, of this shape (``narrow``, ``wide``)."""
+    found = next(row for row in _entry(facts)[kernel] if rows <= row["rows"])
+    special: dict[str, Any] = found.get(f"bits{bits}", {}) | found.get(shape_class(out, facts), {})
+    return dict(found | special)
 
 
 def _entry(facts: GpuFacts) -> dict[str, Any]:
+    """What there is for a GPU, by kernel: its own rows, or those of its generation."""
     table = tuned()
     generation = next(name for oldest, name in GENERATIONS if facts.capability >= oldest)
     fallback = table["fallback"][generation]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.kernels.gpu import integer, linear, tokens
+from bitwright.kernels.gpu import fp8, integer, linear, tokens
 from bitwright.kernels.records import Kernel, PackedWeight
 
 __all__ = ["TILE", "Norm", "Product", "dense_product", "in_tiles", "join_rows", "packed_product"]
@@ -82,6 +82,8 @@ def packed_product(
     """Of a packed weight. Where the kernel quantizes its tokens, the norm before it does. ``invariant`` as above."""
     if kernel is linear.KERNEL:
         return _product(sizes, lambda x: linear.run(x, weight, bias, invariant=invariant))
+    if kernel is fp8.KERNEL:
+        return _product(sizes, lambda x: fp8.run(x, weight, bias, invariant=invariant))
     if kernel is not integer.KERNEL:
         return _product(sizes, lambda x: in_tiles(lambda y: kernel.run(y, weight, bias), x)
                         if invariant else kernel.run(x, weight, bias))  # fmt: skip

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from bitwright.kernels.gpu.programs.codes import encode_row
+from bitwright.kernels.gpu.programs.linear import add_parts
 from bitwright.kernels.gpu.programs.weights import half_of_pair, load_words, pair_of_runs
 
 __all__ = ["fp8_product", "fp8_tokens"]
@@ -33,18 +34,21 @@ def _tokens(codes, first, at_rows, in_rows, STEP: tl.constexpr):
 
 
 @triton.jit
-def fp8_product(codes, token_scales, weight, scale, zero, bias, y, rows, n_out, slots, groups, chunks,
+def fp8_product(codes, token_scales, weight, scale, zero, bias, y, partials, counters,
+                rows, n_out, slots, groups, chunks, chunks_each,
                 BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-                HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile ``[BLOCK_N, BLOCK_M]`` of ``y`` transposed. ``BITS`` 8: e4m3 weights ``[n_out, slots]``, a scale a row.
-    4: words of codes whose differences from their zero points, at most 15, are e4m3 numbers as they are."""
-    tile = tl.program_id(0)
+    4: words of codes whose differences from their zero points, at most 15, are e4m3 numbers as they are.
+    Where ``SPLIT`` programs have parts of it, the last to end adds them up, in the parts' order."""
+    tile, split = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_in, in_rows, at_rows = n < n_out, m < rows, m.to(tl.int64) * slots
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for chunk in range(chunks):
+    first = split * chunks_each
+    for chunk in range(first, min(first + chunks_each, chunks)):
         if BITS == 8:
             at = weight + n.to(tl.int64)[:, None] * slots + (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
             numbers = tl.load(at, mask=rows_in[:, None], other=0).to(tl.float8e4nv, bitcast=True)
@@ -58,10 +62,14 @@ def fp8_product(codes, token_scales, weight, scale, zero, bias, y, rows, n_out, 
                 here = _tokens(codes, chunk * CHUNK + run * 32, at_rows, in_rows, 32)
                 part = tl.dot(half.to(tl.float16).to(tl.float8e4nv), here)
                 total += part * tl.load(scale + group, mask=rows_in, other=0.0).to(tl.float32)[:, None]
+    is_last = True
+    if SPLIT > 1:
+        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
     if BITS == 8:
         total *= tl.load(scale + n, mask=rows_in, other=0.0).to(tl.float32)[:, None]
     total *= tl.load(token_scales + m, mask=in_rows, other=0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=rows_in, other=0.0).to(tl.float32)[:, None]
-    here = rows_in[:, None] & in_rows[None, :]
-    tl.store(y + m.to(tl.int64)[None, :] * n_out + n[:, None], total.to(y.dtype.element_ty), mask=here)
+    if is_last:
+        here = rows_in[:, None] & in_rows[None, :]
+        tl.store(y + m.to(tl.int64)[None, :] * n_out + n[:, None], total.to(y.dtype.element_ty), mask=here)
