@@ -6,8 +6,10 @@ Teacher-forced: every position of a window is predicted from keys and values tha
 caches of transformers (HQQ, quanto) keep the newest tokens, and all of a first call, in float; they are given the
 window token by token. Their environment is another Python, which is asked for their rows alone. ``llama.cpp`` itself
 runs in a third one, from the same weights in float32, beside its own float cache; its four-bit formula (blocks of 32, a
-float16 scale, rotated) is restated here, too, for the models whose heads it does not take. Writes a table and a record
-into benchmarks/results/.
+float16 scale, rotated) is restated here, too, for the models whose heads it does not take. Beside that, probes of
+recall are asked through our caches: the embedded model's own, whose answers stand in their prompts; of other models,
+which were not taught those, the token that continues a passage that begins again. Writes a table and a record into
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,27 +17,27 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache
 
 import bitwright
+from benchmarks.command import told_command
 from bitwright.core.kv_codes import rotate_head
 from bitwright.core.kv_scheme import kv_bytes, parse_kv
 from bitwright.evaluation.divergence import agreement, divergence
 from bitwright.evaluation.perplexity import log_probabilities
-from bitwright.models.embedded_model import embedded_directory, read_text
+from bitwright.evaluation.probes import EncodedProbe, encode_probes, probe_counts, right_answers
+from bitwright.models.embedded_model import embedded_directory, read_probes, read_text
 from bitwright.models.hf import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -60,6 +62,8 @@ LLAMA = {"llama.cpp q8_0": 8.5, "llama.cpp q4_0": 4.5}  # bits a number
 LLAMA_BLOCK = 32
 DRIVER = Path(__file__).resolve().parent / "kv_peers" / "llama_cpp_driver.py"
 PEER_WINDOWS = 2  # token by token, they are slow
+IN_CONTEXT = ("recall", "copy", "qa")  # kinds of probes whose answers stand in their prompts
+PASSAGES, PASSAGE, AGAIN = 100, 239, 16  # tokens of a passage, and how many of them are read again
 MakeCache = Callable[[], Any]
 
 
@@ -87,6 +91,39 @@ def q4_0(x: Tensor) -> Tensor:
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     codes = (blocks * inverse + 8.5).floor().clamp(0, 15)
     return rotate_head(((codes - 8) * scale).reshape(x.shape)).to(x.dtype)
+
+
+class ReadThrough(nn.Module):
+    """A model that reads every batch through a new cache."""
+
+    def __init__(self, model: Any, make: MakeCache) -> None:
+        super().__init__()
+        self.model, self.make = model, make
+
+    def forward(self, input_ids: Tensor, use_cache: bool = True) -> Any:
+        return self.model(input_ids=input_ids, past_key_values=self.make(), use_cache=True)
+
+
+def probes_of(name: str, directory: Path, text: str) -> tuple[EncodedProbe, ...]:
+    """The embedded model's own probes; of others, what comes next in a passage of ``text`` that begins again."""
+    tokenizer = load_tokenizer(directory)
+
+    def tokenize(part: str) -> Tensor:
+        return torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    if name == "embedded":
+        return encode_probes([probe for probe in read_probes() if probe.kind in IN_CONTEXT], tokenize)
+    passages = tokenize(text)[: PASSAGES * PASSAGE].view(-1, PASSAGE)
+    return tuple(EncodedProbe("repeat", torch.cat([each, each[: AGAIN + 1]]), 1) for each in passages)
+
+
+def own_caches(model: Any) -> dict[str, MakeCache]:
+    """What stands in for our rows, once the model's directory has calibrated ranges: each makes a new cache."""
+    makes: dict[str, MakeCache] = {"bf16": lambda: RoundedCache(config=model.config)}
+    for name in OURS:
+        makes[name] = lambda name=name: bitwright.QuantizedCache(model, name, kv_safety="off")  # type: ignore[misc]
+    makes["llama.cpp q4_0, restated"] = lambda: RestatedQ4(config=model.config)
+    return makes
 
 
 def read(model: Any, window: Tensor, cache: Any, step: int) -> Tensor:
@@ -138,7 +175,8 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any] | No
     text = text.replace("<unk>", "unknown").replace("<|endoftext|>", "\n")
     windows = windows_of(directory, text, options.samples)
     model: Any = bitwright.load(directory, dtype=torch.float32)
-    wanted = [log_probabilities(read(model, window, None, len(window))) for window in windows]
+    asked = windows[:0] if options.probes_only else windows
+    wanted = [log_probabilities(read(model, window, None, len(window))) for window in asked]
     config = model.config
     shape = {
         "layers": config.num_hidden_layers,
@@ -147,37 +185,43 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any] | No
         "tokens": windows.shape[1],
     }
     rows: dict[str, Any] = {}
+    record = {"model": name, **shape, "windows": len(windows), "rows": rows}
     if options.peers_only:
         for row, (backend, bits) in PEERS.items():
             rows[row] = peer(model, windows, wanted, backend, bits)
-    else:
-        rows = own_rows(model, directory, windows, wanted, text, shape)
+        return record
+    probes = probes_of(name, directory, text)
+    record |= {"probes": probe_counts(probes), "probes_right": right_answers(model, probes)}
+    rows |= own_rows(model, directory, asked, wanted, text, shape, probes)
+    if not options.probes_only:
         rows |= llama_rows(directory, windows, shape, options.llama_python)
-    return {"model": name, **shape, "windows": len(windows), "rows": rows}
+    return record
 
 
 def own_rows(
-    model: Any, directory: Path, windows: Tensor, wanted: list[Tensor], text: str, shape: dict[str, int]
+    model: Any,
+    directory: Path,
+    windows: Tensor,
+    wanted: list[Tensor],
+    text: str,
+    shape: dict[str, int],
+    probes: Sequence[EncodedProbe],
 ) -> dict[str, Any]:
+    """Our schemes, 16 bits, and the formula that is restated; without windows, what they answer to the probes alone."""
     rows: dict[str, Any] = {}
-    rows["bf16"] = measure(model, windows, wanted, lambda: RoundedCache(config=model.config), 1 << 20) | {"bits": 16}
+    bits = {"bf16": 16.0, "llama.cpp q4_0, restated": 4.5}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(directory, Path(folder) / "model"))
         (Path(folder) / "text.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
-        bitwright.calibrate(copy, dataset=Path(folder) / "text.txt", samples=32, seqlen=min(256, windows.shape[1]))
+        bitwright.calibrate(copy, dataset=Path(folder) / "text.txt", samples=32, seqlen=min(256, shape["tokens"]))
         model.config.name_or_path = str(copy)
-        for name in OURS:
-            row = measure(
-                model,
-                windows,
-                wanted,
-                lambda name=name: bitwright.QuantizedCache(model, name, kv_safety="off"),
-                1 << 20,
-            )
-            size = kv_bytes(parse_kv(name), **shape) / kv_bytes(parse_kv("none"), **shape)
-            rows[name] = row | {"bits": round(16 * size, 2)}
-    rows["llama.cpp q4_0, restated"] = measure(model, windows, wanted, lambda: RestatedQ4(config=model.config), 1 << 20)
-    rows["llama.cpp q4_0, restated"]["bits"] = 4.5
+        for name, make in own_caches(model).items():
+            row: dict[str, Any] = {}
+            if len(windows):
+                row = measure(model, windows, wanted, make, 1 << 20)
+                size = 0.0 if name in bits else kv_bytes(parse_kv(name), **shape) / kv_bytes(parse_kv("none"), **shape)
+                row["bits"] = bits.get(name, round(16 * size, 2))
+            rows[name] = row | {"probes": right_answers(ReadThrough(model, make), probes)}
     return rows
 
 
@@ -223,14 +267,24 @@ def render(records: list[dict[str, Any]]) -> str:
             f"## {record['model']}: {record['layers']} layers, {record['kv_heads']} key-value heads of "
             f"{record['head_dim']}; {record['windows']} windows of {record['tokens']} tokens"
         )
-        lines += ["", "| cache | bits | KL mean | KL p99 | top-1 |", "|---|--:|--:|--:|--:|"]
+        kinds = record.get("probes", {})
+        if kinds:
+            told = ", ".join(f"{record['probes_right'][kind]} of {count} {kind}" for kind, count in kinds.items())
+            lines += ["", f"Probes that the float cache answers right: {told}."]
+        header = "".join(f" {kind} |" for kind in kinds)
+        lines += [
+            "",
+            f"| cache | bits | KL mean | KL p99 | top-1 |{header}",
+            "|---|--:|--:|--:|--:|" + "--:|" * len(kinds),
+        ]
         for name, row in record["rows"].items():
+            answers = "".join(f" {row.get('probes', {}).get(kind, '')} |" for kind in kinds)
             if "refused" in row:
-                lines.append(f"| {name} | | {row['refused']} | | |")
+                lines.append(f"| {name} | | {row['refused']} | | |{answers}")
                 continue
             figures = f"{row['kl_mean']:.2e} | {row['kl_p99']:.2e} | {row['top1']:.2%}"
             part = f" (the first {row['windows']} windows)" if "windows" in row else ""
-            lines.append(f"| {name}{part} | {row.get('bits', '')} | {figures} |")
+            lines.append(f"| {name}{part} | {row.get('bits', '')} | {figures} |{answers}")
         four = record["rows"].get("int4"), record["rows"].get("int4-rotated")
         if all(four):
             lines += ["", f"int4-rotated costs {four[1]['kl_mean'] / four[0]['kl_mean']:.2f} of the KL of int4."]
@@ -250,6 +304,7 @@ def main() -> None:
     parser.add_argument("--peers-python", help="a Python that has hqq and optimum-quanto")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python and gguf")
     parser.add_argument("--peers-only", action="store_true", help="print the rows of the peers as JSON")
+    parser.add_argument("--probes-only", action="store_true", help="renew the probes of the record that is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = [found for name in options.models if (found := measure_model(name, options)) is not None]
@@ -269,12 +324,30 @@ def main() -> None:
         made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         for record in records:
             record["rows"] |= json.loads(made).get(record["model"], {})
-    text = render(records)
+    facts: dict[str, Any] = {"command": told_command("benchmarks.kv_quality")}
+    facts |= {"machine": platform.machine(), "torch": torch.__version__, "models": records}
+    if options.probes_only:
+        known = json.loads((options.output / "kv_quality.json").read_text(encoding="utf-8"))
+        facts = known | {
+            "probes_command": facts["command"],
+            "models": [with_probes(each, records) for each in known["models"]],
+        }
+    text = render(facts["models"])
     print(text)
-    facts = {"command": shlex.join(["python", "-m", "benchmarks.kv_quality", *sys.argv[1:]])}
-    facts |= {"machine": platform.machine(), "torch": torch.__version__, "models": records}  # type: ignore[dict-item]
     (options.output / "kv_quality.md").write_text(text + "\n", encoding="utf-8")
     (options.output / "kv_quality.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def with_probes(known: dict[str, Any], records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """A model's record with the answers to the probes that were found anew, all else as it was."""
+    found = next((each for each in records if each["model"] == known["model"]), None)
+    if found is None:
+        return known
+    rows = {
+        name: row | ({"probes": found["rows"][name]["probes"]} if name in found["rows"] else {})
+        for name, row in known["rows"].items()
+    }
+    return known | {"probes": found["probes"], "probes_right": found["probes_right"], "rows": rows}
 
 
 if __name__ == "__main__":
