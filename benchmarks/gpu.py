@@ -29,6 +29,7 @@ import triton
 from benchmarks.command import told_command
 from benchmarks.gpu_runs.caches import measure_attention, measure_writing
 from benchmarks.gpu_runs.decoding import measure_decoding, measure_memory
+from benchmarks.gpu_runs.invariance import measure_invariance
 from benchmarks.gpu_runs.products import (
     measure_ceilings,
     measure_few_rows,
@@ -51,6 +52,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Section], int]] = {
     "rounding": (measure_rounding, 90),
     "memory": (measure_memory, 30),
     "streaming": (measure_streaming, 60),
+    "invariance": (measure_invariance, 40),
     "others": (measure_other_schemes, 60),
     "writing": (measure_writing, 20),
 }

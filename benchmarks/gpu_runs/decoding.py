@@ -18,7 +18,7 @@ from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
 
-__all__ = ["measure_decoding", "measure_memory"]
+__all__ = ["measure_decoding", "measure_memory", "on_the_device", "single_tokens"]
 
 CONTEXT = 1024
 GIB, MIB = float(1 << 30), float(1 << 20)
@@ -37,7 +37,7 @@ LMDEPLOY = {8: (22337, 18241), 16: (30593, 22369), 32: (47073, 30625), 48: (6355
 
 
 @contextmanager
-def _on_the_device(bench: Bench) -> Iterator[None]:
+def on_the_device(bench: Bench) -> Iterator[None]:
     """In a dry run the CPU passes for a GPU. Memory is given back at the end."""
     refuse = library.refuse_device
     if bench.is_dry:
@@ -68,9 +68,9 @@ def measure_decoding(bench: Bench) -> Section:
     cases = [("llama-3-8b", None, "none"), ("llama-3-8b", "w4g128", "int8"), ("llama-3-8b", "w8a8", "int8"),
              ("qwen-7b", None, "none"), ("qwen-7b", "w4g128", "int8"), ("qwen-7b", "w4g128", "int4")]  # fmt: skip
     for name, scheme, kv in bench.within(section, cases[: bench.size(9, 3)]):
-        with _on_the_device(bench):
+        with on_the_device(bench):
             error = _error(bench, name, scheme, kv)
-        with _on_the_device(bench):
+        with on_the_device(bench):
             decoder = CudaDecoder(make_model(bench, name, scheme), release=True)
             for batch in (1, 64):
                 try:
@@ -109,7 +109,7 @@ def _decode(bench: Bench, section: Section, decoder: CudaDecoder, what: tuple[st
     count, context = bench.size(batch, min(batch, 2)), bench.size(CONTEXT, 33)
     most = -(-context // PAGE)
     cache = decoder.new_cache(count * most, parse_kv(kv))
-    step = _step(count, context, decoder.shape.vocabulary)
+    step = single_tokens(count, context, decoder.shape.vocabulary)
     for _ in range(2):
         decoder.forward_there(step, cache).argmax(-1)
     bench.wait()
@@ -124,7 +124,7 @@ def _decode(bench: Bench, section: Section, decoder: CudaDecoder, what: tuple[st
                 f"{share:.0%}", f"{decoder.weight_bytes() / GIB:.2f}", f"{error:.1e}")  # fmt: skip
 
 
-def _step(batch: int, context: int, vocabulary: int) -> Step:
+def single_tokens(batch: int, context: int, vocabulary: int) -> Step:
     """One new token for each of ``batch`` sequences, the last of ``context``."""
     most = -(-context // PAGE)
     every = torch.arange(batch + 1, dtype=torch.int32)

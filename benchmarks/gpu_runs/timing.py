@@ -97,6 +97,17 @@ class Bench:
         operands = [make() for _ in range(self.copies(nbytes))]
         return self.seconds([partial(use, operand) for operand in operands])
 
+    def host_seconds(self, call: Callable[[], Any]) -> float:
+        """The time of ``call``, which records graphs itself, one after the other, launching included."""
+        for _ in range(2):
+            call()
+        self.wait()
+        repeats, started = self.size(50, 1), time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self.wait()
+        return (time.perf_counter() - started) / repeats
+
     def wait(self) -> None:
         if not self.is_dry:
             torch.cuda.synchronize()
