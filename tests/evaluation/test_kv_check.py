@@ -26,7 +26,7 @@ def text(start: int, tokens: int = 1024) -> Tensor:
 @pytest.fixture(scope="module")
 def found() -> tuple[Any, KVCheck]:
     model = model_with_biased_keys()
-    return model, check_kv(model, text(0))
+    return model, check_kv(model, text(0), schemes=("int4", "int4-rotated"))
 
 
 def test_the_layer_is_named(found: tuple[Any, KVCheck]) -> None:
@@ -54,7 +54,7 @@ def test_naive_four_bits_fail_there_and_what_is_recommended_does_not(found: tupl
 
 
 def test_a_usual_model_is_safe_in_four_rotated_bits() -> None:
-    check = check_kv(load("demo:", dtype=torch.float32), text(0), schemes=("int4-rotated",))
+    check = check_kv(load("demo:", dtype=torch.float32), text(0, 512), schemes=("int4-rotated",))
     assert check.unsafe == ()
     assert check.recommended == "int4-rotated"
     assert check.to_dict()["recommended"] == "int4-rotated"

@@ -69,15 +69,16 @@ def test_both_layouts_of_layer_past(quantizing: Any) -> None:
         quantized = quantizing(input_ids=ids, use_cache=True).past_key_values
         original = plain(input_ids=ids, use_cache=True).past_key_values
     assert isinstance(quantized, qwen.QwenCache)
-    past = qwen.layer_past(quantized)
+    past: Any = qwen.layer_past(quantized)
+    floats: Any = qwen.layer_past(original)
     for layer, ((q_key, key_scale, key_zero), (q_value, _, _)) in enumerate(past):
-        key, value = qwen.layer_past(original)[layer]
+        key, value = floats[layer]
         assert q_key.dtype == torch.uint8
         assert q_key.shape == key.shape
         assert q_value.shape == value.shape
         assert key_scale.shape == key_zero.shape == (*key.shape[:-1], 1)
     (q_key, scale, zero), _ = quantized[0]
-    key, _ = qwen.layer_past(original)[0]
+    key, _ = floats[0]
     torch.testing.assert_close(qwen.dequantize_cache_torch(q_key, scale, zero), key.float(), atol=0.2, rtol=0.05)
     assert len(list(quantized)) == len(past) == 5
 
@@ -88,7 +89,7 @@ def test_generate_and_chat_use_it(quantizing: Any, tokenizer: Any) -> None:
     assert isinstance(made.past_key_values, qwen.QwenCache)
     assert made.past_key_values.get_seq_length() == made.sequences.shape[1] - 1
     response, history = quantizing.chat(tokenizer, "Hi", history=None, max_new_tokens=8)
-    plain = qwen.AutoModelForCausalLM.from_pretrained("demo:")
+    plain: Any = qwen.AutoModelForCausalLM.from_pretrained("demo:")
     assert history == [("Hi", response)]
     assert plain.chat(tokenizer, "Hi", history=None, max_new_tokens=8)[0][:4] == response[:4]
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_flash_attention_is_no_obstacle_any_more(tokenizer: Any) -> None:
         assert any(name in str(notice.message) for notice in told)
     assert model.chat(tokenizer, "Hi", max_new_tokens=4)[0]
     with pytest.raises(BitwrightError, match="use_cache_quantization is 1"):
-        qwen.AutoModelForCausalLM.from_pretrained("demo:", use_cache_quantization=1)
+        qwen.AutoModelForCausalLM.from_pretrained("demo:", use_cache_quantization=1)  # type: ignore[arg-type]
 
 
 def test_the_blocks_of_the_document_run() -> None:
