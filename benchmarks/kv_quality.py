@@ -71,8 +71,8 @@ class RoundedCache(DynamicCache):
     """Keys and values in bfloat16, under a model that computes in float32: what any 16-bit cache costs."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        rounded = (states.to(torch.bfloat16).to(states.dtype) for states in (key_states, value_states))
-        return super().update(*rounded, *arguments, **keywords)
+        keys, values = (states.to(torch.bfloat16).to(states.dtype) for states in (key_states, value_states))
+        return super().update(keys, values, *arguments, **keywords)
 
 
 class RestatedQ4(DynamicCache):
