@@ -39,7 +39,7 @@ from benchmarks.gpu_runs.products import (
 from benchmarks.gpu_runs.rounding import measure_rounding
 from benchmarks.gpu_runs.streaming import measure_streaming
 from benchmarks.gpu_runs.timing import Bench, Section
-from benchmarks.gpu_runs.tuning import tune_linear
+from benchmarks.gpu_runs.tuning import SECONDS, tune_attention, tune_products
 from bitwright.kernels.gpu import launch, library
 
 # In the order of what is wanted most: what comes late may have to be left out. Seconds that each may take at most.
@@ -120,13 +120,16 @@ def _end(number: int, _frame: object) -> None:
     raise OutOfTime if number == signal.SIGALRM else KeyboardInterrupt
 
 
-def tune(bench: Bench) -> tuple[Section, dict[str, Any]]:
-    """The tuned rows of this GPU, used by everything that is measured after."""
-    section, rows = tune_linear(bench)
-    name = library.describe(bench.device).name
-    if rows and rows[-1]["rows"] >= 1 << 29:
-        launch.tuned()["gpus"].setdefault(name, {})["linear"] = rows
-    return section, {name: {"linear": rows}}
+def tune(bench: Bench) -> dict[str, Any]:
+    """The tuned rows of this GPU, by kernel, used by everything that is measured after."""
+    name, found = library.describe(bench.device).name, {}
+    for kernel, most in SECONDS.items():
+        bench.section_deadline = time.monotonic() + most
+        section, rows = tune_attention(bench) if kernel == "attention" else tune_products(bench, kernel)
+        found[kernel] = rows
+        print(render(section), file=sys.stderr, flush=True)
+        launch.tuned()["gpus"].setdefault(name, {})[kernel] = rows  # for all that is measured after
+    return {name: found}
 
 
 def main() -> None:
@@ -134,7 +137,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
     parser.add_argument("--seconds", type=float, default=510, help="no section begins later; imports come before")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--tune", action="store_true", help="look for the best launches first (some two minutes)")
+    parser.add_argument(
+        "--tune", action="store_true", help="look for the best launches first (at most two and a half minutes)"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
@@ -145,7 +150,7 @@ def main() -> None:
         signal.signal(number, _end)
     try:
         if arguments.tune:
-            tuned.update(tune(bench)[1])
+            tuned.update(tune(bench))
         run_sections(bench, arguments.sections, lambda: write_record(bench, tuned, arguments.json))
     except KeyboardInterrupt:
         print("broken off; this is what there is", file=sys.stderr)

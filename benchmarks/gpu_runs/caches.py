@@ -13,7 +13,7 @@ from bitwright.core.kv_codes import Coded, decode_kv, encode_kv
 from bitwright.core.kv_scheme import KVCode, parse_kv
 from bitwright.kernels.gpu import attention
 
-__all__ = ["measure_attention", "measure_writing"]
+__all__ = ["HEADS", "HEAD_DIM", "KV_HEADS", "measure_attention", "measure_writing", "random_side"]
 
 PAGE = 32
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -38,7 +38,7 @@ def measure_attention(bench: Bench) -> Section:
     return section
 
 
-def _side(bench: Bench, code: KVCode, pages: int) -> attention.StoredSide:
+def random_side(bench: Bench, code: KVCode, pages: int) -> attention.StoredSide:
     """Random keys or values."""
     heads, width = bench.size(KV_HEADS, 1), bench.size(HEAD_DIM, 32)
     if code.is_float:
@@ -65,14 +65,14 @@ def _attend(bench: Bench, name: str, batch: int, length: int, new: int) -> tuple
     numbers = [torch.tensor(each, dtype=torch.int32, device=device) for each in (blocks, starts, [length] * batch)]
     setup = attention.AttentionBatch(*numbers, table, rows, length)
     q = torch.randn(batch * new, heads, width, device=device).to(bench.dtype)
-    keys, values = (_side(bench, code, batch * most) for _ in range(2))
+    keys, values = (random_side(bench, code, batch * most) for _ in range(2))
     nbytes = sum(tensor.nbytes for side in (keys, values) for tensor in {side.data, side.scales})
     found = attention.attend(q, keys, values, setup)
     error = relative_error(found[-1], _exact(q[-1], keys, values, code, table[-1].long(), length))
     more = min(8, bench.copies(nbytes)) - 1
     sides = [
         (keys, values),
-        *((_side(bench, code, batch * most), _side(bench, code, batch * most)) for _ in range(more)),
+        *((random_side(bench, code, batch * most), random_side(bench, code, batch * most)) for _ in range(more)),
     ]
     seconds = bench.seconds([partial(attention.attend, q, k, v, setup) for k, v in sides])
     return seconds, nbytes, error, _torch_seconds(bench, q, batch, new, length) if code.is_float else 0.0
@@ -103,7 +103,7 @@ def measure_writing(bench: Bench) -> Section:
     cases = product((1, 64, 4096)[: bench.size(9, 1)], ("none", "fp8", "int8", "int4"))
     for tokens, name in bench.within(section, cases):
         code = parse_kv(name).key
-        side = _side(bench, code, -(-tokens // PAGE))
+        side = random_side(bench, code, -(-tokens // PAGE))
         x = torch.randn(tokens, kv_heads, width, device=device).to(bench.dtype)
         where = torch.arange(tokens, dtype=torch.int32, device=device)
         turns = (torch.rand(tokens, width // 2, device=device), torch.rand(tokens, width // 2, device=device))

@@ -14,7 +14,7 @@ from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import StaticParameters, decode_kv, encode_kv
 from bitwright.core.kv_scheme import FLOAT, KVCode
 from bitwright.core.kv_search import search_grids
-from bitwright.kernels.gpu import attention
+from bitwright.kernels.gpu import attention, launch, library
 from tests.kernels.gpu.oracle import relative_error
 
 PAGE = 32
@@ -228,3 +228,10 @@ def test_contexts_are_split_where_there_are_few_programs_and_alike_where_that_is
     assert split(64, 8192) >= 4096 and split(200, 8192) == 8192
     assert split(1, 100) >= 100 and split(1, 5000, rows=64) >= 5000
     assert split(1, 100, invariant=True) == split(64, 65536, invariant=True)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_smaller_tiles_of_keys_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"rows": 1 << 30, "tile": 32, "warps": 4, "stages": 1}
+    monkeypatch.setitem(launch.tuned()["gpus"], library.UNKNOWN.name, {"attention": [row]})
+    check("int8", "float", torch.float32, lengths=[170, 9], new=[1, 1], split=64)

@@ -16,6 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-gpu")
 
 from benchmarks import gpu
 from benchmarks.gpu_runs.timing import Bench, Section
+from benchmarks.gpu_runs.tuning import SECONDS, complete_rows
+from bitwright.kernels.gpu import launch
+from tests.kernels.gpu.compilation_facts import HOPPER
 
 
 def test_rows_that_there_is_no_time_for_are_named() -> None:
@@ -63,6 +66,15 @@ def test_a_failing_section_and_one_without_an_end_keep_their_rows_and_the_others
     assert bench.sections[3].notes == ["out of time"] and kept == [1, 2, 3]
 
 
+def test_a_search_that_time_ends_leaves_a_table_that_is_whole() -> None:
+    for kernel in SECONDS:
+        before = launch.rows_of(kernel, HOPPER)
+        assert complete_rows(kernel, [], HOPPER) == before
+        own = [{"rows": 16, "warps": 1}, {"rows": 1, "warps": 2}]
+        found = complete_rows(kernel, own, HOPPER)
+        assert found == [own[1], own[0], *(row for row in before if row["rows"] > 16)]
+
+
 @pytest.mark.slow
 def test_every_path_runs_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--tune", "--json", str(tmp_path / "gpu.json")]
@@ -70,5 +82,5 @@ def test_every_path_runs_without_a_gpu(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert result.returncode == 0, result.stderr[-3000:]
     sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert len(sections) == len(gpu.SECTIONS) + 1 and all(section["rows"] for section in sections)
+    assert len(sections) == len(gpu.SECTIONS) + len(SECONDS) and all(section["rows"] for section in sections)
     assert all(section["title"] in result.stdout for section in sections)

@@ -10,12 +10,14 @@ from bitwright.kernels.gpu.launch import (
     MOST_SPLITS,
     cut_columns,
     expands,
+    launch_attention,
     launch_fp8,
     launch_integer,
     launch_linear,
     shape_class,
     tuned,
 )
+from bitwright.kernels.gpu.library import GpuFacts
 from tests.kernels.gpu.compilation_facts import ADA, AMPERE, GENERATIONS, HOPPER, VOLTA
 
 
@@ -104,10 +106,12 @@ def test_tiles_with_many_groups_in_a_chunk_have_few_rows() -> None:
 def test_the_tuned_table_is_whole() -> None:
     table = tuned()
     for entry in (*table["fallback"].values(), *table["gpus"].values()):
-        for rows in entry.values():
+        for kernel, rows in entry.items():
+            fields = {"tile", "warps", "stages"} if kernel == "attention" else {"block_n", "block_m", "warps", "stages"}
             bounds = [row["rows"] for row in rows]
             assert bounds == sorted(bounds) and (not bounds or bounds[-1] >= 1 << 29)
-            assert all({"block_n", "block_m", "warps", "stages"} <= set(row) for row in rows)
+            assert all(fields <= set(row) for row in rows)
+            assert kernel != "attention" or all(row["tile"] in (32, 64) for row in rows)
 
 
 def test_a_known_gpu_has_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +138,17 @@ def test_rows_of_every_kernel_are_found_by_gpu_and_by_shape(kernel: str, monkeyp
 
     assert split(4096) == (5, 2) and split(64 * HOPPER.processors) == (1, 2)
     assert [shape_class(out, HOPPER) for out in (4096, 8448)] == ["narrow", "wide"]
+
+
+def test_rows_of_attention_are_found_by_gpu_by_the_size_of_blocks_and_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(facts: GpuFacts, rows: int, bits: int) -> tuple[int, int, int]:
+        one = launch_attention(block_rows=rows, bits=bits, facts=facts)
+        return one.tile, one.warps, one.stages
+
+    # Tiles of many rows on 4-bit codes do not stay in registers with loads ahead before Hopper.
+    assert [found(facts, 64, 4)[2] for facts in GENERATIONS.values()] == [1, 1, 1, 1, 2]
+    assert [found(facts, 16, 4)[2] for facts in GENERATIONS.values()] == [1, 1, 2, 2, 2]
+    assert found(AMPERE, 64, 8) == (64, 8, 2) and found(AMPERE, 16, 8) == (64, 4, 2)
+    row = {"rows": 1 << 30, "tile": 32, "warps": 2, "stages": 3, "bits4": {"warps": 1}}
+    monkeypatch.setitem(tuned()["gpus"], AMPERE.name, {"attention": [row]})
+    assert found(AMPERE, 16, 8) == (32, 2, 3) and found(AMPERE, 16, 4) == (32, 1, 3)

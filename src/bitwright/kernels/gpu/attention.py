@@ -15,7 +15,7 @@ from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import is_searched
 from bitwright.core.kv_scheme import KVCode
 from bitwright.core.kv_search import MOST_NUMBERS, grids
-from bitwright.kernels.gpu import library
+from bitwright.kernels.gpu import launch, library
 
 __all__ = [
     "AttentionBatch",
@@ -31,7 +31,7 @@ __all__ = [
 
 FEW_QUERIES = 16  # rows of a product of the matrix units; up to so many, the context is split among programs
 MANY_QUERIES = 64
-TILE = 64  # tokens of keys that are multiplied at a time
+TILE = 64  # parts of a context are of whole multiples of so many tokens
 FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batch
 LEAST_SPLIT = 128
 CODE_MAX = 15  # of the only codes that are searched here: 4 bits
@@ -144,18 +144,22 @@ def choose_split(batch: AttentionBatch, kv_heads: int, processors: int, *, invar
 
 
 def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatch, *, window: int = 0,
-           factor: float | None = None, split: int | None = None, invariant: bool = False) -> Tensor:  # fmt: skip
+           factor: float | None = None, split: int | None = None, invariant: bool = False,
+           chosen: launch.AttentionLaunch | None = None) -> Tensor:  # fmt: skip
     """Causal attention of ``q`` (``[tokens, heads, head_dim]``, contiguous) on the cache: same shape and dtype.
 
     ``window``: how many positions a token sees, itself included (0: all). ``factor`` multiplies the products,
-    ``head_dim ** -0.5`` unless given. ``split`` overrides :func:`choose_split`.
+    ``head_dim ** -0.5`` unless given. ``split`` overrides :func:`choose_split`, ``chosen`` the launch.
     """
     out = torch.empty_like(q)
     tokens, heads, head_dim = q.shape
     if not tokens:
         return out
     kv_heads, page = keys.data.shape[1:3]
-    split = split or choose_split(batch, kv_heads, library.describe(q.device).processors, invariant=invariant)
+    facts = library.describe(q.device)
+    split = split or choose_split(batch, kv_heads, facts.processors, invariant=invariant)
+    bits = min(keys.bits, values.bits)
+    plan = chosen or launch.launch_attention(block_rows=batch.block_rows, bits=bits, facts=facts)
     splits = max(1, -(-batch.longest // split))
     blocks = batch.blocks.shape[0]
     partial = splits > 1
@@ -168,10 +172,10 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
     module.attend[(blocks, kv_heads, splits)](
         q, keys.data, keys.scales, values.data, values.scales, batch.pages, batch.blocks, batch.starts, batch.lengths,
         parts, statistics, (head_dim**-0.5 if factor is None else factor) * math.log2(math.e), kv_heads,
-        batch.pages.shape[1], page, window or 1 << 30, split,
+        batch.pages.shape[1], window or 1 << 30, split, PAGE=page,
         KEY_KIND=keys.kind, KEY_BITS=keys.bits, KEY_STATIC=keys.static,
         VALUE_KIND=values.kind, VALUE_BITS=values.bits, VALUE_STATIC=values.static,
-        BLOCK_T=TILE, PARTIAL=partial, **_options(q, batch.block_rows, min(keys.bits, values.bits)), **shape,
+        BLOCK_T=plan.tile, PARTIAL=partial, num_warps=plan.warps, num_stages=plan.stages, **shape,
     )  # fmt: skip
     if partial:
         module.combine[(blocks, kv_heads, batch.block_rows)](
@@ -226,10 +230,3 @@ def _grid_table(device: torch.device) -> Tensor:
 def _width(head_dim: int) -> int:
     """The power of two that a head is padded to; half of it is still wide enough for a product."""
     return max(32, 1 << (head_dim - 1).bit_length())
-
-
-def _options(q: Tensor, block_rows: int, bits: int) -> dict[str, int]:
-    """Loads ahead, but for blocks of many rows on 4-bit codes before Hopper, which would not stay in registers."""
-    capability, is_few = library.describe(q.device).capability, block_rows <= FEW_QUERIES
-    ahead = capability >= (9, 0) if bits == 4 and not is_few else capability >= library.PROGRAMMED
-    return {"num_warps": 4 if is_few else 8, "num_stages": 2 if ahead else 1}

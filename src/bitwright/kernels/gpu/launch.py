@@ -14,12 +14,15 @@ __all__ = [
     "DENSE_INTEGER_ROWS",
     "FEW_ROWS",
     "LARGE_ROWS",
+    "AttentionLaunch",
     "LinearLaunch",
     "cut_columns",
     "expands",
+    "launch_attention",
     "launch_fp8",
     "launch_integer",
     "launch_linear",
+    "rows_of",
     "shape_class",
     "tuned",
 ]
@@ -32,8 +35,15 @@ WAVES = 4  # programs per processor that keep its memory busy while the matrix u
 FULL = 2  # of more rows, whose parts cost more to add: so many that no processor is idle
 MOST_SPLITS = 16
 WIDE_TILE = 64  # output features of the tiles that a weight's shape is judged by
-# The oldest capability of each entry among the fallbacks, newest first; Ada keeps fewer sums in registers than its kin.
-GENERATIONS = (((9, 0), "matrix"), ((8, 9), "ada"), ((8, 0), "matrix"), ((7, 5), "turing"), ((0, 0), "volta"))
+# The oldest capability of each generation and its entries among the fallbacks, what is said later before what is said
+# first; newest generations first. Ada keeps fewer sums in registers than its kin.
+GENERATIONS: tuple[tuple[tuple[int, int], tuple[str, ...]], ...] = (
+    ((9, 0), ("matrix", "hopper")),
+    ((8, 9), ("ada",)),
+    ((8, 0), ("matrix",)),
+    ((7, 5), ("turing",)),
+    ((0, 0), ("volta",)),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,15 @@ class LinearLaunch:
     block_n: int
     block_m: int
     split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLaunch:
+    """``tile`` tokens of keys are multiplied at a time: 32 or 64, so that every part of a context has whole tiles."""
+
+    tile: int
     warps: int
     stages: int
 
@@ -111,6 +130,13 @@ def launch_integer(
     return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts, waves=WAVES if single else None)
 
 
+def launch_attention(*, block_rows: int, bits: int, facts: GpuFacts) -> AttentionLaunch:
+    """How blocks of so many rows (token, query head) go over keys and values whose narrower side has ``bits`` bits."""
+    row = next(row for row in rows_of("attention", facts) if block_rows <= row["rows"])
+    row = row | row.get(f"bits{bits}", {})
+    return AttentionLaunch(tile=int(row["tile"]), warps=int(row["warps"]), stages=_stages(row, facts))
+
+
 def _planned(
     row: dict[str, Any], *, rows: int, out: int, chunks: int, facts: GpuFacts, waves: int | None = None
 ) -> LinearLaunch:
@@ -138,16 +164,17 @@ def shape_class(out: int, facts: GpuFacts) -> str:
 def _tuned_row(kernel: str, *, rows: int, out: int, bits: int, facts: GpuFacts) -> dict[str, Any]:
     """The row for this GPU, or the fallback of its generation: the first whose ``rows`` is not exceeded, with what it
     says of this width (``bits8``) and, above that, of this shape (``narrow``, ``wide``)."""
-    found = next(row for row in _entry(facts)[kernel] if rows <= row["rows"])
+    found = next(row for row in rows_of(kernel, facts) if rows <= row["rows"])
     special: dict[str, Any] = found.get(f"bits{bits}", {}) | found.get(shape_class(out, facts), {})
     return dict(found | special)
 
 
-def _entry(facts: GpuFacts) -> dict[str, Any]:
-    """What there is for a GPU, by kernel: its own rows, or those of its generation."""
+def rows_of(kernel: str, facts: GpuFacts) -> list[dict[str, Any]]:
+    """What the table has for a GPU and a kernel: its own rows, or those of its generation."""
     table = tuned()
-    generation = next(name for oldest, name in GENERATIONS if facts.capability >= oldest)
-    fallback = table["fallback"][generation]
-    assert isinstance(fallback, dict)
-    own: dict[str, Any] = table["gpus"].get(facts.name, {})
-    return fallback | own
+    names = next(names for oldest, names in GENERATIONS if facts.capability >= oldest)
+    found: dict[str, Any] = {}
+    for each in (*(table["fallback"][name] for name in names), table["gpus"].get(facts.name, {})):
+        found |= each
+    rows: list[dict[str, Any]] = found[kernel]
+    return rows

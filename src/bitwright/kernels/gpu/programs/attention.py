@@ -71,12 +71,12 @@ def _add_values(weights, decay, mixed, other, offsets, values, scales, rows, ins
 
 
 @triton.jit
-def _token_rows(pages, first, length, head, kv_heads, page_tokens, BLOCK_T: tl.constexpr):
+def _token_rows(pages, first, length, head, kv_heads, PAGE: tl.constexpr, BLOCK_T: tl.constexpr):
     """Positions of a tile of tokens, which of them there are, and where they lie in the cache (int64)."""
     token = first + tl.arange(0, BLOCK_T)
     inside = token < length
-    page = tl.load(pages + token // page_tokens, mask=inside, other=0).to(tl.int64)
-    return token, inside, (page * kv_heads + head) * page_tokens + token % page_tokens
+    page = tl.load(pages + token // PAGE, mask=inside, other=0).to(tl.int64)
+    return token, inside, (page * kv_heads + head) * PAGE + token % PAGE
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _store_rows(out, at, even, odd, rows_in, HEAD: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, lengths, out, statistics,
-           factor, kv_heads, most_pages, page_tokens, window, split_tokens,
+           factor, kv_heads, most_pages, window, split_tokens, PAGE: tl.constexpr,
            GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
            KEY_KIND: tl.constexpr, KEY_BITS: tl.constexpr, KEY_STATIC: tl.constexpr,
            VALUE_KIND: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STATIC: tl.constexpr,
@@ -116,9 +116,7 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
     least = tl.min(tl.where(rows_in, position, length), axis=0) - window + 1
     first = tl.maximum(split * split_tokens, tl.maximum(least, 0) // BLOCK_T * BLOCK_T)
     for tile in range(first, tl.minimum(seen, (split + 1) * split_tokens), BLOCK_T):
-        token, inside, rows = _token_rows(
-            pages + sequence * most_pages, tile, length, head, kv_heads, page_tokens, BLOCK_T
-        )
+        token, inside, rows = _token_rows(pages + sequence * most_pages, tile, length, head, kv_heads, PAGE, BLOCK_T)
         scores = _scores(even, odd, q_sum, keys, key_scales, rows, inside, head, HEAD, WIDTH, KEY_KIND, KEY_BITS,
                          KEY_STATIC)  # fmt: skip
         visible = (token[None, :] <= position[:, None]) & (token[None, :] > position[:, None] - window)
