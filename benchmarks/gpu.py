@@ -37,6 +37,7 @@ from benchmarks.gpu_runs.products import (
     measure_other_schemes,
 )
 from benchmarks.gpu_runs.rounding import measure_rounding
+from benchmarks.gpu_runs.serving import measure_serving
 from benchmarks.gpu_runs.streaming import measure_streaming
 from benchmarks.gpu_runs.timing import Bench, Section
 from benchmarks.gpu_runs.tuning import SECONDS, tune_attention, tune_products
@@ -51,6 +52,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Section], int]] = {
     "decoding": (measure_decoding, 130),
     "rounding": (measure_rounding, 90),
     "memory": (measure_memory, 30),
+    "engine": (measure_serving, 60),
     "streaming": (measure_streaming, 60),
     "invariance": (measure_invariance, 40),
     "others": (measure_other_schemes, 60),
