@@ -77,7 +77,7 @@ def _add_step(bench: Bench, section: Section, batch: int) -> None:
             first.tokens[:] = step.tokens[:1]
             is_equal = torch.equal(decoder.forward(first, cache), together)
             del decoder, cache
-        _add(section, "step", "w4g128, int8", batch, *seconds, is_equal)
+        _add(section, "step", "w4g128, int8", batch, seconds[0], seconds[1], is_equal)
 
 
 def _add(section: Section, what: str, scheme: str, rows: int, free: float, fixed: float, is_equal: bool) -> None:

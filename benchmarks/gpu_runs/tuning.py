@@ -19,6 +19,7 @@ from bitwright.core.kv_scheme import parse_kv
 from bitwright.core.scheme_names import parse
 from bitwright.kernels.gpu import attention, fp8, integer, launch, library, linear
 from bitwright.kernels.gpu.launch import AttentionLaunch, LinearLaunch
+from bitwright.kernels.gpu.tokens import quantize_tokens
 from bitwright.kernels.records import KernelSpec, PackedWeight
 
 __all__ = ["SECONDS", "complete_rows", "tune_attention", "tune_products"]
@@ -52,7 +53,8 @@ def tune_products(bench: Bench, kernel: str) -> tuple[Section, list[dict[str, An
     of the table that say so."""
     scheme = SCHEMES[kernel]
     section = bench.begin(f"tuning of {kernel}: {scheme}", COLUMNS)
-    facts, rows_found = library.describe(bench.device), {}
+    facts = library.describe(bench.device)
+    rows_found: dict[int, dict[str, Any]] = {}
     spec = KernelSpec(scheme=parse(scheme), shape=SHAPES["narrow"], device=bench.device)
     reason = None if bench.is_dry or kernel != "fp8" else fp8.refuse(spec)
     cases = [] if reason else list(product(BOUNDS[: bench.size(9, 1)], SHAPES))
@@ -83,7 +85,7 @@ def _multiplying(kernel: str, x: Tensor, weight: PackedWeight) -> Callable[[Pack
     if kernel == "linear":
         return lambda one, chosen: linear.multiply(x, one, chosen=chosen)
     if kernel == "integer":
-        tokens = integer.quantize_tokens(x, integer.token_layout(weight))
+        tokens = quantize_tokens(x, integer.token_layout(weight))
         return lambda one, chosen: integer.multiply(tokens, one, None, x.dtype, chosen=chosen)
     coded = fp8.fp8_tokens(x, -(-x.shape[1] // fp8.STEP) * fp8.STEP)
     return lambda one, chosen: fp8.multiply(coded, one, None, x.dtype, chosen=chosen)
@@ -118,9 +120,11 @@ def _attending(
     code, device, pages = parse_kv(name).key, bench.device, -(-length // 32)
     heads, width = bench.size(HEADS, 2), bench.size(HEAD_DIM, 32)
     blocks, rows = attention.arrange([0, new], heads // bench.size(KV_HEADS, 1))
-    numbers = [torch.tensor(each, dtype=torch.int32, device=device) for each in (blocks, [0, new], [length])]
+    held, starts, lengths = (
+        torch.tensor(each, dtype=torch.int32, device=device) for each in (blocks, [0, new], [length])
+    )
     table = torch.randperm(pages, device=device).view(1, pages).to(torch.int32)
-    batch = attention.AttentionBatch(*numbers, table, rows, length)
+    batch = attention.AttentionBatch(held, starts, lengths, table, rows, length)
     q = torch.randn(new, heads, width, device=device).to(bench.dtype)
     sides = [(random_side(bench, code, pages), random_side(bench, code, pages)) for _ in range(bench.size(4, 1))]
     return lambda one: [partial(attention.attend, q, *each, batch, chosen=one) for each in sides]
