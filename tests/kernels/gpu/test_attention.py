@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,4 +235,16 @@ def test_contexts_are_split_where_there_are_few_programs_and_alike_where_that_is
 def test_smaller_tiles_of_keys_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"rows": 1 << 30, "tile": 32, "warps": 4, "stages": 1}
     monkeypatch.setitem(launch.tuned()["gpus"], library.UNKNOWN.name, {"attention": [row]})
+    tiles, real = [], library.program
+
+    class Attend:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **named: (
+                tiles.append(named["BLOCK_T"]),
+                real("attention").attend[grid](*given, **named),
+            )
+
+    watched = SimpleNamespace(attend=Attend(), combine=real("attention").combine)
+    monkeypatch.setattr(library, "program", lambda name: watched if name == "attention" else real(name))
     check("int8", "float", torch.float32, lengths=[170, 9], new=[1, 1], split=64)
+    assert set(tiles) == {32}
