@@ -15,6 +15,8 @@ from bitwright.evaluation.probes import probe_counts, right_answers
 from bitwright.models.embedded_model import embedded_directory, read_text
 from bitwright.models.loading import load
 
+PROBED = ("embedded", "wikitext-qwen2-6m")
+
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
@@ -72,3 +74,17 @@ def test_renewed_probes_leave_all_other_rows_alone(record: dict[str, Any]) -> No
     text = kv_quality.render([merged])
     assert "Probes that the float cache answers right: 4 of 5 recall." in text
     assert "| KL p99 | top-1 | recall |" in text
+
+
+def test_the_record_has_answers_of_every_scheme_of_ours(record: dict[str, Any]) -> None:
+    models = {each["model"]: each for each in record["models"]}
+    for name in PROBED:
+        model = models[name]
+        assert sum(model["probes_right"].values()) > 0.2 * sum(model["probes"].values())
+        for scheme in ("bf16", *kv_quality.OURS):
+            answers = model["rows"][scheme]["probes"]
+            assert set(answers) == set(model["probes"])
+            assert all(0 <= answers[kind] <= count for kind, count in model["probes"].items())
+        kept = sum(model["rows"]["int8"]["probes"].values())
+        assert abs(kept - sum(model["probes_right"].values())) <= 0.02 * sum(model["probes"].values())
+        assert {"llama.cpp q4_0", "transformers hqq 4"} <= set(model["rows"])
