@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from bitwright.core.kv_scheme import KVCode, KVScheme
 from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.directory import find_file
 from bitwright.formats.safetensors_file import read_tensor, serialize
-from bitwright.formats.safetensors_index import read_index
+from bitwright.formats.safetensors_index import TensorEntry, read_index
 from bitwright.formats.storage import write_file
 from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.kv_ranges import Range, Ranges, static_parameters, weights_identity
@@ -87,7 +88,7 @@ def read_ranges(directory: Path, layers: int, *, model: Path | None = None) -> d
         if any(name not in index.tensors for name in names):
             raise _refusal(directory, f"{PARAMETERS_FILE} has no ranges for layer {layer}")
         entries = [index.tensors[name] for name in names]
-        parts = _read_parameters(directory, lambda entries=entries: [read_tensor(path, each) for each in entries])
+        parts = _read_parameters(directory, partial(_read_all, path, entries))
         parts = [part.to(torch.float32) for part in parts]
         shapes = {tuple(part.shape) for part in parts}
         is_sound = len(shapes) == 1 and parts[0].dim() == 1 and all(bool(part.isfinite().all()) for part in parts)
@@ -103,6 +104,10 @@ def _read_parameters(directory: Path, read: Callable[[], T]) -> T:
         return read()
     except BitwrightError as error:
         raise _refusal(directory, f"{PARAMETERS_FILE} is damaged", error.what) from error
+
+
+def _read_all(path: Path, entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
+    return [read_tensor(path, entry) for entry in entries]
 
 
 def find_parameters(config: Any, scheme: KVScheme, layers: int) -> dict[int, LayerParameters]:
