@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bitwright.core.errors import Notice
 from bitwright.core.kv_scheme import KVScheme
-from bitwright.models.hf import Cache, PreTrainedModel, Tokenizer, context_length, load_tokenizer
+from bitwright.models.empty_cache import EmptyCache
+from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
 from bitwright.models.kv_safety import (
     KVSafety,
     check_safety,
@@ -31,11 +32,11 @@ __all__ = ["observe_model", "safe_scheme"]
 KNOWN: WeakKeyDictionary[PreTrainedModel, dict[str, KVSafety]] = WeakKeyDictionary()
 
 
-class _Recorder(Cache):
+class _Recorder(EmptyCache):
     """Stands in for a cache of an empty context: keeps keys and values as they come, and gives them back."""
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -43,15 +44,6 @@ class _Recorder(Cache):
     ) -> tuple[Tensor, Tensor]:
         self.seen[layer_idx] = (key_states, value_states)
         return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
 
 
 def safe_scheme(

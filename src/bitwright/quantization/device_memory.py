@@ -7,6 +7,7 @@ import torch
 from bitwright.core.errors import BitwrightError
 from bitwright.kernels.gpu import library
 from bitwright.quantization.calibration import CalibrationTokens
+from bitwright.quantization.estimate import TUNED_BYTES
 from bitwright.quantization.plan import Plan, Unit
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stream import COMPARED_SAMPLES
@@ -15,7 +16,6 @@ __all__ = ["DEVICE_LEVERS", "check_device", "device_bytes"]
 
 DEVICE_LEVERS = "fewer --samples, a shorter --seqlen, another GPU, or --device cpu"
 COPIES = 6  # float32 copies of the largest layer, or of its Hessian, that a rounder works with
-TUNED_BYTES = 16  # for each weight of a block that is tuned: what is learned, its gradient, and both moments
 BATCH = 8  # samples of a tuner's batch, whose activations are kept for the way back
 KEPT = 12  # hidden states' worth of them for each token
 

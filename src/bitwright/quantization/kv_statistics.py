@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
-from bitwright.models.hf import Cache
+from bitwright.models.empty_cache import EmptyCache
 from bitwright.models.kv_storage import Side
 
 __all__ = ["KINDS", "Extent", "KVObserver", "Observation", "observed_linears"]
@@ -85,11 +85,11 @@ class Observation:
         }
 
 
-class KVObserver(Cache):
+class KVObserver(EmptyCache):
     """Stands in for a cache: sees keys (after the rotary embedding) and values as a model stores them, keeps none."""
 
     def __init__(self, observation: Observation) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.observation = observation
 
     def update(
@@ -100,15 +100,6 @@ class KVObserver(Cache):
         for side, states in both:
             self.observation.add(side, str(layer_idx), states.transpose(1, 2).flatten(0, 1))
         return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
 
 
 @contextmanager
