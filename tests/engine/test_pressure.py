@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -89,9 +90,11 @@ def test_long_prompts_are_cut_smaller(tiny: PreTrainedModel) -> None:
 
 
 def test_what_never_fits_is_told_with_sizes_and_what_to_do(tiny: PreTrainedModel) -> None:
+    all_wait = threading.Event()  # the engine ends with the first error, and then takes no request more
     with Engine(tiny, max_batch=8, speculate=4) as engine:
-        decoder = ShortOfMemory(engine, lambda *_: True)
+        decoder = ShortOfMemory(engine, lambda *_: all_wait.wait(60))
         handles = [engine.submit([1, 2, 3] * 30, max_tokens=9) for _ in range(8)]
+        all_wait.set()
         errors = []
         for handle in handles:
             with pytest.raises(BitwrightError) as caught:
