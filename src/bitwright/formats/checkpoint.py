@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.directory import find_file, locate_file, read_object
-from bitwright.formats.fused import find_family, unfuse
+from bitwright.formats.fused import Part, find_family, unfuse
 from bitwright.formats.safetensors_file import FileTensor, open_source, read_tensor
 from bitwright.formats.safetensors_index import FileIndex, TensorEntry, read_index
 from bitwright.formats.sidecar import read_sidecar
@@ -60,9 +60,11 @@ class Checkpoint:
         directory: where it lies.
         config: ``config.json``, with the ``quantization_config`` that old checkpoints have in a file of its own.
         tensors: every tensor by name. Those of a family with fused weights have the names, and ``config`` the fields,
-            of the model that it is (:mod:`bitwright.formats.fused`).
+            of the model that it is (:mod:`bitwright.formats.fused`); but tensors of quantized layers have the names
+            that they have in the files, by which the record of quantization goes.
         files: the weight files by name, and their sizes in bytes.
         metadata: the metadata of the first weight file.
+        parts: of each quantized layer of such a family, by its name in the files, the layers of the model that it is.
     """
 
     directory: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, int]
     metadata: Mapping[str, str]
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -138,11 +141,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if weight_map is not None:
         _check_weight_map(directory, weight_map, tensors)
     sizes = {index.path.name: index.size for index in indexes}
-    if find_family(config) is not None:
-        found = unfuse(directory, config, {name: stored.entry for name, stored in tensors.items()})
-        config = found.config
-        tensors = {name: StoredTensor(tensors[old].file, entry) for name, (old, entry) in found.tensors.items()}
-    return Checkpoint(directory, config, tensors, sizes, indexes[0].metadata)
+    if find_family(config) is None:
+        return Checkpoint(directory, config, tensors, sizes, indexes[0].metadata)
+    found = unfuse(directory, config, {name: stored.entry for name, stored in tensors.items()})
+    tensors = {name: StoredTensor(tensors[old].file, entry) for name, (old, entry) in found.tensors.items()}
+    return Checkpoint(directory, found.config, tensors, sizes, indexes[0].metadata, found.parts)
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -121,7 +121,7 @@ def _is_run_natively(model: Skeleton, contents: Contents) -> bool:
     names = [f"model.layers.{number}.{path}" for number in range(len(model.model.layers)) for path in LAYERS.values()]
     for name in (*names, HEAD):
         if name in contents.layers:
-            record = contents.layers[name][1]
+            record = contents.layers[name].record
             spec = KernelSpec(scheme=record.scheme, shape=record.shape, device=torch.device("cpu"))
             if select(spec) is not native.KERNEL:
                 return False

@@ -98,6 +98,8 @@ def attention_names(checkpoint: Checkpoint, kind: str) -> dict[int, str]:
         raise ArgumentError("BW201", what, suggestion=f"accepted: {', '.join(SCALE_CODES)} (vLLM takes fp8)")
     if (checkpoint.quantization or {}).get("quant_method") != METHOD:
         raise _refusal("kv_cache_scheme is a part of compressed-tensors checkpoints, and this is none")
+    if checkpoint.parts:
+        raise _refusal("kv_cache_scheme needs the names of a model's own files, and this one is read under others")
     found = (ATTENTION.fullmatch(name) for name in checkpoint.tensors)
     names = {int(match["layer"]): match["name"] for match in found if match is not None}
     if not names:

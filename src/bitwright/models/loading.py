@@ -16,7 +16,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.scheme import QuantScheme
 from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.directory import find_file, read_object
-from bitwright.formats.records import Format, LayerRecord
+from bitwright.formats.parts import PartReader, StoredLayer, find_parts
 from bitwright.formats.stored import check_finite, read_checked
 from bitwright.formats.table import find_format
 from bitwright.models.blocks import is_linear, linear_shape, set_module
@@ -140,14 +140,14 @@ class Contents:
     """Which tensors of a checkpoint fill which places of a model.
 
     Attributes:
-        layout: the format of the quantized layers, if there are any.
-        layers: of each quantized layer, by its name in the model, the name in the files and the record.
+        reader: of the numbers of the quantized layers, if there are any.
+        layers: each quantized layer, by its name in the model.
         matched: of each other parameter or buffer, by its name in the model, the name in the files.
     """
 
     checkpoint: Checkpoint
-    layout: Format | None
-    layers: Mapping[str, tuple[str, LayerRecord]]
+    reader: PartReader | None
+    layers: Mapping[str, StoredLayer]
     matched: Mapping[str, str]
 
 
@@ -159,7 +159,7 @@ def match_contents(model: nn.Module, checkpoint: Checkpoint, *, activation: Quan
     """
     quantization = checkpoint.quantization
     layout = None if quantization is None else find_format(quantization)
-    layers: dict[str, tuple[str, LayerRecord]] = {}
+    layers: dict[str, StoredLayer] = {}
     if layout is not None:
         records = layout.layers(checkpoint)
         if activation is not None:
@@ -167,12 +167,14 @@ def match_contents(model: nn.Module, checkpoint: Checkpoint, *, activation: Quan
                 name: replace(record, scheme=replace(record.scheme, activation=activation))
                 for name, record in records.items()
             }
-        layers = _place_layers(model, checkpoint, records)
-    taken = {name for stored, _ in layers.values() for name in _layer_tensors(checkpoint, stored)}
+        layers = _place_layers(model, checkpoint, find_parts(checkpoint, records))
+    stored = {layer.name for layer in layers.values()}
+    taken = {name for layer in stored for name in _layer_tensors(checkpoint, layer)}
     taken |= _zero_biases(model, checkpoint, layers)
     available = {name: None for name in checkpoint.tensors if name not in taken}
     untie_stored(model, checkpoint, available)
-    return Contents(checkpoint=checkpoint, layout=layout, layers=layers, matched=match_names(model, available))
+    reader = None if layout is None else PartReader(checkpoint, layout)
+    return Contents(checkpoint=checkpoint, reader=reader, layers=layers, matched=match_names(model, available))
 
 
 class _Vacancy(nn.Module):
@@ -183,47 +185,46 @@ class _Vacancy(nn.Module):
         self.bias = bias
 
 
-def _place_layers(
-    model: nn.Module, checkpoint: Checkpoint, records: Mapping[str, LayerRecord]
-) -> dict[str, tuple[str, LayerRecord]]:
-    """Empty the places of the quantized layers: ``{name in the model: (name in the files, record)}``.
+def _place_layers(model: nn.Module, checkpoint: Checkpoint, found: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
+    """Empty the places of the quantized layers, and give them by their names in the model.
 
-    The names in the files may carry the name of the base model as a prefix or lack it.
+    The names that were found may carry the name of the base model as a prefix or lack it.
     """
     modules = {name: module for name, module in model.named_modules() if is_linear(module)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    layers: dict[str, tuple[str, LayerRecord]] = {}
+    layers: dict[str, StoredLayer] = {}
     homeless = []
-    for stored, record in records.items():
-        spellings = (stored, prefix + stored, stored.removeprefix(prefix))
+    for known, layer in found.items():
+        spellings = (known, prefix + known, known.removeprefix(prefix))
         name = next((spelling for spelling in spellings if spelling in modules and spelling not in layers), None)
         if name is None:
-            homeless.append(stored)
+            homeless.append(layer.name)
         else:
-            layers[name] = (stored, record)
+            layers[name] = layer
     if homeless:
         what = f"{len(homeless)} quantized layers have no place in the model: {list_names(homeless)}"
         raise BitwrightError(
             "BW303", what, where=str(checkpoint.directory), suggestion="restore the config.json of these weights"
         )
-    for name, (stored, record) in layers.items():
-        wanted = linear_shape(modules[name])
-        if record.shape != wanted:
-            raise _wrong_shape(checkpoint, stored, record.shape, wanted, model)
+    for name, layer in layers.items():
+        wanted, shape = linear_shape(modules[name]), layer.record.shape
+        if shape != wanted:
+            title = f"{name}, rows of {layer.name}," if layer.rows else layer.name
+            raise _wrong_shape(checkpoint, title, shape, wanted, model)
         bias = modules[name].bias
         set_module(model, name, _Vacancy(bias if isinstance(bias, nn.Parameter) else None))
     return layers
 
 
-def _zero_biases(model: nn.Module, checkpoint: Checkpoint, layers: Mapping[str, tuple[str, LayerRecord]]) -> set[str]:
+def _zero_biases(model: nn.Module, checkpoint: Checkpoint, layers: Mapping[str, StoredLayer]) -> set[str]:
     """The biases that the files have where the model has none, if all zero: old writers of GPTQ give them to all."""
     found = set()
-    for name, (stored, record) in layers.items():
-        bias = f"{stored}.bias"
-        if model.get_submodule(name).bias is None and bias in checkpoint.tensors:
-            values = read_checked(checkpoint, bias, FLOAT_DTYPES, record.shape[:1], field="the output features")
+    for name, layer in layers.items():
+        if model.get_submodule(name).bias is None and layer.bias in checkpoint.tensors:
+            shape = layer.record.shape[:1]
+            values = read_checked(checkpoint, layer.bias, FLOAT_DTYPES, shape, field="the output features")
             if not bool(values.any()):
-                found.add(bias)
+                found.add(layer.bias)
     return found
 
 
@@ -234,15 +235,15 @@ def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
 
 def build_layer(contents: Contents, name: str, bias: object) -> QuantizedLinear:
     """One quantized layer, by its name in the model; its unpacked codes are gone when this returns."""
-    checkpoint, layout, (stored, record) = contents.checkpoint, contents.layout, contents.layers[name]
-    assert layout is not None
-    tensor, scale = layout.decode(checkpoint, stored, record), f"{stored}.input_scale"
+    checkpoint, layer = contents.checkpoint, contents.layers[name]
+    assert contents.reader is not None
+    tensor, scale = contents.reader.read(layer), f"{layer.name}.input_scale"
     input_scale: Tensor | None = None
     if scale in checkpoint.tensors:  # the formats that have none refuse the name when they list the layers
-        input_scale = read_checked(checkpoint, scale, (torch.float32,), record.shape[1:])
+        input_scale = read_checked(checkpoint, scale, (torch.float32,), tensor.shape[1:])
         check_finite(scale, input_scale)
     built = QuantizedLinear.build(
-        tensor, bias if isinstance(bias, Tensor) else None, record.scheme, input_scale=input_scale
+        tensor, bias if isinstance(bias, Tensor) else None, layer.whole.scheme, input_scale=input_scale
     )
     built.eval()
     return built

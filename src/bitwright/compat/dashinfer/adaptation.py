@@ -19,6 +19,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError, Notice
 from bitwright.core.scheme import DYNAMIC_INT8, LayerScheme
 from bitwright.formats import gptq
 from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.parts import find_parts
 from bitwright.models.hf import PreTrainedModel
 from bitwright.models.loading import load_checkpoint
 from bitwright.models.location import resolve_model
@@ -109,7 +110,8 @@ def _adapt_gptq(
     if not enable_quant:
         what = "enable_quant is False, but the model is quantized"
         raise ArgumentError("BW201", what, where=where, suggestion="set enable_quant, or give the float model")
-    records = gptq.FORMAT.layers(checkpoint)
+    layers = find_parts(checkpoint, gptq.FORMAT.layers(checkpoint))
+    records = {name: layer.record for name, layer in layers.items()}
     widths = {record.scheme.weight.bits for record in records.values()}
     if not widths <= {4, 8}:
         what = f"the model has weights of {', '.join(map(str, sorted(widths)))} bits"
