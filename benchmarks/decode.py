@@ -30,6 +30,7 @@ DRIVERS = HERE / "decode_peers"
 BATCHES = (1, 4, 16)
 PROMPT = 512
 STEPS = {1: 24, 4: 12, 16: 8}
+TURNS = 200_000  # of a word between two cores: where they lie changes what they share
 # Our scheme: that of llama.cpp and OpenVINO, and the floor's. "a8": activations of 8 bits, as all of those round them.
 SCHEMES = {
     "w4g32-a8": ("q4_0", "int4", "w4g32"),
@@ -207,6 +208,7 @@ def measure(args: argparse.Namespace, name: str, scheme: str, threads: int) -> l
     for _ in range(args.rounds):
         floor.measure(f"tokens {STEPS[1]}")
         floor.measure("read 8")
+        floor.measure(f"turns {TURNS}")
         for engine in members:
             for batch in BATCHES:
                 engine.measure(f"decode {batch} {STEPS[batch]}")
@@ -217,7 +219,8 @@ def measure(args: argparse.Namespace, name: str, scheme: str, threads: int) -> l
         engine.close()
     floor_rate = STEPS[1] / statistics.median(floor.seconds[f"tokens {STEPS[1]}"])
     read = 8 * size / statistics.median(floor.seconds["read 8"]) / 1e9
-    told = f"floor ({size / 1e6:.0f} MB a token; read {read:.1f} GB/s)"
+    apart = statistics.median(floor.seconds[f"turns {TURNS}"]) / (2 * TURNS) * 1e9
+    told = f"floor ({size / 1e6:.0f} MB a token; read {read:.1f} GB/s; cores {apart:.0f} ns apart)"
     rows = [
         Row(
             shape=name, scheme=scheme, threads=threads, engine=told, decode={1: floor_rate}, prefill=0.0,

@@ -4,8 +4,9 @@
  *
  * SCHEME is w4g32, w4g128 or w8; the head is w8. Weights are codes in panels of 64 rows with a float16 scale for each
  * group, in huge pages; the vector is int8. Each thread has its share of every matrix's panels; they meet once a token,
- * and sleep between the lines of the input. For each line, "tokens N" or "read N", it prints the seconds that N tokens, or
- * N passes of a loop that only reads the same bytes, took. Needs AVX-512 VNNI. */
+ * and sleep between the lines of the input. For each line, "tokens N", "read N" or "turns N", it prints the seconds that N
+ * tokens took, N passes of a loop that only reads the same bytes, or N times a word that one core writes for the other to
+ * answer: two ways between cores. Needs AVX-512 VNNI. */
 #include <immintrin.h>
 #include <sys/mman.h>
 
@@ -95,6 +96,23 @@ uint32_t read(const uint8_t* p, int64_t bytes) {
     return static_cast<uint32_t>(_mm512_reduce_or_epi32(sums[0]));
 }
 
+/* Two threads that answer each other through one cache line. */
+void take_turns(long times) {
+    alignas(64) static std::atomic<long> word;
+    word.store(0);
+    std::thread other([times] {
+        for (long i = 0; i < times; i++) {
+            while (word.load(std::memory_order_acquire) != 2 * i + 1) _mm_pause();
+            word.store(2 * i + 2, std::memory_order_release);
+        }
+    });
+    for (long i = 0; i < times; i++) {
+        word.store(2 * i + 1, std::memory_order_release);
+        while (word.load(std::memory_order_acquire) != 2 * i + 2) _mm_pause();
+    }
+    other.join();
+}
+
 struct Team {
     std::vector<Matrix> matrices;
     int threads = 1;
@@ -162,7 +180,9 @@ int main(int count, char** arguments) {
     for (long times; std::scanf("%15s %ld", word, &times) == 2;) {
         team.only_reads = !std::strcmp(word, "read");
         auto start = std::chrono::steady_clock::now();
-        for (long i = 0; i < times; i++) team.token(y);
+        if (!std::strcmp(word, "turns")) take_turns(times);
+        else
+            for (long i = 0; i < times; i++) team.token(y);
         std::printf("%.9f %lld\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
                     static_cast<long long>(total));
         std::fflush(stdout);
