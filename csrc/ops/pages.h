@@ -3,7 +3,8 @@
 /* One token's head [dimension] to unsigned codes of `levels` + 1 steps from its least number on; scale and least. Where
  * the grid is searched, see pages_search.h. A number that is not finite makes the scale NaN. The same arithmetic as the
  * caches in Python. */
-INLINE void code_head(const float* x, int64_t dimension, float levels, bool is_searched, uint8_t* codes, float* scale_and_least) {
+INLINE void code_head(const float* x, int64_t dimension, bool is_eight, bool is_rotated, uint8_t* codes, float* scale_and_least) {
+    float levels = is_eight ? 255.0f : 15.0f;
     F low = set_f(x[0]), high = low, damage = set_f(0.0f);
     for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
         alignas(64) float part[BW_LANES];
@@ -14,7 +15,10 @@ INLINE void code_head(const float* x, int64_t dimension, float levels, bool is_s
         damage = add_f(damage, sub_f(v, v));
     });
     float least = -lane_most(sub_f(set_f(0.0f), low)), range = lane_most(high) - least, spoilt = lane_sum(damage);
-    if (is_searched && spoilt == 0 && search_head(x, dimension, least, range, codes, scale_and_least)) return;
+    bool is_searched = spoilt == 0 && (is_eight ? dimension <= MOST_SEARCHED_8 : is_rotated);
+    if (is_searched && (is_eight ? search_head(GRIDS_8, x, dimension, least, range, codes, scale_and_least)
+                                 : search_head(GRIDS_4, x, dimension, least, range, codes, scale_and_least)))
+        return;
     float scale = range / levels;
     for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
         F v = div_f(sub_f(load_part(x, d, BW_FLOAT32, count), set_f(least)), set_f(scale == 0 ? 1.0f : scale));
@@ -57,7 +61,7 @@ inline void write_head(const float* x, int64_t dimension, int32_t code, bool is_
         return;
     }
     uint8_t codes[BW_MOST_DIMENSION];
-    code_head(x, dimension, code == BW_INT8 ? 255.0f : 15.0f, is_rotated && code == BW_INT4, codes, scales + 2 * at);
+    code_head(x, dimension, code == BW_INT8, is_rotated, codes, scales + 2 * at);
     if (code == BW_INT8) {
         memcpy((uint8_t*)storage + at * dimension, codes, (size_t)dimension);
         return;

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.core.kv_codes import decode_kv, encode_kv, has_patterns, rotate_head
+from bitwright.core.kv_codes import decode_kv, encode_kv, has_patterns, is_searched, rotate_head
 from bitwright.core.kv_scheme import KVCode, parse_kv
-from bitwright.core.kv_search import MOST_NUMBERS, grids, search_grids
+from bitwright.core.kv_search import grids, most_numbers, search_grids
 
 FOUR = KVCode(bits=4, rotated=True)
+EIGHT = KVCode(bits=8)
 
 
-def restated(row: Tensor) -> tuple[list[int], np.float32, np.float32]:
+def restated(row: Tensor, code_max: int) -> tuple[list[int], np.float32, np.float32]:
     """One row, number by number, in float32 and whole numbers."""
     x = row.numpy()
     least, width = x.min(), np.float32(x.max() - x.min())
@@ -22,9 +23,9 @@ def restated(row: Tensor) -> tuple[list[int], np.float32, np.float32]:
     units = [int(np.rint(np.float32(np.float32(each - least) * inverse))) for each in x]
     count, sum_u = len(x), sum(units)
     best, kept = 0.0, None
-    for offset, factor in grids(15):
+    for offset, factor in grids(code_max):
         codes = [
-            int(min(max(np.rint(np.float32(np.float32(unit - np.float32(offset)) * np.float32(factor))), 0), 15))
+            int(min(max(np.rint(np.float32(np.float32(unit - np.float32(offset)) * np.float32(factor))), 0), code_max))
             for unit in units
         ]
         sum_c = sum(codes)
@@ -39,14 +40,16 @@ def restated(row: Tensor) -> tuple[list[int], np.float32, np.float32]:
     return codes, np.float32(float(products) / float(squares) * step), np.float32(least + offset)
 
 
-@pytest.mark.parametrize("width", [2, 7, 16, 64, 80, 128, 256])
-def test_codes_are_those_of_the_restatement(width: int) -> None:
+@pytest.mark.parametrize(("width", "code_max"), [
+    (2, 15), (7, 15), (16, 15), (64, 15), (80, 15), (128, 15), (256, 15), (2, 255), (5, 255), (8, 255),
+])  # fmt: skip
+def test_codes_are_those_of_the_restatement(width: int, code_max: int) -> None:
     rows = torch.randn(8, width, generator=torch.Generator().manual_seed(width)) * torch.logspace(-6, 6, 8)[:, None]
     rows[3, 0] += 50 * rows[3].abs().max()
-    codes, scale, low, searched = search_grids(rows, 15)
+    codes, scale, low, searched = search_grids(rows, code_max)
     assert bool(searched.all())
     for number, row in enumerate(rows):
-        wanted = restated(row)
+        wanted = restated(row, code_max)
         assert codes[number].tolist() == wanted[0]
         assert (scale[number].item(), low[number].item()) == (float(wanted[1]), float(wanted[2]))
 
@@ -60,6 +63,27 @@ def test_grids_are_the_plain_one_and_its_neighbours() -> None:
     assert all(1 / factor == pytest.approx(273 * 1.1) for _, factor in wide)
     assert sum(offset for offset, _ in narrow) / 4 == pytest.approx(4095 * 0.125)
     assert narrow[1][0] - narrow[0][0] == pytest.approx(273 * 0.75 / 4)
+
+
+def test_grids_of_eight_bits_are_wider_ones() -> None:
+    """All numbers stay between the ends: clipped by one step of 255, a number costs more than any grid saves."""
+    found, step = grids(255), 4095 / 255
+    assert len(found) == 257 and len(set(found)) == 257
+    assert found[0] == (0.0, 255 / 4095)
+    for offset, factor in found:
+        ratio = 1 / factor / step
+        assert 1 - 1e-9 <= ratio < 1.5
+        assert offset <= step * ratio / 2 and offset + 255.5 / factor >= 4095 - 1e-9
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_eight_bits_of_few_numbers_are_several_times_nearer(width: int) -> None:
+    code, rows = EIGHT, torch.randn(300, width, generator=torch.Generator().manual_seed(width))
+    plain = (rows.amax(1) - rows.amin(1)).double() / 255
+    assert is_searched(code, width) and not is_searched(code, 9)
+    error = (decode_kv(encode_kv(rows[None, None], code), code, width)[0, 0] - rows).double().square().mean(1)
+    share = float((error / (plain.square() / 12)).mean())
+    assert share < {4: 0.06, 8: 0.25}[width]
 
 
 @pytest.mark.parametrize("width", [8, 16, 64, 128])
@@ -86,7 +110,8 @@ def test_tiny_huge_and_empty_ranges_are_left_to_the_plain_grid() -> None:
 
 
 def test_long_rows_are_not_searched() -> None:
-    x = torch.randn(1, 1, 2, 2 * MOST_NUMBERS, generator=torch.Generator().manual_seed(0))
+    assert (most_numbers(15), most_numbers(255)) == (256, 8)
+    x = torch.randn(1, 1, 2, 512, generator=torch.Generator().manual_seed(0))
     coded = encode_kv(x, FOUR)
     assert coded.scale is not None
     turned = rotate_head(x)
@@ -98,6 +123,8 @@ def test_the_offset_of_small_heads_holds_their_largest_number(width: int) -> Non
     """A number that is far larger than the others costs next to nothing, wherever it stands."""
     assert has_patterns(FOUR, width)
     assert not has_patterns(FOUR, 64) and not has_patterns(parse_kv("int4").key, width)
+    assert has_patterns(parse_kv("int8-rotated").key, 8) and not has_patterns(parse_kv("int8-rotated").key, 16)
+    assert not has_patterns(EIGHT, width)
     x = torch.randn(1, 1, width, width, generator=torch.Generator().manual_seed(width))
     usual = (decode_kv(encode_kv(x, FOUR), FOUR, width) - x).square().mean()
     for height in (40, -40):

@@ -2,12 +2,14 @@
 
 An offset is taken off first, so that the grid begins at its code 0: of online codes the least number of the group
 (``value = code * scale + low``), of calibrated ones the middle of the range (``value = code * scale + zero_point``).
-Rotated codes of 4 bits or less take the best of several grids (see :mod:`.kv_search`).
+Rotated codes of 4 bits or less, and 8-bit codes of at most 8 numbers, take the best of several grids (see
+:mod:`.kv_search`).
 
 Small heads, of up to 32 numbers, often have one that is far larger than the others, which a rotation spreads over all
-of them as a pattern of signs: row ``m`` of the Hadamard matrix, where ``m`` is its place. The offset of rotated 4-bit
-codes of such heads takes the signs of this row, ``value = sign_m * (code * scale + low)``, and so holds the large
-number, instead of the first one. ``m`` is in the last five bits of the scale, which is off by 4e-6 of itself at most.
+of them as a pattern of signs: row ``m`` of the Hadamard matrix, where ``m`` is its place. The offset of rotated codes
+that are searched takes the signs of this row in such heads, ``value = sign_m * (code * scale + low)``, and so holds the
+large number, instead of the first one. ``m`` is in the last five bits of the scale, which is off by 4e-6 of itself at
+most.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from bitwright.core.bitpack import pack, unpack
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.grid import Parameters, decode, encode, fit
 from bitwright.core.kv_scheme import KVCode
-from bitwright.core.kv_search import MOST_NUMBERS, search_grids
+from bitwright.core.kv_search import most_numbers, search_grids
 from bitwright.core.scheme import QuantScheme
 
 __all__ = [
@@ -89,10 +91,11 @@ def join(parts: list[Coded]) -> Coded:
     return Coded(codes, torch.cat(scales, dim=2) if scales else None, torch.cat(lows, dim=2) if lows else None)
 
 
-def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None) -> Coded:
+def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = None, *, search: bool = True) -> Coded:
     """Code keys or values ``x`` (``[batch, heads, tokens, head_dim]``, any float dtype).
 
-    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``.
+    Per-channel codes take whole groups of tokens; calibrated ones need ``parameters``. Without ``search`` every grid is
+    the plain one, from the least number to the greatest.
 
     Raises:
         BitwrightError: BW602 if a number is not finite.
@@ -118,7 +121,7 @@ def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = Non
     rows = shifted.flatten(0, -2)
     scale = fit(rows, scheme=scheme).scale
     codes = encode(rows, parameters=_on_zero(scale, scheme), scheme=scheme)
-    if low is not None and is_searched(code) and not halved and rows.shape[1] <= MOST_NUMBERS:
+    if low is not None and not halved and search and is_searched(code, rows.shape[1]):
         codes, scale, low = _searched(groups, codes, scale, low, code)
     scale = (scale * 2 if halved else scale).view(groups.shape[:-1])
     if patterns is not None:
@@ -182,15 +185,17 @@ def hadamard_block(head_dim: int) -> int:
     return head_dim & -head_dim
 
 
-def is_searched(code: KVCode) -> bool:
-    """Whether these codes are the best of several grids."""
-    return code.rotated and code.bits <= 4 and not code.symmetric
+def is_searched(code: KVCode, numbers: int) -> bool:
+    """Whether the codes of ``numbers`` that share a scale are the best of several grids."""
+    has_offset = code.kind == "int" and not code.symmetric and not code.is_static
+    return has_offset and (code.rotated or code.bits == 8) and numbers <= most_numbers(code.code_max)
 
 
 def has_patterns(code: KVCode, head_dim: int) -> bool:
     """Whether the offset of these codes has the signs of a row of the Hadamard matrix."""
     is_small = head_dim <= PATTERNS and hadamard_block(head_dim) == head_dim
-    return is_small and is_searched(code) and code.grain == "token_head" and code.group == 0
+    is_whole = code.rotated and code.grain == "token_head" and code.group == 0
+    return is_small and is_whole and is_searched(code, head_dim)
 
 
 def refuse_head(code: KVCode, head_dim: int) -> str | None:

@@ -6,7 +6,9 @@ candidate grid codes them, ``c = clamp(round((u - offset) * factor))``; the line
 best explains ``S_cu^2 / S_cc`` of the squares of ``u``, where ``S_ab = n sum(ab) - sum(a) sum(b)``. Of the first grid
 that explains most, codes and line are stored, the line taken back to the scale of ``x``.
 
-The first grid is the plain one, from least to greatest; the others are narrower or a little wider, and shifted.
+The first grid is the plain one, from least to greatest. Those of few bits that follow are narrower or a little wider,
+and shifted: what they lose at the ends they gain in between. Those of 8 bits are only wider, and there are many: eight
+numbers, say, fall near the lines of one of 256 grids by chance, which quarters their squared error.
 Reference: Lloyd (1982), section V, fits levels to given codes so; here levels are evenly spaced.
 """
 
@@ -17,12 +19,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_NUMBERS", "grids", "search_grids"]
+__all__ = ["grids", "most_numbers", "search_grids"]
 
 UNITS = 4095  # of a range; 15 steps of 4 bits divide it, and 3 steps of 2 bits
-MOST_NUMBERS = 256  # of a row: sums of codes times units stay below 2^24
-RATIOS, SHIFTS = 8, 4
-NARROWEST, STEP = 0.75, 0.05  # of the ratios to the plain range
+SHIFTS = 4
+FEW_BITS, EIGHT_BITS = (8, 0.75, 0.05), (64, 1.0, 1 / 128)  # ratios to the plain range: how many, the first, the step
 LEAST, GREATEST = 2.0**-100, 2.0**100  # ranges that are searched: their inverses are floats, too
 TILE = 1 << 19  # numbers coded at a time
 
@@ -31,17 +32,24 @@ TILE = 1 << 19  # numbers coded at a time
 def grids(code_max: int) -> tuple[tuple[float, float], ...]:
     """Offset and factor of every candidate, to be rounded to float32."""
     step = UNITS / code_max
+    ratios, narrowest, further = EIGHT_BITS if code_max == 255 else FEW_BITS
     found = [(0.0, code_max / UNITS)]
-    for number in range(RATIOS):
-        ratio = NARROWEST + STEP * number
+    for number in range(ratios):
+        ratio = narrowest + further * number
         for place in range(SHIFTS):
             shift = (place + 0.5) / SHIFTS - 0.5
             found.append((UNITS * (1 - ratio) / 2 + shift * (step * ratio), 1 / (step * ratio)))
     return tuple(found)
 
 
+def most_numbers(code_max: int) -> int:
+    """How long a searched row is at most, so that sums of codes times units stay below 2^24; and of 8 bits as long as
+    scale and offset take no fewer bytes than the codes."""
+    return 8 if code_max == 255 else 256
+
+
 def search_grids(rows: Tensor, code_max: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale and offset of each row of ``rows`` (float32 ``[rows, n]``, finite, at most ``MOST_NUMBERS``).
+    """Codes, scale and offset of each row of ``rows`` (float32 ``[rows, n]``, finite, ``n <= most_numbers``).
 
     Returns:
         codes uint8 ``[rows, n]``; scale and low, float32 ``[rows]`` (``number = code * scale + low``); and bool

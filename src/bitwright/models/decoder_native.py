@@ -75,7 +75,7 @@ def refuse_cache(scheme: KVScheme, head_dim: int) -> str | None:
         if not all(_is_own(code) for code in codes) or bits not in ((8, 8), (4, 4), (8, 4)):
             return f"keys as {each.key.name} and values as {each.value.name} are not supported"
         if any(has_patterns(code, head_dim) for code in codes):
-            return f"a rotated head of {head_dim} numbers in 4 bits is not supported"
+            return f"a rotated head of {head_dim} numbers is not supported"
         if head_dim * min(code.bits for code in codes) % 8:
             return f"a head of {head_dim} numbers is an odd number of 4-bit codes"
     return None

@@ -191,6 +191,26 @@ def test_searched_codes_are_bit_for_bit_those_of_the_reference(head_dim: int, dt
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("head_dim", [8, 6])
+def test_searched_codes_of_8_bits_are_those_of_the_reference(head_dim: int) -> None:
+    """Keys are searched and values, rotated and of 4 bits, too, each in grids of their own."""
+    codes = (KVCode(bits=8), KVCode(bits=4, rotated=True))
+    numbers = torch.randn(3, 2, head_dim)
+    numbers[1, 0] = -2.5
+    table, pages, offsets = places([3])
+    sides = [Pages(each, table.numel(), 2, head_dim, torch.float32) for each in codes]
+    attention.append(numbers, numbers, pages[0], offsets[0], sides[0].side, sides[1].side)
+    found = sides[0].parts(pages[0], offsets[0])
+    wanted = encode_kv(numbers.transpose(0, 1)[None], codes[0])
+    for ours, theirs in zip(found, (wanted.codes, wanted.scale, wanted.low), strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+    pairs = search_grids(numbers.flatten(0, 1), 15)[0]
+    own = sides[1].parts(pages[0], offsets[0])[0]
+    stored = own[0].transpose(0, 1).flatten(0, 1)
+    assert torch.equal(stored[[0, 1, 3, 4, 5]], (pairs[:, 0::2] | pairs[:, 1::2] << 4)[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_keys_and_queries_are_turned_by_their_positions() -> None:
     x, angle = torch.randn(3, 2, 32), torch.randn(3, 16)
     first, second = x.double().chunk(2, dim=-1)

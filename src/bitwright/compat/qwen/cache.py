@@ -44,7 +44,7 @@ def quantize_cache_v(v: Tensor) -> QuantizedStates:
     if not isinstance(v, Tensor) or not v.is_floating_point() or v.dim() < 1:
         found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
         raise ArgumentError("BW201", f"v is a {found}", suggestion="a tensor of floats, [..., tokens, head_dim]")
-    coded = encode_kv(v.reshape(1, 1, -1, v.shape[-1]), INT8)
+    coded = encode_kv(v.reshape(1, 1, -1, v.shape[-1]), INT8, search=False)
     return tuple(part.reshape(*v.shape[:-1], -1) for part in _states(coded))  # type: ignore[return-value]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import is_searched
 from bitwright.core.kv_scheme import KVCode
-from bitwright.core.kv_search import MOST_NUMBERS, grids
+from bitwright.core.kv_search import grids
 from bitwright.kernels.gpu import launch, library
 
 __all__ = [
@@ -34,7 +34,6 @@ MANY_QUERIES = 64
 TILE = 64  # parts of a context are of whole multiples of so many tokens
 FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batch
 LEAST_SPLIT = 128
-CODE_MAX = 15  # of the only codes that are searched here: 4 bits
 TOGETHER = 32  # parts of a context that are put together at a time: one after the other they would wait for memory
 WAVES = 4
 
@@ -105,9 +104,9 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     if code.is_float:
         return StoredSide(data, data, "float", 16, False)
     assert scales is not None
-    signed = code.symmetric or code.is_static
+    signed, head_dim = code.symmetric or code.is_static, data.shape[-1] * 8 // code.bits
     kind = "fp8" if code.kind == "fp8" else "signed" if signed else "unsigned"
-    return StoredSide(data, scales, kind, code.bits, code.is_static, is_searched(code))
+    return StoredSide(data, scales, kind, code.bits, code.is_static, is_searched(code, head_dim))
 
 
 def arrange(starts: list[int], group: int, *, few: bool = False) -> tuple[list[tuple[int, int]], int]:
@@ -197,12 +196,11 @@ def append(keys: Tensor, values: Tensor, pages: Tensor, offsets: Tensor, key_sid
     if not tokens:
         return
     cosine, sine = (keys, keys) if turns is None else turns
-    is_searched_for = [side.searched and head_dim <= MOST_NUMBERS for side in (key_side, value_side)]
-    table = _grid_table(keys.device) if any(is_searched_for) else keys
-    key_grids, value_grids = (len(grids(CODE_MAX)) if each else 0 for each in is_searched_for)
+    key_table, key_grids = _grid_table(key_side, keys.device) if key_side.searched else (keys, 0)
+    value_table, value_grids = _grid_table(value_side, keys.device) if value_side.searched else (keys, 0)
     library.program("append").append[(tokens, kv_heads)](
         keys, values, cosine, sine, pages, offsets, key_side.data, key_side.scales, value_side.data, value_side.scales,
-        table, kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2],
+        key_table, value_table, kv_heads, keys.stride(0), values.stride(0), key_side.data.shape[2],
         HEAD=head_dim, WIDTH=_width(head_dim),
         KEY_KIND=key_side.kind, KEY_BITS=key_side.bits, VALUE_KIND=value_side.kind, VALUE_BITS=value_side.bits,
         KEY_STATIC=key_side.static, VALUE_STATIC=value_side.static, KEY_GRIDS=key_grids, VALUE_GRIDS=value_grids,
@@ -221,10 +219,16 @@ def turn(q: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     return y
 
 
+def _grid_table(side: StoredSide, device: torch.device) -> tuple[Tensor, int]:
+    """Offset and factor of every grid of a side's codes, and how many there are."""
+    code_max = (1 << side.bits) - 1
+    return _grids_on(code_max, device), len(grids(code_max))
+
+
 @cache
-def _grid_table(device: torch.device) -> Tensor:
-    """Offset and factor of every grid of 4-bit codes, on the device once: a graph cannot record its copying."""
-    return torch.tensor(grids(CODE_MAX), dtype=torch.float64).to(device, torch.float32)
+def _grids_on(code_max: int, device: torch.device) -> Tensor:
+    """On the device once: a graph cannot record its copying."""
+    return torch.tensor(grids(code_max), dtype=torch.float64).to(device, torch.float32)
 
 
 def _width(head_dim: int) -> int:

@@ -37,8 +37,9 @@ def _range(numbers, inside):
 def _write(x, at, to, scales, head, cosine, sine, row, place, grids, HEAD: tl.constexpr, WIDTH: tl.constexpr,
            KIND: tl.constexpr, BITS: tl.constexpr, STATIC: tl.constexpr, GRIDS: tl.constexpr,
            TURNED: tl.constexpr):  # fmt: skip
-    """One head of one token to ``place``, its number among the cache's tokens and heads."""
-    if BITS == 4:
+    """One head of one token to ``place``, its number among the cache's tokens and heads. Codes that are searched, and
+    those of 4 bits, are made of pairs of channels."""
+    if BITS == 4 or GRIDS > 0:
         pair = tl.arange(0, WIDTH // 2)
         channel = 2 * pair
     else:
@@ -50,7 +51,7 @@ def _write(x, at, to, scales, head, cosine, sine, row, place, grids, HEAD: tl.co
         tl.store(to + place * HEAD + channel, numbers.to(to.dtype.element_ty), mask=inside)
     else:
         low, high, bad = _range(numbers, inside)
-        if BITS == 4:
+        if BITS == 4 or GRIDS > 0:
             odd = _turned(x, at, channel + 1, cosine, sine, row, HEAD, TURNED)
             odd_low, odd_high, odd_bad = _range(odd, inside)
             low, high, bad = tl.minimum(low, odd_low), tl.maximum(high, odd_high), bad + odd_bad
@@ -59,39 +60,45 @@ def _write(x, at, to, scales, head, cosine, sine, row, place, grids, HEAD: tl.co
         else:
             scale, offset = row_parameters(low, high, bad, KIND, BITS)
         codes = encode_row(numbers, scale, offset, KIND, BITS)
-        if BITS == 4:
+        if BITS == 4 or GRIDS > 0:
             more = encode_row(odd, scale, offset, KIND, BITS)
             if GRIDS > 0:
                 codes, more, scale, offset = search(
                     numbers, odd, inside, offset, high, codes, more, scale, grids, HEAD, (1 << BITS) - 1.0, GRIDS
                 )
-            codes = codes | (more << 4)
+            if BITS == 4:
+                codes = codes | (more << 4)
+            else:
+                tl.store(to + place * HEAD + channel + 1, more.to(tl.uint8), mask=inside)
         if not STATIC:
             if KIND == "unsigned":
                 tl.store(scales + 2 * place, scale)
                 tl.store(scales + 2 * place + 1, offset)
             else:
                 tl.store(scales + place, scale)
-        tl.store(to + place * (HEAD * BITS // 8) + pair, codes.to(tl.uint8), mask=inside)
+        if BITS == 4:
+            tl.store(to + place * (HEAD // 2) + pair, codes.to(tl.uint8), mask=inside)
+        else:
+            tl.store(to + place * HEAD + channel, codes.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def append(keys, values, cosine, sine, pages, offsets, key_to, key_scales, value_to, value_scales, grids,
-           kv_heads, key_stride, value_stride, page_tokens,
+def append(keys, values, cosine, sine, pages, offsets, key_to, key_scales, value_to, value_scales,
+           key_grids, value_grids, kv_heads, key_stride, value_stride, page_tokens,
            HEAD: tl.constexpr, WIDTH: tl.constexpr, KEY_KIND: tl.constexpr, KEY_BITS: tl.constexpr,
            VALUE_KIND: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_STATIC: tl.constexpr, VALUE_STATIC: tl.constexpr,
            KEY_GRIDS: tl.constexpr, VALUE_GRIDS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """One head of one token: ``keys`` and ``values`` ``[tokens, kv_heads, HEAD]`` with rows of the given strides. A row
-    without a page (below 0) is not written. ``GRIDS``: how many of ``grids`` are searched, or none."""
+    without a page (below 0) is not written. ``GRIDS``: how many grids are searched, or none."""
     row, head = tl.program_id(0), tl.program_id(1)
     page = tl.load(pages + row).to(tl.int64)
     if page >= 0:
         place = (page * kv_heads + head) * page_tokens + tl.load(offsets + row)
         at = row.to(tl.int64) * key_stride + head * HEAD
-        _write(keys, at, key_to, key_scales, head, cosine, sine, row, place, grids, HEAD, WIDTH, KEY_KIND, KEY_BITS,
+        _write(keys, at, key_to, key_scales, head, cosine, sine, row, place, key_grids, HEAD, WIDTH, KEY_KIND, KEY_BITS,
                KEY_STATIC, KEY_GRIDS, TURNED)  # fmt: skip
         at = row.to(tl.int64) * value_stride + head * HEAD
-        _write(values, at, value_to, value_scales, head, cosine, sine, row, place, grids, HEAD, WIDTH, VALUE_KIND,
+        _write(values, at, value_to, value_scales, head, cosine, sine, row, place, value_grids, HEAD, WIDTH, VALUE_KIND,
                VALUE_BITS, VALUE_STATIC, VALUE_GRIDS, False)  # fmt: skip
 
 
