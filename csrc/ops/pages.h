@@ -20,6 +20,7 @@ INLINE void code_head(const float* x, int64_t dimension, bool is_eight, bool is_
                                  : search_head(GRIDS_4, x, dimension, least, range, codes, scale_and_least)))
         return;
     float scale = range / levels;
+    if (scale < 0x1p-126f && range != 0) scale = 0x1p-126f; /* the least normal number */
     for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
         F v = div_f(sub_f(load_part(x, d, BW_FLOAT32, count), set_f(least)), set_f(scale == 0 ? 1.0f : scale));
         I code = max_i(min_i(round_to_i(v), set_i((int32_t)levels)), set_i(0));
