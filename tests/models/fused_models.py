@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme_names import parse
+from bitwright.formats.records import LayerRecord
+from bitwright.formats.table import get_format
+
 __all__ = [
-    "GROUPS", "HEADS", "HIDDEN", "INTERNLM2", "QWEN", "VOCABULARY", "WIDTH", "draw_tensors", "internlm2_logits",
-    "qwen_logits", "saved",
+    "GROUPS", "HEADS", "HIDDEN", "INTERNLM2", "MODELS", "QWEN", "VOCABULARY", "WIDTH", "Made", "internlm2_logits",
+    "quantized", "qwen_logits", "rounded_layer", "saved",
 ]  # fmt: skip
 
 HIDDEN, HEADS, GROUPS, INNER, LAYERS, VOCABULARY = 64, 4, 2, 96, 2, 80
@@ -38,9 +45,9 @@ QWEN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def internlm2_tensors(draw: Callable[..., Tensor], bias: bool) -> Tensors:
+def internlm2_tensors(draw: Callable[..., Tensor], bias: bool, vocabulary: int) -> Tensors:
     rows = (HEADS + 2 * GROUPS) * WIDTH
-    tensors = {"model.tok_embeddings.weight": draw(VOCABULARY, HIDDEN), "output.weight": draw(VOCABULARY, HIDDEN)}
+    tensors = {"model.tok_embeddings.weight": draw(vocabulary, HIDDEN), "output.weight": draw(vocabulary, HIDDEN)}
     tensors["model.norm.weight"] = 1 + draw(HIDDEN)
     for layer in range(LAYERS):
         name = f"model.layers.{layer}"
@@ -56,8 +63,8 @@ def internlm2_tensors(draw: Callable[..., Tensor], bias: bool) -> Tensors:
     return tensors
 
 
-def qwen_tensors(draw: Callable[..., Tensor]) -> Tensors:
-    tensors = {"transformer.wte.weight": draw(VOCABULARY, HIDDEN), "lm_head.weight": draw(VOCABULARY, HIDDEN)}
+def qwen_tensors(draw: Callable[..., Tensor], vocabulary: int) -> Tensors:
+    tensors = {"transformer.wte.weight": draw(vocabulary, HIDDEN), "lm_head.weight": draw(vocabulary, HIDDEN)}
     tensors["transformer.ln_f.weight"] = 1 + draw(HIDDEN)
     for layer in range(LAYERS):
         name = f"transformer.h.{layer}"
@@ -76,8 +83,8 @@ def draw_tensors(config: dict[str, Any]) -> Tensors:
     def draw(*shape: int) -> Tensor:
         return torch.empty(shape).normal_(0, 0.2, generator=generator)
 
-    is_qwen = config["model_type"] == "qwen"
-    return qwen_tensors(draw) if is_qwen else internlm2_tensors(draw, bool(config["bias"]))
+    rows = config["vocab_size"]
+    return qwen_tensors(draw, rows) if config["model_type"] == "qwen" else internlm2_tensors(draw, config["bias"], rows)
 
 
 def saved(directory: Path, config: dict[str, Any], **changes: Any) -> tuple[Path, Tensors]:
@@ -142,3 +149,56 @@ def qwen_logits(tensors: Tensors, tokens: list[int], _: bool) -> Tensor:
         a, b = (y @ t[f"{name}.mlp.{part}.weight"].T for part in ("w1", "w2"))
         x = x + (a * torch.nn.functional.silu(b)) @ t[f"{name}.mlp.c_proj.weight"].T
     return norm(x, t["transformer.ln_f.weight"], 1e-6) @ t["lm_head.weight"].T
+
+
+BLOCKS = {"qwen": "transformer.h.", "internlm2": "model.layers."}
+MODELS = {"qwen": QWEN, "internlm2": INTERNLM2, "internlm2-bias": {**INTERNLM2, "bias": True}}
+
+
+class Made(NamedTuple):
+    """A checkpoint; its float model before (``drawn``) and after (``rounded``) the layers were rounded."""
+
+    directory: Path
+    config: dict[str, Any]
+    drawn: dict[str, Tensor]
+    rounded: dict[str, Tensor]
+
+
+def rounded_layer(weight: Tensor, scheme: LayerScheme, reorder: bool) -> QuantizedTensor:
+    """To nearest; with ``reorder``, groups of columns that are not neighbours."""
+    if not reorder or scheme.weight.group is None:
+        return QuantizedTensor.quantize(weight, scheme.weight)
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
+    there = QuantizedTensor.quantize(weight[:, order].contiguous(), scheme.weight)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel())
+    index = (place // scheme.weight.group).to(torch.int32)
+    return replace(there, codes=there.codes[:, place].contiguous(), group_index=index)
+
+
+def quantized(
+    directory: Path,
+    model: str,
+    layout: str,
+    scheme_name: str,
+    *,
+    reorder: bool = False,
+    head: bool = False,
+    **changes: Any,
+) -> Made:
+    """Round every layer of the blocks (and the head), and write the fused matrices as the format lays out any other."""
+    config, scheme, written = {**MODELS[model], **changes}, parse(scheme_name), get_format(layout)
+    drawn = draw_tensors(config)
+    taken = [name for name in drawn if name.startswith(BLOCKS[config["model_type"]]) and drawn[name].dim() == 2]
+    taken += [name for name in ("output.weight", "lm_head.weight") if head and name in drawn]
+    layers = {name.removesuffix(".weight"): rounded_layer(drawn[name], scheme, reorder) for name in taken}
+    tensors = {name: tensor for name, tensor in drawn.items() if name not in taken}
+    for name, layer in layers.items():
+        tensors |= written.encode(name, layer, scheme)
+    records = {name: LayerRecord(scheme, layer.shape, reorder) for name, layer in layers.items()}
+    config["quantization_config"] = written.config(records, [])
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    rounded = drawn | {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}
+    return Made(directory, config, drawn, rounded)

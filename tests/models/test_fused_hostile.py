@@ -17,7 +17,7 @@ from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.models.direct_loading import open_direct
 from bitwright.models.kv_scales import attention_names
 from bitwright.models.loading import load
-from tests.models.test_fused_quantized import quantized
+from tests.models.fused_models import quantized
 
 C_ATTN, WQKV = "transformer.h.1.attn.c_attn", "model.layers.1.attention.wqkv"
 Change = Callable[[Tensor], Tensor]

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from bitwright import Engine
 from bitwright.cli.inspection import inspect
+from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.formats.parts import PartReader, find_parts
-from bitwright.formats.records import LayerRecord
-from bitwright.formats.table import find_format, get_format
+from bitwright.formats.table import find_format
 from bitwright.kernels import native_library
 from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.direct_loading import open_direct
@@ -29,61 +26,14 @@ from bitwright.models.quantized import QuantizedLinear
 from tests.formats.layers import same_tensor
 from tests.models import decoder_laws
 from tests.models.fused_models import (
-    INTERNLM2,
-    QWEN,
+    MODELS,
     VOCABULARY,
-    draw_tensors,
     internlm2_logits,
+    quantized,
     qwen_logits,
+    rounded_layer,
     saved,
 )
-
-FUSED = {"qwen": "transformer.h.{}.attn.c_attn", "internlm2": "model.layers.{}.attention.wqkv"}
-BLOCKS = {"qwen": "transformer.h.", "internlm2": "model.layers."}
-MODELS = {"qwen": QWEN, "internlm2": INTERNLM2, "internlm2-bias": {**INTERNLM2, "bias": True}}
-
-
-class Made(NamedTuple):
-    """A checkpoint; its float model before (``drawn``) and after (``rounded``) the layers were rounded."""
-
-    directory: Path
-    config: dict[str, Any]
-    drawn: dict[str, Tensor]
-    rounded: dict[str, Tensor]
-
-
-def rounded_layer(weight: Tensor, scheme: LayerScheme, reorder: bool) -> QuantizedTensor:
-    """To nearest; with ``reorder``, groups of columns that are not neighbours."""
-    if not reorder or scheme.weight.group is None:
-        return QuantizedTensor.quantize(weight, scheme.weight)
-    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
-    there = QuantizedTensor.quantize(weight[:, order].contiguous(), scheme.weight)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel())
-    index = (place // scheme.weight.group).to(torch.int32)
-    return replace(there, codes=there.codes[:, place].contiguous(), group_index=index)
-
-
-def quantized(
-    directory: Path, model: str, layout: str, scheme_name: str, *, reorder: bool = False, head: bool = False
-) -> Made:
-    """Round every layer of the blocks (and the head), and write the fused matrices as the format lays out any other."""
-    config, scheme, written = dict(MODELS[model]), parse(scheme_name), get_format(layout)
-    drawn = draw_tensors(config)
-    taken = [name for name in drawn if name.startswith(BLOCKS[config["model_type"]]) and drawn[name].dim() == 2]
-    taken += [name for name in ("output.weight", "lm_head.weight") if head and name in drawn]
-    layers = {name.removesuffix(".weight"): rounded_layer(drawn[name], scheme, reorder) for name in taken}
-    tensors = {name: tensor for name, tensor in drawn.items() if name not in taken}
-    for name, layer in layers.items():
-        tensors |= written.encode(name, layer, scheme)
-    records = {name: LayerRecord(scheme, layer.shape, reorder) for name, layer in layers.items()}
-    config["quantization_config"] = written.config(records, [])
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    rounded = drawn | {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}
-    return Made(directory, config, drawn, rounded)
-
 
 CASES = [
     ("qwen", "gptq", "w4g32", False), ("qwen", "gptq", "w8g32", True), ("qwen", "gptq_v2", "w3g32-asym", True),
@@ -138,9 +88,13 @@ def test_the_engine_answers_from_the_files(tmp_path: Path, model: str) -> None:
     made = quantized(tmp_path / "q", model, "gptq", "w4g32", reorder=True)
     tokens = list(range(1, 40))
     restated = qwen_logits if model == "qwen" else internlm2_logits
-    with Engine(load(made.directory)) as engine:
-        answer = engine.generate([tokens], max_tokens=8, ignore_end=True)[0].tokens
-    assert answer[0] == int(restated(made.rounded, tokens, False)[-1].argmax()) and len(answer) == 8
+    expected = int(restated(made.rounded, tokens, False)[-1].argmax())
+    for decoder in ("auto", "torch"):
+        with Engine(made.directory, decoder=decoder) as engine:  # which has no tokenizer, and takes tokens
+            answer = engine.generate([tokens], max_tokens=8, ignore_end=True)[0].tokens
+            assert answer[0] == expected and len(answer) == 8
+            with pytest.raises(BitwrightError, match="BW312"):
+                engine.generate("a text")
 
 
 def test_a_fused_layer_is_unpacked_once(tmp_path: Path) -> None:

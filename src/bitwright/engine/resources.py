@@ -18,12 +18,13 @@ from bitwright.formats.directory import find_file
 from bitwright.kernels import native_library
 from bitwright.kernels.gpu import library
 from bitwright.models import decoder_cuda, decoder_native, decoder_torch, hf
+from bitwright.models.coded_tokenizers import VOCABULARIES
 from bitwright.models.decoder import Decoder, read_shape
 from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.direct_loading import open_direct
-from bitwright.models.hf import load_tokenizer
+from bitwright.models.hf import has_tokenizer, load_tokenizer
 from bitwright.models.limits import end_tokens
 from bitwright.models.loading import check_vocabulary, load, load_with_tokenizer
 from bitwright.models.location import resolve_model
@@ -71,8 +72,10 @@ def open_model(
         directory = resolve_model(model)
         direct = open_direct(directory)
         if direct is not None and decoder_native.refuse_cache(scheme, direct.model.config.head_dim) is None:
-            tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
-            check_vocabulary(direct.model, tokenizer)
+            if tokenizer is None and has_tokenizer(directory):
+                tokenizer = load_tokenizer(directory)
+            if tokenizer is not None:
+                check_vocabulary(direct.model, tokenizer)
             return Opened("native", NativeDecoder(direct.pack(head, kept)), tokenizer, _ends(direct.model, tokenizer))
     if kept is not None:
         what = "packed_cache has no effect: the model is not read from its files by the native decoder"
@@ -103,14 +106,17 @@ def packed_folder(packed_cache: bool | str | Path) -> Path | None:
 def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> tuple[PreTrainedModel, Tokenizer | None]:
     """The model, and a tokenizer if there is one that fits it."""
     if isinstance(model, str | Path):
-        if tokenizer is None:
-            return load_with_tokenizer(model)
-        model = load(model)
+        directory = resolve_model(model)
+        if tokenizer is None and has_tokenizer(directory):
+            return load_with_tokenizer(directory)
+        model = load(directory)
     elif not isinstance(model, hf.PreTrainedModel):
         what = f"model is a {type(model).__name__}"
         raise ArgumentError("BW201", what, suggestion="accepted: a directory, an id, or what bitwright.load gives")
-    elif tokenizer is None and model.name_or_path and find_file(Path(model.name_or_path), "tokenizer.json"):
-        tokenizer = load_tokenizer(Path(model.name_or_path))
+    elif tokenizer is None and model.name_or_path:
+        directory = Path(model.name_or_path)
+        if any(find_file(directory, name) for name in ("tokenizer.json", *VOCABULARIES)):
+            tokenizer = load_tokenizer(directory)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

@@ -20,10 +20,11 @@ from torch import nn
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint
 from bitwright.formats.directory import locate_file
+from bitwright.models.coded_tokenizers import VOCABULARIES, Description, describe_coded
 
 __all__ = [
     "VERSION", "Cache", "CacheLayerMixin", "PreTrainedModel", "PretrainedConfig", "Tokenizer", "context_length",
-    "empty_model", "load_tokenizer", "read_config",
+    "empty_model", "has_tokenizer", "load_tokenizer", "read_config",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ SIZE_FIELDS = (
 )  # fmt: skip
 BUILDING = threading.Lock()  # two threads that replace and restore one method would leave a replacement behind
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", *VOCABULARIES)
 
 
 def __getattr__(name: str) -> Any:
@@ -112,8 +113,13 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory holds a file of a tokenizer, sound or not."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a model directory.
+    """The tokenizer of a model directory; where it comes as code, that of the vocabulary beside the code.
 
     Raises:
         BitwrightError: BW312 if it is missing or cannot be read, BW310 if a file is a link out of the directory.
@@ -121,13 +127,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     for path in directory.glob("*"):
         if path.is_symlink() and path.suffix in TOKENIZER_SUFFIXES:
             locate_file(directory, path.name)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise BitwrightError(
             "BW312", "the model has no tokenizer", where=str(directory), suggestion="copy tokenizer.json there"
         )
+    described = describe_coded(directory)
     try:
-        read: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained
-        tokenizer: object = read(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = _read_tokenizer(directory) if described is None else _make_tokenizer(directory, described)
     except Exception as error:  # the tokenizer readers raise anything, also from native code
         raise BitwrightError(
             "BW312",
@@ -144,6 +150,26 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         what = "the tokenizer has no vocabulary"
         raise BitwrightError("BW312", what, where=str(directory), suggestion="copy tokenizer.json there")
     return tokenizer
+
+
+def _read_tokenizer(directory: Path) -> object:
+    read: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained
+    found: object = read(directory, local_files_only=True, trust_remote_code=False)
+    return found
+
+
+def _make_tokenizer(directory: Path, described: Description) -> object:
+    backend = importlib.import_module("tokenizers").Tokenizer.from_str(described.text)
+    make: Any = importlib.import_module("transformers").PreTrainedTokenizerFast
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    made: object = make(
+        tokenizer_object=backend,
+        name_or_path=str(directory),
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[token for token in special if token not in described.settings.values()],
+        **described.settings,
+    )
+    return made
 
 
 def context_length(config: PretrainedConfig) -> int | None:

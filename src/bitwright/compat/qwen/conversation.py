@@ -8,15 +8,10 @@ from bitwright.core.errors import ArgumentError
 from bitwright.models.generation import Sampling, stream_text
 from bitwright.models.hf import PreTrainedModel, Tokenizer
 from bitwright.models.prompts import encode_messages
+from bitwright.models.qwen_vocabulary import CHATML, END_OF_TURN, START_OF_TURN
 
 __all__ = ["chat", "chat_stream"]
 
-# How Qwen's models were taught to converse, for tokenizers that do not come with a template.
-START, END = "<|im_start|>", "<|im_end|>"
-CHATML = (
-    "{% for message in messages %}" + START + "{{ message.role }}{{ '\\n' }}{{ message.content }}" + END
-    + "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}" + START + "assistant{{ '\\n' }}{% endif %}"
-)  # fmt: skip
 SYSTEM = "You are a helpful assistant."
 
 
@@ -103,7 +98,7 @@ def _pieces(
         messages += [("user", turn[0]), ("assistant", turn[1])]
     tokens = encode_messages(tokenizer, [*messages, ("user", query)], template=template)
     vocabulary = tokenizer.get_vocab()
-    ends = [vocabulary[token] for token in (START, END) if token in vocabulary]
+    ends = [vocabulary[token] for token in (START_OF_TURN, END_OF_TURN) if token in vocabulary]
     return stream_text(model, tokenizer, tokens, max_tokens=max_new_tokens, sampling=sampling, ends=ends)
 
 
