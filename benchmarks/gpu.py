@@ -7,15 +7,18 @@ Times are medians, of work recorded in CUDA graphs, over operands too many for t
 bf16 product of the same run; errors are against float64 on the numbers stored. Tables come last, those of sections that
 have ended also as they come, on the error output. A section that fails says why, and the others go on; rows that there
 is no time for are left out and named. The JSON file is written anew after every section, and tables are printed also
-where the run is broken off (SIGTERM).
+where the run is broken off (SIGTERM). After a fault that the GPU does not recover from (an address that does not exist,
+say) the sections that are left run in a new process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -73,9 +76,10 @@ def render(section: Section) -> str:
     return "\n".join([f"## {section.title}", *lines, *(f"note: {note}" for note in section.notes)])
 
 
-def run_sections(bench: Bench, names: list[str], keep: Callable[[], None]) -> None:
-    """Every section of ``names``, kept after each; a failure is a note of its own, and the others go on."""
-    for name in names:
+def run_sections(bench: Bench, names: list[str], keep: Callable[[], None]) -> list[str]:
+    """Every section of ``names``, kept after each; a failure is a note of its own, and the others go on, unless the
+    GPU answers this process no more: the names of those that are left then."""
+    for number, name in enumerate(names, 1):
         started = time.monotonic()
         measure, most = SECTIONS[name]
         if started > bench.deadline:
@@ -98,8 +102,20 @@ def run_sections(bench: Bench, names: list[str], keep: Callable[[], None]) -> No
         section.notes.append(f"{time.monotonic() - started:.0f} s")
         print(render(section), file=sys.stderr, flush=True)
         keep()
-        if not bench.is_dry:
-            torch.cuda.empty_cache()
+        if not bench.is_dry and not give_back():
+            return names[number:]
+    return []
+
+
+def give_back() -> bool:
+    """Give unused memory back; whether the GPU still answers this process."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(f"the GPU no longer answers: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def write_record(bench: Bench, tuned: dict[str, Any], path: Path | None) -> None:
@@ -122,19 +138,55 @@ def _end(number: int, _frame: object) -> None:
     raise OutOfTime if number == signal.SIGALRM else KeyboardInterrupt
 
 
-def tune(bench: Bench) -> dict[str, Any]:
-    """The tuned rows of this GPU, by kernel, used by everything that is measured after."""
+def tune(bench: Bench, keep: Callable[[dict[str, Any]], None]) -> bool:
+    """The tuned rows of this GPU, by kernel, used by everything that is measured after; ``keep`` gets them after each.
+    Whether the GPU still answers."""
     name, found = library.describe(bench.device).name, {}
     for kernel, most in SECONDS.items():
         bench.section_deadline = time.monotonic() + most
-        section, rows = tune_attention(bench) if kernel == "attention" else tune_products(bench, kernel)
-        found[kernel] = rows
+        before = len(bench.sections)
+        try:
+            section, rows = tune_attention(bench) if kernel == "attention" else tune_products(bench, kernel)
+        except Exception:
+            if bench.is_dry:
+                raise
+            section = bench.sections[-1] if len(bench.sections) > before else bench.begin(kernel, ("failed",))
+            section.notes.append(traceback.format_exc())
+        else:
+            found[kernel] = rows
+            launch.tuned()["gpus"].setdefault(name, {})[kernel] = rows  # for all that is measured after
+            keep({name: found})
         print(render(section), file=sys.stderr, flush=True)
-        launch.tuned()["gpus"].setdefault(name, {})[kernel] = rows  # for all that is measured after
-    return {name: found}
+        if not bench.is_dry and not give_back():
+            return False
+    return True
 
 
-def main() -> None:
+def take_up(bench: Bench, path: Path) -> dict[str, Any]:
+    """What a process before this one has found: into ``bench`` and the table of launches; its tuned rows."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    bench.ceilings.update(record["ceilings"])
+    for each in record["sections"]:
+        rows = [tuple(row) for row in each["rows"]]
+        bench.sections.append(Section(each["title"], tuple(each["columns"]), rows, each["notes"]))
+    tuned: dict[str, Any] = record["tuned"]
+    for name, rows_of_kernels in tuned.items():
+        launch.tuned()["gpus"].setdefault(name, {}).update(rows_of_kernels)
+    return tuned
+
+
+def go_on(bench: Bench, tuned: dict[str, Any], names: list[str], path: Path | None) -> None:
+    """Let a new process, in the place of this one, run the sections ``names`` and print all tables."""
+    path = path or Path(tempfile.mkdtemp()) / "gpu.json"
+    write_record(bench, tuned, path)
+    left = max(0.0, bench.deadline - time.monotonic())
+    command = [sys.executable, "-m", "benchmarks.gpu", "--after", str(path), "--json", str(path),
+               "--seconds", f"{left:.0f}", "--sections", *names]  # fmt: skip
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
     parser.add_argument("--seconds", type=float, default=510, help="no section begins later; imports come before")
@@ -143,17 +195,27 @@ def main() -> None:
         "--tune", action="store_true", help="look for the best launches first (at most two and a half minutes)"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--after", type=Path, help="a JSON file of a run before, whose tables are printed first")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here: --dry-run, with TRITON_INTERPRET=1, runs every path at tiny sizes")
-    bench, tuned = Bench(is_dry=arguments.dry_run, deadline=time.monotonic() + arguments.seconds), {}
+    return arguments
+
+
+def main() -> None:
+    arguments, tuned = parse_arguments(), {}
+    bench = Bench(is_dry=arguments.dry_run, deadline=time.monotonic() + arguments.seconds)
+    if arguments.after is not None:
+        tuned.update(take_up(bench, arguments.after))
     torch.manual_seed(0)
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, _end)
     try:
-        if arguments.tune:
-            tuned.update(tune(bench))
-        run_sections(bench, arguments.sections, lambda: write_record(bench, tuned, arguments.json))
+        rest: list[str] = arguments.sections
+        if not arguments.tune or tune(bench, tuned.update):
+            rest = run_sections(bench, rest, lambda: write_record(bench, tuned, arguments.json))
+        if rest:
+            go_on(bench, tuned, rest, arguments.json)
     except KeyboardInterrupt:
         print("broken off; this is what there is", file=sys.stderr)
     finally:

@@ -18,7 +18,7 @@ from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_torch import TorchDecoder
 from bitwright.models.paged_cache import PAGE, CacheShape, PagedCache
 
-__all__ = ["measure_decoding", "measure_memory", "on_the_device", "single_tokens"]
+__all__ = ["layer_error", "measure_decoding", "measure_memory", "on_the_device", "single_tokens"]
 
 CONTEXT = 1024
 GIB, MIB = float(1 << 30), float(1 << 20)
@@ -60,6 +60,7 @@ def measure_decoding(bench: Bench) -> Section:
         "batch",
         "tokens/s",
         "ms/step",
+        "times bf16",
         "share of the bandwidth floor",
         "weights GiB",
         "error of a layer",
@@ -67,14 +68,15 @@ def measure_decoding(bench: Bench) -> Section:
     section = bench.begin("decoding, whole models of random weights", columns)
     cases = [("llama-3-8b", None, "none"), ("llama-3-8b", "w4g128", "int8"), ("llama-3-8b", "w8a8", "int8"),
              ("qwen-7b", None, "none"), ("qwen-7b", "w4g128", "int8"), ("qwen-7b", "w4g128", "int4")]  # fmt: skip
+    dense: dict[tuple[str, int], float] = {}  # seconds of a step by model and batch
     for name, scheme, kv in bench.within(section, cases[: bench.size(9, 3)]):
         with on_the_device(bench):
-            error = _error(bench, name, scheme, kv)
+            error = layer_error(bench, name, scheme, kv)
         with on_the_device(bench):
             decoder = CudaDecoder(make_model(bench, name, scheme), release=True)
             for batch in (1, 64):
                 try:
-                    _decode(bench, section, decoder, (name, scheme, kv), batch, error)
+                    _decode(bench, section, decoder, (name, scheme, kv), batch, error, dense)
                 except torch.OutOfMemoryError:
                     section.notes.append(f"{name} {scheme} with {kv} at batch {batch} does not fit")
             del decoder
@@ -83,13 +85,13 @@ def measure_decoding(bench: Bench) -> Section:
     return section
 
 
-def _error(bench: Bench, name: str, scheme: str | None, kv: str) -> float:
+def layer_error(bench: Bench, name: str, scheme: str | None, kv: str, *, invariant: bool = False) -> float:
     """Of the logits after a prompt and one more token, of a model of one layer."""
     model = make_model(bench, name, scheme, layers=1)
     exact = decoded_double(model)
     tokens = torch.randint(0, model.config.vocab_size, (41,))
     found = []
-    for decoder in (CudaDecoder(model), TorchDecoder(exact, exact=False)):
+    for decoder in (CudaDecoder(model, invariant=invariant), TorchDecoder(exact, exact=False)):
         cache = decoder.new_cache(2, parse_kv(kv))
         for first, last in ((0, 40), (40, 41)):
             numbers = torch.arange(first, last, dtype=torch.int32)
@@ -104,7 +106,7 @@ def _error(bench: Bench, name: str, scheme: str | None, kv: str) -> float:
 
 
 def _decode(bench: Bench, section: Section, decoder: CudaDecoder, what: tuple[str, str | None, str], batch: int,
-            error: float) -> None:  # fmt: skip
+            error: float, dense: dict[tuple[str, int], float]) -> None:  # fmt: skip
     name, scheme, kv = what
     count, context = bench.size(batch, min(batch, 2)), bench.size(CONTEXT, 33)
     most = -(-context // PAGE)
@@ -117,11 +119,14 @@ def _decode(bench: Bench, section: Section, decoder: CudaDecoder, what: tuple[st
     for _ in range(repeats):
         decoder.forward_there(step, cache).argmax(-1).tolist()  # as greedy decoding: tokens come back every step
     seconds = (time.perf_counter() - started) / repeats
+    if scheme is None:
+        dense[name, batch] = seconds
+    times = f"{dense[name, batch] / seconds:.2f}" if (name, batch) in dense else ""
     head = decoder.shape.vocabulary * decoder.shape.hidden * cache.shape.dtype.itemsize  # the embedding is not read
     read = decoder.weight_bytes() - head + cache.bytes()
     share = read / bench.ceilings.get("copy", torch.inf) / seconds
     section.add(name, scheme or str(bench.dtype)[6:], kv, batch, f"{count / seconds:.0f}", f"{1e3 * seconds:.2f}",
-                f"{share:.0%}", f"{decoder.weight_bytes() / GIB:.2f}", f"{error:.1e}")  # fmt: skip
+                times, f"{share:.0%}", f"{decoder.weight_bytes() / GIB:.2f}", f"{error:.1e}")  # fmt: skip
 
 
 def single_tokens(batch: int, context: int, vocabulary: int) -> Step:

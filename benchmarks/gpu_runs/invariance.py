@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_runs.decoding import on_the_device, single_tokens
+from benchmarks.gpu_runs.decoding import layer_error, on_the_device, single_tokens
+from benchmarks.gpu_runs.products import product_errors
 from benchmarks.gpu_runs.shapes import MODELS, TINY, kernel_of, make_model, packed
 from benchmarks.gpu_runs.timing import Bench, Section
 from bitwright.core.kv_scheme import parse_kv
@@ -19,7 +20,8 @@ from bitwright.models.paged_cache import PAGE
 __all__ = ["measure_invariance"]
 
 RUNS = {linear.KERNEL: linear.run, integer.KERNEL: integer.run, fp8.KERNEL: fp8.run}
-COLUMNS = ("what", "scheme", "rows", "us", "invariant us", "times as long", "alone and in company")
+COLUMNS = ("what", "scheme", "rows", "us", "invariant us", "times as long", "alone and in company",
+           "error of the invariant")  # fmt: skip
 CONTEXT = 1024
 LAYERS = 4
 
@@ -59,7 +61,9 @@ def _add_product(bench: Bench, section: Section, scheme: str, rows: int) -> None
         for invariant in (False, True)
     )
     is_equal = torch.equal(run(x, weight, invariant=True)[-1:], run(x[-1:], weight, invariant=True))
-    _add(section, f"{shape[0]} x {shape[1]}", scheme, rows, free, fixed, is_equal)
+    dense = kernel.unpack(weight).dequantize(bench.dtype)
+    error, _ = product_errors(x, weight, run(x, weight, invariant=True), dense)
+    _add(section, f"{shape[0]} x {shape[1]}", scheme, rows, free, fixed, is_equal, error)
 
 
 def _add_step(bench: Bench, section: Section, batch: int) -> None:
@@ -77,9 +81,11 @@ def _add_step(bench: Bench, section: Section, batch: int) -> None:
             first.tokens[:] = step.tokens[:1]
             is_equal = torch.equal(decoder.forward(first, cache), together)
             del decoder, cache
-        _add(section, "step", "w4g128, int8", batch, seconds[0], seconds[1], is_equal)
+        error = layer_error(bench, "llama-3-8b", "w4g128", "int8", invariant=True)
+        _add(section, "step", "w4g128, int8", batch, seconds[0], seconds[1], is_equal, error)
 
 
-def _add(section: Section, what: str, scheme: str, rows: int, free: float, fixed: float, is_equal: bool) -> None:
+def _add(section: Section, what: str, scheme: str, rows: int, free: float, fixed: float, is_equal: bool,
+         error: float) -> None:  # fmt: skip
     section.add(what, scheme, rows, f"{1e6 * free:.1f}", f"{1e6 * fixed:.1f}", f"{fixed / free:.2f}",
-                "equal" if is_equal else "DIFFERENT")  # fmt: skip
+                "equal" if is_equal else "DIFFERENT", f"{error:.1e}")  # fmt: skip

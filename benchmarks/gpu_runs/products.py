@@ -12,7 +12,7 @@ from benchmarks.gpu_runs.timing import Bench, Section, relative_error
 from bitwright.core.scheme_names import parse
 from bitwright.kernels.records import KernelSpec, PackedWeight
 
-__all__ = ["measure_ceilings", "measure_few_rows", "measure_many_rows", "measure_other_schemes"]
+__all__ = ["measure_ceilings", "measure_few_rows", "measure_many_rows", "measure_other_schemes", "product_errors"]
 
 COLUMNS = ("model", "product", "scheme", "rows", "us", "bf16 us", "speedup", "share of copy", "error", "bf16 error")
 OTHERS = ("w4g32-asym", "w4", "A16W4", "w3g128", "w2g64", "nf4g64", "fp4e2m1g32", "fp8", "w4a8", "A8W8", "A8W4",
@@ -97,7 +97,7 @@ def _row(
     weight = packed(scheme, shape, bench.device)
     nbytes = sum(tensor.nbytes for tensor in weight.tensors.values())
     dense = kernel.unpack(weight).dequantize(bench.dtype)
-    error, dense_error = _errors(x, weight, kernel.run(x, weight, None), dense)
+    error, dense_error = product_errors(x, weight, kernel.run(x, weight, None), dense)
     ours = bench.cold_seconds(lambda: packed(scheme, shape, bench.device), lambda one: kernel.run(x, one, None), nbytes)
     theirs = bench.cold_seconds(dense.clone, lambda one: x @ one.t(), dense.nbytes)
     moved = nbytes + x.nbytes + rows * shape[0] * x.element_size()
@@ -106,7 +106,7 @@ def _row(
                 f"{share:.0%}", f"{error:.1e}", f"{dense_error:.1e}")  # fmt: skip
 
 
-def _errors(x: Tensor, weight: PackedWeight, found: Tensor, dense: Tensor) -> tuple[float, float]:
+def product_errors(x: Tensor, weight: PackedWeight, found: Tensor, dense: Tensor) -> tuple[float, float]:
     """Of a few rows and outputs, against float64 on the weight as it is stored."""
     outputs = slice(0, min(512, weight.shape[0]))
     stored = kernel_of(weight.scheme).unpack(weight).dequantize()[outputs].double()

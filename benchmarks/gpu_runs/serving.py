@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from benchmarks.gpu_runs.decoding import on_the_device, single_tokens
+from benchmarks.gpu_runs.decoding import layer_error, on_the_device, single_tokens
 from benchmarks.gpu_runs.shapes import make_model
 from benchmarks.gpu_runs.timing import Bench, Section
 from bitwright.core.kv_scheme import parse_kv
@@ -18,7 +18,8 @@ __all__ = ["measure_serving"]
 
 CONTEXT = 1024
 MORE = 64  # steps that a long run has more than a short one
-COLUMNS = ("model", "weights", "cache", "batch", "tokens/s", "ms/step", "decoder and argmax ms/step", "times as long")
+COLUMNS = ("model", "weights", "cache", "batch", "tokens/s", "ms/step", "decoder and argmax ms/step", "times as long",
+           "error of a layer")  # fmt: skip
 
 
 def measure_serving(bench: Bench) -> Section:
@@ -26,13 +27,16 @@ def measure_serving(bench: Bench) -> Section:
     section = bench.begin("decoding by the whole engine", COLUMNS)
     name, scheme, kv = "llama-3-8b", "w4g128", "int8"
     with on_the_device(bench):
+        error = layer_error(bench, name, scheme, kv)
+    with on_the_device(bench):
         model = make_model(bench, name, scheme)
         for batch in bench.within(section, (1, bench.size(64, 2))):
             step = _decoder_seconds(bench, model, kv, batch)
             whole = _engine_seconds(bench, model, kv, batch)
             section.add(name, scheme, kv, batch, f"{batch / whole:.0f}", f"{1e3 * whole:.2f}", f"{1e3 * step:.2f}",
-                        f"{whole / step:.2f}")  # fmt: skip
+                        f"{whole / step:.2f}", f"{error:.1e}")  # fmt: skip
         del model
+    section.notes.append("error: of the logits of a model of one layer, against the same numbers in float64")
     section.notes.append("an engine fetches the logits of every row, and the processor chooses among them")
     return section
 

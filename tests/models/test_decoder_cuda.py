@@ -14,6 +14,7 @@ import torch
 
 from bitwright.core.errors import ArgumentError, Notice
 from bitwright.core.kv_scheme import parse_kv
+from bitwright.kernels import reference
 from bitwright.kernels.gpu import attention, integer, layers, library, linear
 from bitwright.models import decoder_cuda
 from bitwright.models.decoder import Step
@@ -278,6 +279,20 @@ def test_replayed_steps_give_the_logits_of_steps_that_are_run(graphs: list[Any])
     assert sorted(recorded._recordings) == [(1, 1024)], "graphs of another cache write to its pages"
     recorded.free_memory()
     assert not recorded._recordings
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kernel", [linear.KERNEL, reference.KERNEL])
+def test_steps_with_layers_of_plain_torch_are_not_recorded(
+    kernel: Any, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at numbers on the way (whether they are finite, say), which breaks a recording off."""
+    monkeypatch.setattr("bitwright.models.quantized.select", lambda _spec: kernel)
+    model: Any = quantize_module(build("llama", num_hidden_layers=1), scheme="w4g32")
+    decoder = CudaDecoder(model, release=True)
+    decoder.graphs = True
+    logits = decoder.forward(some_step([1]), decoder.new_cache(3))
+    assert logits.isfinite().all() and bool(decoder._recordings) == (kernel is linear.KERNEL)
 
 
 def test_small_heads_whose_offsets_have_no_patterns_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

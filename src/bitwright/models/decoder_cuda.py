@@ -22,7 +22,7 @@ from bitwright.core.kv_scheme import KVScheme
 from bitwright.kernels.gpu import attention, library
 from bitwright.kernels.gpu.attention import AttentionBatch, StoredSide
 from bitwright.kernels.gpu.gates import silu_multiply
-from bitwright.kernels.gpu.layers import Norm, Product, dense_product, in_tiles, join_rows, packed_product
+from bitwright.kernels.gpu.layers import RECORDED, Norm, Product, dense_product, in_tiles, join_rows, packed_product
 from bitwright.kernels.gpu.tokens import rms_norm
 from bitwright.models.decoder import Step, read_shape, refuse_architecture
 from bitwright.models.decoder_rows import Layout, Rows, decode_rows, read_rows, stage, step_rows
@@ -89,7 +89,8 @@ class CudaDecoder:
     """Runs steps with the weights of ``model`` on its GPU, in its dtype.
 
     Args:
-        graphs: whether to record and replay steps of single tokens; without a CUDA device nothing is recorded.
+        graphs: whether to record and replay steps of single tokens; without a CUDA device nothing is recorded, nor is
+            where a layer has no kernel of the GPU's: plain torch looks at its numbers, which no graph can hold.
         invariant: add in an order that does not depend on the batch: a row's logits are then the same in any company,
             bit for bit. Slower for prompts (every product has tiles of one row's launch, or of 64 rows), and for a few
             sequences of long contexts. ``BITWRIGHT_INVARIANT`` does the same.
@@ -119,6 +120,8 @@ class CudaDecoder:
         self._head = self._read_product([whole.get_output_embeddings()])
         if not self.shape.tied:
             self._weight_bytes += self._embedding.nbytes
+        packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+        self._can_record = all(layer.kernel in RECORDED for layer in packed)
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._recorded: Callable[[], PagedCache | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None  # of all recordings: the vendor's products keep room for each
@@ -244,7 +247,7 @@ class CudaDecoder:
     def _step(self, step: Step, cache: PagedCache) -> Tensor:
         sequences = len(step.lengths)
         is_decoding = len(step.tokens) == sequences and len(step.outputs) == sequences
-        if self.graphs and is_decoding and sequences <= BATCHES[-1]:
+        if (self.graphs and self._can_record) and (is_decoding and sequences <= BATCHES[-1]):
             return self._replay(step, cache)
         few = self.invariant or library.describe(self.device).capability < library.PROGRAMMED
         rows = step_rows(step, self.shape.heads // self.shape.kv_heads, few=few)

@@ -127,6 +127,47 @@ def test_more_parts_of_a_context_than_are_put_together_at_a_time(new: list[int],
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_parts_that_do_not_fit_together_are_made_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt in blocks of few queries, whose contexts are cut alike: 5 blocks, 2 at a time."""
+    sizes, found, empty = [], [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **named: sizes.append(size) or empty(*size, **named))
+    table, pages, offsets = places([70])
+    side = Pages(CODES["int8"], table.numel(), 1, 32, torch.float32)
+    side.fill(pages[0], offsets[0], torch.randn(70, 1, 32))
+    blocks, rows = attention.arrange([0, 70], 1, few=True)
+    numbers = (torch.tensor(each, dtype=torch.int32) for each in (blocks, [0, 70], [70]))
+    batch, q = attention.AttentionBatch(*numbers, table, rows, 70), torch.randn(70, 1, 32)
+    for most in (1 << 28, 2 * 4 * 2 * 16 * 34):
+        monkeypatch.setattr(attention, "MOST_PARTS", most)
+        found.append(attention.attend(q, side.side, side.side, batch, split=64))
+    assert torch.equal(found[0], found[1])
+    assert [size[0] for size in sizes if len(size) == 5] == [5, 5, 2, 2] and len(blocks) == 5
+    numbers_stored = side.numbers(pages[0], offsets[0])
+    assert relative_error(found[1], exact_attention(q, numbers_stored, numbers_stored, 0)) < 2e-6
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "int8-sym", "int4-sym"])
+@pytest.mark.parametrize("size", [0.1, 60000.0])
+def test_weights_of_codes_are_neither_too_small_nor_too_large_for_float16(name: str, size: float) -> None:
+    """One token, whose value is nothing, has nearly all weight, as the first often has."""
+    code, length = CODES[name], 150
+    table, pages, offsets = places([length])
+    keys, values = Pages(FLOAT, table.numel(), 1, 32, torch.float16), Pages(code, table.numel(), 1, 32, torch.float16)
+    q, k = torch.ones(1, 1, 32), torch.zeros(length, 1, 32)
+    k[0] = 7.0 / 32**0.5
+    v = torch.rand(length, 1, 32) * size * torch.tensor([1.0, -1.0])[torch.randint(0, 2, (32,))]
+    v[0] = 0.0
+    keys.fill(pages[0], offsets[0], k.half())
+    values.fill(pages[0], offsets[0], v)
+    numbers = (torch.tensor(each, dtype=torch.int32) for each in ([(0, 0)], [0, 1], [length]))
+    batch = attention.AttentionBatch(*numbers, table, 16, length)
+    found = attention.attend(q.half(), keys.side, values.side, batch)
+    exact = exact_attention(q, keys.numbers(pages[0], offsets[0]), values.numbers(pages[0], offsets[0]), 0)
+    assert relative_error(found, exact) < 1e-3
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_prompts_in_parts_with_a_window_and_different_codes() -> None:
     check("int8", "int4", torch.float16, lengths=[45, 80], new=[45, 20], window=33)
 

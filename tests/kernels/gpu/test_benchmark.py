@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-gpu")
 from benchmarks import gpu
 from benchmarks.gpu_runs.timing import Bench, Section
 from benchmarks.gpu_runs.tuning import SECONDS, complete_rows
-from bitwright.kernels.gpu import launch
+from bitwright.kernels.gpu import launch, library
 from tests.kernels.gpu.compilation_facts import HOPPER
 
 
@@ -53,6 +54,7 @@ def test_a_failing_section_and_one_without_an_end_keep_their_rows_and_the_others
     table = {"fails": (fails, 9), "hangs": (hangs, 1), "works": (works, 9)}
     monkeypatch.setattr(gpu, "SECTIONS", table)
     monkeypatch.setattr(gpu, "GRACE", 0)
+    monkeypatch.setattr(gpu, "give_back", lambda: True)
     before = signal.signal(signal.SIGALRM, gpu._end)
     try:
         bench = Bench(is_dry=False, deadline=time.monotonic() + 60)
@@ -73,6 +75,65 @@ def test_a_search_that_time_ends_leaves_a_table_that_is_whole() -> None:
         own = [{"rows": 16, "warps": 1}, {"rows": 1, "warps": 2}]
         found = complete_rows(kernel, own, HOPPER)
         assert found == [own[1], own[0], *(row for row in before if row["rows"] > 16)]
+
+
+def test_sections_after_a_fault_of_the_gpu_run_in_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def faults(bench: Bench) -> Section:
+        bench.begin("faults", ("x", "y")).add(1, "2")
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    table = dict.fromkeys(("first", "second", "third"), (faults, 9))
+    monkeypatch.setattr(gpu, "SECTIONS", table)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lost)
+    bench = Bench(is_dry=False, deadline=time.monotonic() + 60)
+    bench.ceilings["copy"] = 4e12
+    before = signal.signal(signal.SIGALRM, gpu._end)
+    try:
+        rest = gpu.run_sections(bench, list(table), lambda: None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rest == ["second", "third"] and len(bench.sections) == 1
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu.os, "execv", lambda _path, command: commands.append(command))
+    bench.is_dry, rows = True, [{"rows": 1 << 30, "warps": 7}]
+    gpu.go_on(bench, {"some GPU": {"linear": rows}}, rest, tmp_path / "gpu.json")
+    monkeypatch.setattr(sys, "argv", [*commands[0][2:], "--dry-run"])
+    arguments = gpu.parse_arguments()
+    assert arguments.sections == rest and 50 <= arguments.seconds <= 60 and not arguments.tune
+    assert arguments.json == arguments.after == tmp_path / "gpu.json"
+    again = Bench(is_dry=True, deadline=0.0)
+    monkeypatch.setitem(launch.tuned()["gpus"], "some GPU", {})
+    assert gpu.take_up(again, arguments.after) == {"some GPU": {"linear": rows}}
+    assert again.ceilings == bench.ceilings and again.sections == bench.sections
+    assert launch.tuned()["gpus"]["some GPU"]["linear"] == rows
+
+
+def test_a_search_that_fails_loses_neither_the_others_nor_the_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(bench: Bench, kernel: str = "attention") -> tuple[Section, list[dict[str, int]]]:
+        section = bench.begin(kernel, ("x",))
+        if kernel == "linear":
+            raise RuntimeError("no such layout")
+        return section, [{"rows": 1 << 30}]
+
+    monkeypatch.setattr(gpu, "tune_products", some)
+    monkeypatch.setattr(gpu, "tune_attention", some)
+    monkeypatch.setattr(gpu, "give_back", lambda: True)
+    monkeypatch.setattr(library, "describe", lambda _device: HOPPER)
+    monkeypatch.setitem(launch.tuned()["gpus"], HOPPER.name, {})
+    tuned: dict[str, Any] = {}
+    bench = Bench(is_dry=False, deadline=time.monotonic() + 60)
+    assert gpu.tune(bench, tuned.update)
+    assert set(tuned[HOPPER.name]) == set(SECONDS) - {"linear"} == set(launch.tuned()["gpus"][HOPPER.name])
+    assert [section.title for section in bench.sections] == list(SECONDS)
+    assert "no such layout" in bench.sections[0].notes[0]
+    monkeypatch.setattr(gpu, "give_back", lambda: False)
+    assert not gpu.tune(bench, tuned.update) and len(bench.sections) == len(SECONDS) + 1
 
 
 @pytest.mark.slow

@@ -42,6 +42,29 @@ def test_results_are_bit_for_bit_the_reference_kernels(name: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["w8a8", "w8-asym-a8", "w8-asym-fz-a8", "w8-asym-signed-a8"])
+@pytest.mark.parametrize("rows", [3, 40])  # fewer than the vendor's product takes; more than a program's
+def test_the_vendors_products_are_scaled_to_the_reference_kernels_results(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, scheme = layer(name, 200, 300)
+    weight, x, bias = integer.pack(tensor, scheme), torch.randn(rows, 300), torch.randn(200)
+    sizes, multiply = [], torch._int_mm
+    monkeypatch.setattr(integer, "_is_dense", lambda *_: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: sizes.append((len(a), b.shape[1])) or multiply(a, b))
+    for given in (None, bias):
+        expected = reference.run(x, reference.pack(tensor, scheme), given)
+        sizes.clear()  # the reference kernel takes the same product
+        assert torch.equal(integer.run(x, weight, given), expected)
+        with monkeypatch.context() as small:  # features are shared out, the last part smaller
+            small.setattr(integer, "PRODUCTS", 0)
+            small.setattr(integer, "FEATURES", 100)
+            assert torch.equal(integer.run(x, weight, given), expected)
+        taken = max(rows, launch.FEW_ROWS + 1)
+        assert sizes == [(taken, 200), (taken, 128), (taken, 72)]
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_parts_of_groups_differ_from_the_reference_by_the_rounding_of_their_sums_alone() -> None:
     tensor, scheme = layer("w4g64-a8", 24, 1100)
     weight, x = integer.pack(tensor, scheme), torch.randn(20, 1100)  # more rows than a few: split all the same

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +62,27 @@ def test_a_row_does_not_depend_on_its_neighbours_where_that_is_asked_for() -> No
     together = linear.multiply(x, weight, invariant=True)
     assert torch.equal(linear.multiply(x[7:8], weight, invariant=True), together[7:8])
     assert torch.equal(linear.multiply(x[3:20], weight, invariant=True), together[3:20])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["w8", "w4g32", "w3"])
+def test_a_program_is_compiled_once_whatever_the_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for whether columns are shared out: what it is compiled for holds no size, and no size of one is special."""
+    compiled: set[tuple[tuple[str, object], ...]] = set()
+
+    class Linear:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *given, **named: compiled.add(tuple(named.items()))
+
+    monkeypatch.setattr(library, "program", lambda _name: SimpleNamespace(linear=Linear()))
+    for columns in (640, 1000, 2048):
+        tensor, scheme = layer(name, 40, columns)
+        weight = linear.pack(tensor, scheme)
+        for rows, split in ((1, 1), (16, 1), (5, 2), (7, 5)):
+            linear.multiply(torch.zeros(rows, columns), weight, chosen=replace(SMALL, split=split))
+    assert len(compiled) == 2 and {dict(each)["IS_SPLIT"] for each in compiled} == {True, False}
+    source = Path(linear.__file__).parent / "programs" / "linear.py"
+    assert 'jit(do_not_specialize=["rows", "chunks", "groups", "chunks_each"])\ndef linear(' in source.read_text()
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -36,6 +36,7 @@ FIXED_SPLIT = 512  # tokens, where the order of sums must not depend on the batc
 LEAST_SPLIT = 128
 TOGETHER = 32  # parts of a context that are put together at a time: one after the other they would wait for memory
 WAVES = 4
+MOST_PARTS = 1 << 28  # bytes of unfinished parts of contexts at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,27 +161,29 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
     bits = min(keys.bits, values.bits)
     plan = chosen or launch.launch_attention(block_rows=batch.block_rows, bits=bits, facts=facts)
     splits = max(1, -(-batch.longest // split))
-    blocks = batch.blocks.shape[0]
-    partial = splits > 1
-    size = (blocks, kv_heads, splits, batch.block_rows)
+    partial, each = splits > 1, kv_heads * splits * batch.block_rows
+    # Blocks whose unfinished parts fit into the room for them: contexts that are cut always alike make many.
+    together = max(2, MOST_PARTS // (4 * each * (head_dim + 2)) // 2 * 2) if partial else max(1, batch.blocks.shape[0])
+    size = (min(together, batch.blocks.shape[0]), kv_heads, splits, batch.block_rows)
     parts = torch.empty(*size, head_dim, dtype=torch.float32, device=q.device) if partial else out
     statistics = torch.empty(*size, 2, dtype=torch.float32, device=q.device) if partial else q
     shape: dict[str, Any] = {"GROUP": heads // kv_heads, "HEAD": head_dim, "WIDTH": _width(head_dim)}
     shape |= {"BLOCK_Q": batch.block_rows, "enable_fp_fusion": True}
     module = library.program("attention")
-    module.attend[(blocks, kv_heads, splits)](
-        q, keys.data, keys.scales, values.data, values.scales, batch.pages, batch.blocks, batch.starts, batch.lengths,
-        parts, statistics, (head_dim**-0.5 if factor is None else factor) * math.log2(math.e), kv_heads,
-        batch.pages.shape[1], window or 1 << 30, split, PAGE=page,
-        KEY_KIND=keys.kind, KEY_BITS=keys.bits, KEY_STATIC=keys.static,
-        VALUE_KIND=values.kind, VALUE_BITS=values.bits, VALUE_STATIC=values.static,
-        BLOCK_T=plan.tile, PARTIAL=partial, num_warps=plan.warps, num_stages=plan.stages, **shape,
-    )  # fmt: skip
-    if partial:
-        module.combine[(blocks, kv_heads, batch.block_rows)](
-            parts, statistics, batch.blocks, batch.starts, batch.lengths, out, kv_heads, splits, split,
-            TOGETHER=TOGETHER, num_warps=4, num_stages=1, **shape,
+    for blocks in torch.split(batch.blocks, together):
+        module.attend[(blocks.shape[0], kv_heads, splits)](
+            q, keys.data, keys.scales, values.data, values.scales, batch.pages, blocks, batch.starts, batch.lengths,
+            parts, statistics, (head_dim**-0.5 if factor is None else factor) * math.log2(math.e), kv_heads,
+            batch.pages.shape[1], window or 1 << 30, split, PAGE=page,
+            KEY_KIND=keys.kind, KEY_BITS=keys.bits, KEY_STATIC=keys.static,
+            VALUE_KIND=values.kind, VALUE_BITS=values.bits, VALUE_STATIC=values.static,
+            BLOCK_T=plan.tile, PARTIAL=partial, num_warps=plan.warps, num_stages=plan.stages, **shape,
         )  # fmt: skip
+        if partial:
+            module.combine[(blocks.shape[0], kv_heads, batch.block_rows)](
+                parts, statistics, blocks, batch.starts, batch.lengths, out, kv_heads, splits, split,
+                TOGETHER=TOGETHER, num_warps=4, num_stages=1, **shape,
+            )  # fmt: skip
     return out
 
 

@@ -124,12 +124,12 @@ def multiply(tokens: tuple[Tensor, Tensor], weight: PackedWeight, bias: Tensor |
     counters = tensors["counters"]
     if tiles > counters.numel():
         counters = torch.zeros(tiles, dtype=torch.int32, device=y.device)
-    group = slots if bits == 8 else linear.group_slots(weight, word_layout(4))
+    group = chunk if bits == 8 else linear.group_slots(weight, word_layout(4))
     library.program("fp8").fp8_product[(tiles, split)](
         codes, scale, tensors["codes"], tensors["scale"], tensors.get("zero", codes), scale if bias is None else bias,
         y, partials, counters, rows, out, slots, tensors["scale"].shape[0], chunks, each,
         BITS=bits, CHUNK=chunk, GROUP=group, HAS_ZERO="zero" in tensors, HAS_BIAS=bias is not None,
-        BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, SPLIT=split,
+        BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, IS_SPLIT=split > 1,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -20,6 +20,10 @@ __all__ = ["KERNEL", "multiply", "pack", "refuse", "run", "token_layout", "unpac
 
 WORDS_CHUNK = 256  # columns of a chunk of packed 4-bit codes
 MOST_STEP = 128  # columns of 8-bit codes that are multiplied at a time
+PRODUCTS = (
+    1 << 25
+)  # bytes of whole-number products at a time: they stay in the second-level cache until they are scaled
+FEATURES = 1024  # of the output at a time at least, however many rows
 
 
 def refuse(spec: KernelSpec) -> str | None:
@@ -131,14 +135,7 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
     operands = (tensors["scale"], tensors.get("zero", tensors["scale"]), tensors.get("remainder", tensors["scale"]))
     facts = library.describe(y.device)
     if chosen is None and _is_dense(tokens, weight, facts):
-        padding = max(0, launch.FEW_ROWS + 1 - rows)  # the vendor's product takes no fewer
-        codes = functional.pad(tokens.codes, (0, 0, 0, padding)) if padding else tokens.codes
-        products = torch._int_mm(codes, tensors["codes"].t())
-        library.program("integer").scale_products[(-(-out // 64), -(-rows // 32))](
-            products, tokens.scale, tokens.sums, *operands, products if bias is None else bias, y, rows, out,
-            ZERO=zero, HAS_BIAS=bias is not None, BLOCK_N=64, BLOCK_M=32, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        return y
+        return _multiply_dense(tokens, tensors["codes"], operands, zero, bias, y)
     chunks, of_group = slots // chunk, max(1, group // chunk) if groups > 1 else 1
     units = -(-chunks // of_group)  # no group is cut: its sum of codes is taken off once
     plan = chosen or launch.launch_integer(rows=rows, out=out, chunks=units, single=groups == 1, facts=facts,
@@ -155,9 +152,28 @@ def multiply(tokens: TokenCodes, weight: PackedWeight, bias: Tensor | None, dtyp
         tokens.codes, tokens.scale, tokens.sums, tensors["codes"], *operands, partials if bias is None else bias, y,
         partials, counters, rows, out, slots, groups, chunks, each * of_group, of_group,
         BITS=scheme.bits, CHUNK=chunk, SPAN=span, ZERO=zero, SINGLE=groups == 1, HAS_BIAS=bias is not None,
-        BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, SPLIT=split,
+        BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, IS_SPLIT=split > 1,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
     )  # fmt: skip
+    return y
+
+
+def _multiply_dense(tokens: TokenCodes, weight: Tensor, operands: tuple[Tensor, ...], zero: str, bias: Tensor | None,
+                    y: Tensor) -> Tensor:  # fmt: skip
+    """``y [rows, out]`` by the vendor's product of whole numbers, some output features at a time."""
+    rows, out = y.shape
+    padding = max(0, launch.FEW_ROWS + 1 - rows)  # the vendor's product takes no fewer
+    codes = functional.pad(tokens.codes, (0, 0, 0, padding)) if padding else tokens.codes
+    parts = -(-out // max(FEATURES, PRODUCTS // (4 * codes.shape[0])))
+    step = -(-out // (64 * parts)) * 64
+    for first in range(0, out, step):
+        last = min(first + step, out)
+        products = torch._int_mm(codes, weight[first:last].t())
+        library.program("integer").scale_products[(-(-(last - first) // 64), -(-rows // 32))](
+            products, tokens.scale, tokens.sums, *(each[:, first:last] for each in operands),
+            products if bias is None else bias[first:last], y[:, first:last], rows, last - first, out,
+            ZERO=zero, HAS_BIAS=bias is not None, BLOCK_N=64, BLOCK_M=32, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return y
 
 

@@ -13,8 +13,9 @@ from bitwright.core.qtensor import QuantizedTensor
 from bitwright.kernels.gpu import fp8, integer, linear, tokens
 from bitwright.kernels.records import Kernel, PackedWeight
 
-__all__ = ["TILE", "Norm", "Product", "dense_product", "in_tiles", "join_rows", "packed_product"]
+__all__ = ["RECORDED", "TILE", "Norm", "Product", "dense_product", "in_tiles", "join_rows", "packed_product"]
 
+RECORDED = (linear.KERNEL, integer.KERNEL, fp8.KERNEL)  # which never wait for the GPU, so that a graph can hold them
 TILE = 64  # rows of a dense product whose order of sums must not depend on how many there are
 
 

@@ -171,7 +171,7 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, inv
         x, words, scale, tensors.get("zero", scale), tensors.get("remainder", scale), tensors.get("levels", scale),
         tensors.get("order", words), x if bias is None else bias, y, partials, counters,
         x.shape[0], out, columns, _slots(weight), words.shape[0], scale.shape[0], each,
-        **_constants(weight), HAS_BIAS=bias is not None, BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, SPLIT=split,
+        **_constants(weight), HAS_BIAS=bias is not None, BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, IS_SPLIT=split > 1,
         num_warps=plan.warps, num_stages=1 if "levels" in tensors else plan.stages, enable_fp_fusion=True,
     )  # fmt: skip  # a table's levels are looked up in the first-level cache, not copied ahead
     return y
@@ -228,14 +228,15 @@ def _slots(weight: PackedWeight) -> int:
 
 
 def group_slots(weight: PackedWeight, layout: WordLayout) -> int:
-    """How many slots share a scale; of a scale for a whole row, whole chunks."""
-    scheme, columns = weight.scheme.weight, weight.shape[1]
+    """How many slots share a scale. Of a scale for a whole row, a chunk: there is no other group that a later one could
+    have, and programs are the same for every length."""
     groups = weight.tensors["scale"].shape[0]
+    if groups == 1:
+        return layout.chunk
     if "order" in weight.tensors:
         return weight.tensors["order"].numel() // groups
-    if scheme.group is None or scheme.group >= columns:
-        return -(-columns // layout.chunk) * layout.chunk
-    return scheme.group
+    assert weight.scheme.weight.group is not None
+    return weight.scheme.weight.group
 
 
 def _to_unsigned(codes: Tensor, scheme: QuantScheme) -> Tensor:

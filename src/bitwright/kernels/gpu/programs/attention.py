@@ -56,11 +56,15 @@ def _scores(even, odd, q_sum, keys, scales, rows, inside, head, HEAD: tl.constex
 def _add_values(weights, decay, mixed, other, offsets, values, scales, rows, inside, head, DTYPE: tl.constexpr,
                 HEAD: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
                 STATIC: tl.constexpr):  # fmt: skip
-    """What was mixed so far, decayed, and a tile of values by its weights: even (or all) and odd channels, offsets."""
+    """What was mixed so far, decayed, and a tile of values by its weights: even (or all) and odd channels, offsets.
+
+    A step of codes is a small part of their range; times a weight it would often be too small for float16. So all is
+    mixed larger by a power of two, with which no range of float16 gives numbers too large: see :func:`_in_units`.
+    """
     if KIND != "float":
         scale, offset = parameters_of_tokens(scales, rows, head, inside, KIND, BITS, STATIC)
         offsets = offsets * decay + tl.sum(weights * offset[None, :], axis=1)
-        weights = weights * scale[None, :]
+        weights = weights * (scale * (256.0 if KIND == "fp8" else (1 << (BITS - 2)) * 1.0))[None, :]
     weights = weights.to(DTYPE)
     numbers = _numbers(values, rows, inside, 0, HEAD, WIDTH, KIND, BITS, DTYPE)
     mixed = tl.dot(weights, numbers, mixed * decay[:, None], input_precision="ieee")
@@ -68,6 +72,16 @@ def _add_values(weights, decay, mixed, other, offsets, values, scales, rows, ins
         numbers = _numbers(values, rows, inside, 1, HEAD, WIDTH, KIND, BITS, DTYPE)
         other = tl.dot(weights, numbers, other * decay[:, None], input_precision="ieee")
     return mixed, other, offsets
+
+
+@triton.jit
+def _in_units(mixed, KIND: tl.constexpr, BITS: tl.constexpr):
+    """What :func:`_add_values` has mixed, in the size of the values."""
+    if KIND == "fp8":
+        mixed = mixed * (1.0 / 256.0)
+    elif KIND != "float":
+        mixed = mixed * (1.0 / (1 << (BITS - 2)))
+    return mixed
 
 
 @triton.jit
@@ -89,7 +103,7 @@ def _store_rows(out, at, even, odd, rows_in, HEAD: tl.constexpr, WIDTH: tl.const
         tl.store(out + at[:, None] + channel[None, :] + 1, odd.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages", "window"])
 def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, lengths, out, statistics,
            factor, kv_heads, most_pages, window, split_tokens, PAGE: tl.constexpr,
            GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -129,7 +143,8 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
             weights, decay, mixed, other, offsets, values, value_scales, rows, inside, head, even.dtype, HEAD, WIDTH,
             VALUE_KIND, VALUE_BITS, VALUE_STATIC,
         )  # fmt: skip
-    mixed, other = mixed + offsets[:, None], other + offsets[:, None]
+    mixed = _in_units(mixed, VALUE_KIND, VALUE_BITS) + offsets[:, None]
+    other = _in_units(other, VALUE_KIND, VALUE_BITS) + offsets[:, None]
     if PARTIAL:
         at = ((block.to(tl.int64) * kv_heads + head) * tl.num_programs(2) + split) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         tl.store(statistics + 2 * at, largest)
@@ -140,7 +155,7 @@ def attend(q, keys, key_scales, values, value_scales, pages, blocks, starts, len
         _store_rows(out, at * HEAD, mixed / total, other / total, rows_in, HEAD, WIDTH, VALUE_BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(parts, statistics, blocks, starts, lengths, out, kv_heads, splits, split_tokens,
             GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr,
             TOGETHER: tl.constexpr):  # fmt: skip

@@ -9,7 +9,7 @@ from bitwright.kernels.gpu.programs.weights import as_numbers, half_of_pair, wit
 __all__ = ["expand"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last", "groups"])
 def expand(words, scale, zero, remainder, levels, order, dense, first, last, n_out, columns, slots, groups,
            BITS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, WORDS: tl.constexpr,
            RUN: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,

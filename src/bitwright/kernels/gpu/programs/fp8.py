@@ -33,14 +33,15 @@ def _tokens(codes, first, at_rows, in_rows, STEP: tl.constexpr):
     return tl.load(at, mask=in_rows[None, :], other=0).to(tl.float8e4nv, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "chunks", "chunks_each"])
 def fp8_product(codes, token_scales, weight, scale, zero, bias, y, partials, counters,
                 rows, n_out, slots, groups, chunks, chunks_each,
                 BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-                HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                IS_SPLIT: tl.constexpr):  # fmt: skip
     """One tile ``[BLOCK_N, BLOCK_M]`` of ``y`` transposed. ``BITS`` 8: e4m3 weights ``[n_out, slots]``, a scale a row.
     4: words of codes whose differences from their zero points, at most 15, are e4m3 numbers as they are.
-    Where ``SPLIT`` programs have parts of it, the last to end adds them up, in the parts' order."""
+    Where several programs have parts of it, the last to end adds them up, in the parts' order."""
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -63,8 +64,8 @@ def fp8_product(codes, token_scales, weight, scale, zero, bias, y, partials, cou
                 part = tl.dot(half.to(tl.float16).to(tl.float8e4nv), here)
                 total += part * tl.load(scale + group, mask=rows_in, other=0.0).to(tl.float32)[:, None]
     is_last = True
-    if SPLIT > 1:
-        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
+    if IS_SPLIT:
+        total, is_last = add_parts(total, partials, counters, tile, split, BLOCK_N, BLOCK_M)
     if BITS == 8:
         total *= tl.load(scale + n, mask=rows_in, other=0.0).to(tl.float32)[:, None]
     total *= tl.load(token_scales + m, mask=in_rows, other=0.0)[None, :]

@@ -39,19 +39,19 @@ def _tokens(codes, first, at_rows, in_rows, STEP: tl.constexpr):
 
 
 @triton.jit
-def _store(y, total, token_scales, bias, n, m, n_out, rows, HAS_BIAS: tl.constexpr):
+def _store(y, total, token_scales, bias, n, m, n_out, rows, stride, HAS_BIAS: tl.constexpr):
     total = total * tl.load(token_scales + m, mask=m < rows, other=0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
     here = (n < n_out)[:, None] & (m < rows)[None, :]
-    tl.store(y + m.to(tl.int64)[None, :] * n_out + n[:, None], total.to(y.dtype.element_ty), mask=here)
+    tl.store(y + m.to(tl.int64)[None, :] * stride + n[:, None], total.to(y.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "chunks", "chunks_each"])
 def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, partials, counters,
             rows, n_out, slots, groups, chunks, chunks_each, chunks_of_group,
             BITS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, ZERO: tl.constexpr, SINGLE: tl.constexpr,
-            HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+            HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr):  # fmt: skip
     """One tile ``[BLOCK_N, BLOCK_M]`` of ``y`` transposed. ``SINGLE``: one group has all columns, so parts are whole
     numbers. ``SPAN`` below ``CHUNK``: several groups lie in a chunk; else a group is ``chunks_of_group`` chunks, all of
     them this program's."""
@@ -83,24 +83,24 @@ def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, 
             total += _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, groups, ZERO)
             products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     is_last = True
-    if SPLIT > 1 and SINGLE:
-        products, is_last = add_parts(products, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
-    elif SPLIT > 1:
-        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
+    if IS_SPLIT and SINGLE:
+        products, is_last = add_parts(products, partials, counters, tile, split, BLOCK_N, BLOCK_M)
+    elif IS_SPLIT:
+        total, is_last = add_parts(total, partials, counters, tile, split, BLOCK_N, BLOCK_M)
     if SINGLE:
         total = _scaled(products, scale, zero, remainder, sums, tile * 0, n, m, n_out, rows, groups, ZERO)
     if is_last:
-        _store(y, total, token_scales, bias, n, m, n_out, rows, HAS_BIAS)
+        _store(y, total, token_scales, bias, n, m, n_out, rows, n_out, HAS_BIAS)
 
 
-@triton.jit
-def scale_products(products, token_scales, sums, scale, zero, remainder, bias, y, rows, n_out,
+@triton.jit(do_not_specialize=["rows"])
+def scale_products(products, token_scales, sums, scale, zero, remainder, bias, y, rows, n_out, stride,
                    ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Products (int32 ``[rows, n_out]``) of one group to numbers."""
+    """Products (int32 ``[rows, n_out]``) of one group to numbers, in ``y`` with rows of ``stride``."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = (n < n_out)[:, None] & (m < rows)[None, :]
     found = tl.load(products + m.to(tl.int64)[None, :] * n_out + n[:, None], mask=here, other=0)
     total = _scaled(found, scale, zero, remainder, sums, tl.program_id(0) * 0, n, m, n_out, rows, 1, ZERO)
-    _store(y, total, token_scales, bias, n, m, n_out, rows, HAS_BIAS)
+    _store(y, total, token_scales, bias, n, m, n_out, rows, stride, HAS_BIAS)

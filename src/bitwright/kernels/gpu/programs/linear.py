@@ -60,17 +60,18 @@ def codes_of_runs(words, at, rows_in, RUN_INDEX: tl.constexpr, P0: tl.constexpr,
 
 
 @triton.jit
-def add_parts(total, partials, counters, tile, split,
-               SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """The sum of all programs' parts of a tile, in order, for the last of them to end; whether this is it."""
+def add_parts(total, partials, counters, tile, split, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum of the parts of a tile, one of each program along the second axis, in order, for the last of them to end;
+    whether this is it."""
+    parts = tl.num_programs(1)
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    tiles = partials + tile.to(tl.int64) * SPLIT * BLOCK_N * BLOCK_M
+    tiles = partials + tile.to(tl.int64) * parts * BLOCK_N * BLOCK_M
     tl.store(tiles + split * BLOCK_N * BLOCK_M + inner, total)
     tl.debug_barrier()
-    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+    is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == parts - 1
     if is_last:
         total = tl.load(tiles + inner, cache_modifier=".cg")
-        for part in range(1, SPLIT):
+        for part in range(1, parts):
             total += tl.load(tiles + part * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
         tl.store(counters + tile, 0)
     return total, is_last
@@ -78,12 +79,12 @@ def add_parts(total, partials, counters, tile, split,
 
 @triton.jit
 def _finish(y, total, partials, counters, bias, n, m, n_out, rows, tile, split,
-            SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+            IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Store a tile; where several programs have parts of it, the last to end adds them up, in the parts' order."""
     here = (n < n_out)[:, None] & (m < rows)[None, :]
     is_last = True
-    if SPLIT > 1:
-        total, is_last = add_parts(total, partials, counters, tile, split, SPLIT, BLOCK_N, BLOCK_M)
+    if IS_SPLIT:
+        total, is_last = add_parts(total, partials, counters, tile, split, BLOCK_N, BLOCK_M)
     if is_last:
         if HAS_BIAS:
             total += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
@@ -102,13 +103,13 @@ def zero_points(zero, group, rows_in, BITS: tl.constexpr, ZERO: tl.constexpr):
     return offset[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "groups", "chunks_each"])
 def linear(x, words, scale, zero, remainder, levels, order, bias, y, partials, counters,
            rows, n_out, columns, slots, chunks, groups, chunks_each,
            BITS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, WORDS: tl.constexpr,
            RUN: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
            KIND: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+           BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr):  # fmt: skip
     """One tile ``[BLOCK_N, BLOCK_M]`` of ``y`` transposed, over ``chunks_each`` chunks of columns.
 
     ``GROUP`` columns share a scale; ``SPAN`` divides it and ``CHUNK``.
@@ -142,4 +143,4 @@ def linear(x, words, scale, zero, remainder, levels, order, bias, y, partials, c
                 if ZERO == "float":
                     part -= tl.load(remainder + group, mask=rows_in, other=0.0)[:, None] * sums[None, :]
                 total += part * tl.load(scale + group, mask=rows_in, other=0.0).to(tl.float32)[:, None]
-    _finish(y, total, partials, counters, bias, n, m, n_out, rows, tile, split, SPLIT, HAS_BIAS, BLOCK_N, BLOCK_M)
+    _finish(y, total, partials, counters, bias, n, m, n_out, rows, tile, split, IS_SPLIT, HAS_BIAS, BLOCK_N, BLOCK_M)
