@@ -64,7 +64,10 @@ def cached(name: str, new: int, length: int, dtype: torch.dtype = torch.float16,
 
 
 def gated(dtype: torch.dtype) -> Callable[[], None]:
-    return lambda: gates.silu_multiply(*torch.zeros(2, 2 * IN, dtype=dtype).chunk(2, dim=-1)) and None
+    def work() -> None:
+        gates.silu_multiply(*torch.zeros(2, 2 * IN, dtype=dtype).chunk(2, dim=-1))
+
+    return work
 
 
 def normed(columns: int, dtype: torch.dtype = torch.float16) -> Callable[[], None]:
