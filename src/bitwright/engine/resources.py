@@ -14,11 +14,10 @@ from bitwright.core.kv_scheme import KVScheme
 from bitwright.core.memory import machine_memory
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.settings import read_settings
-from bitwright.formats.directory import find_file
 from bitwright.kernels import native_library
 from bitwright.kernels.gpu import library
 from bitwright.models import decoder_cuda, decoder_native, decoder_torch, hf
-from bitwright.models.coded_tokenizers import VOCABULARIES
+from bitwright.models.coded_tokenizers import has_vocabulary
 from bitwright.models.decoder import Decoder, read_shape
 from bitwright.models.decoder_cuda import CudaDecoder
 from bitwright.models.decoder_native import NativeDecoder
@@ -115,8 +114,7 @@ def _load(model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None) -> t
         raise ArgumentError("BW201", what, suggestion="accepted: a directory, an id, or what bitwright.load gives")
     elif tokenizer is None and model.name_or_path:
         directory = Path(model.name_or_path)
-        if any(find_file(directory, name) for name in ("tokenizer.json", *VOCABULARIES)):
-            tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory) if has_vocabulary(directory) else None
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

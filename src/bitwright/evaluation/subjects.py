@@ -27,7 +27,8 @@ __all__ = ["ModelLike", "Subject", "check_tokenizers", "choose_window", "find_su
 
 ModelLike = str | Path | tuple[str, nn.Module]
 WINDOW = 512  # tokens, unless asked otherwise or a model's context is smaller
-TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt")  # looked at where there is no tokenizer.json
+# Looked at where there is no tokenizer.json.
+TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "qwen.tiktoken")
 # Which texts these fields allow differs with how a tokenizer was last called, not with what it is.
 VOLATILE_FIELDS = ("truncation", "padding")
 

@@ -13,12 +13,13 @@ from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.fused import find_family
 from bitwright.models import qwen_vocabulary
 
-__all__ = ["VOCABULARIES", "Description", "describe_coded"]
+__all__ = ["VOCABULARIES", "Description", "describe_coded", "has_vocabulary"]
 
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     qwen_vocabulary.VOCABULARY: qwen_vocabulary.describe_tokenizer,
 }
 VOCABULARIES = tuple(READERS)
+CLASSES = {"QWenTokenizer": "qwen", "InternLM2Tokenizer": "internlm2", "InternLM2TokenizerFast": "internlm2"}
 WHOLE = "tokenizer.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 LIMIT = 64 << 20
@@ -32,18 +33,28 @@ class Description:
     settings: Mapping[str, Any]
 
 
+def has_vocabulary(directory: Path) -> bool:
+    """Whether the directory of a model holds a whole tokenizer, or what is read in the place of its code.
+
+    Raises:
+        BitwrightError: BW310 if that is a link out of the directory.
+    """
+    return any(find_file(directory, name) is not None for name in (WHOLE, *VOCABULARIES))
+
+
 def describe_coded(directory: Path) -> Description | None:
-    """The tokenizer of a model whose family brings code for it; ``None`` for other models, and where settings that
-    somebody has put there are of a tokenizer that transformers has.
+    """The tokenizer of a model that brings code for it, by the name of its class or else the model's family; ``None``
+    for other tokenizers.
 
     A ``tokenizer.json`` that somebody has put beside the code counts before the vocabulary that the code reads.
 
     Raises:
         BitwrightError: BW310 if a file is a link out of the directory, BW312 if one cannot be read, or there is none.
     """
-    family = find_family(_read(directory, "config.json"))
     settings = _read(directory, "tokenizer_config.json")
-    if family is None or ("tokenizer_class" in settings and "auto_map" not in settings):
+    named_class = settings.get("tokenizer_class")
+    family = CLASSES.get(named_class) if isinstance(named_class, str) else find_family(_read(directory, "config.json"))
+    if family is None:
         return None
     whole = find_file(directory, WHOLE)
     if whole is not None:

@@ -49,7 +49,7 @@ SIZE_FIELDS = (
     "head_dim", "max_position_embeddings", "n_embd", "n_head", "n_positions", "n_inner", "ffn_dim",
 )  # fmt: skip
 BUILDING = threading.Lock()  # two threads that replace and restore one method would leave a replacement behind
-TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", *VOCABULARIES)
 
 

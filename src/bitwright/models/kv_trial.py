@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bitwright.core.errors import Notice
 from bitwright.core.kv_scheme import KVScheme
+from bitwright.models.coded_tokenizers import has_vocabulary
 from bitwright.models.empty_cache import EmptyCache
 from bitwright.models.hf import PreTrainedModel, Tokenizer, context_length, load_tokenizer
 from bitwright.models.kv_safety import (
@@ -89,8 +89,7 @@ def observe_model(model: PreTrainedModel, tokens: Sequence[int]) -> dict[Side, l
 
 
 def _text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:
-    directory = model.name_or_path
-    if tokenizer is None and directory and os.path.isfile(os.path.join(directory, "tokenizer.json")):
-        tokenizer = load_tokenizer(Path(directory))
+    if tokenizer is None and model.name_or_path and has_vocabulary(Path(model.name_or_path)):
+        tokenizer = load_tokenizer(Path(model.name_or_path))
     weight: Any = model.get_input_embeddings().weight
     return sample_tokens(len(weight), context_length(model.config), tokenizer)

@@ -29,6 +29,7 @@ __all__ = ["COMPANIONS", "check_companions", "finish_checkpoint", "shard_name", 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE",
+    "qwen.tiktoken",
 )  # fmt: skip
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import bitwright
+from bitwright.cli.app import run
 from bitwright.compat.dashinfer.adaptation import adapt
 from bitwright.compat.qwen import AutoModelForCausalLM, AutoTokenizer
 from bitwright.core.errors import Notice
+from bitwright.evaluation.comparison import evaluate
 from bitwright.models.quantized import QuantizedLinear
+from tests.models.fused_models import QWEN, saved
+from tests.models.vocabularies import learned_ranks, write_qwen
 
 
 @pytest.mark.parametrize(("name", "bits"), [("Int4", 4), ("Int8", 8)])
@@ -45,3 +49,22 @@ def test_its_numbers_are_chosen_as_dashinfer_does(first_qwen: dict[str, Path]) -
     chosen = adapt(first_qwen["Int4"])
     assert chosen.mode == "A8W4" and "model.layers.1.self_attn.v_proj" in chosen.schemes
     assert adapt(first_qwen["Int4"], weight_only_quant=True).mode == "A16W4"
+
+
+def test_it_is_evaluated_and_generates_with_its_own_vocabulary(first_qwen: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 60)
+    result = evaluate([first_qwen["Int8"]], text=str(tmp_path / "text.txt"), seqlen=64, probes=False)
+    assert result.rows[0].perplexity > 1
+    assert bitwright.generate(first_qwen["Int8"], "Hi", max_tokens=3, kv_cache="int8")
+    assert run(["inspect", str(first_qwen["Int8"]), "--kernels"]) == 0
+
+
+def test_quantized_it_keeps_its_vocabulary(tmp_path: Path) -> None:
+    """The float model, whose quantized form is called a Qwen2."""
+    directory, _ = saved(tmp_path / "f", QWEN, vocab_size=960)
+    config = (directory / "config.json").read_text()
+    write_qwen(directory, learned_ranks(700, 0), chat_format="chatml")
+    (directory / "config.json").write_text(config)
+    bitwright.quantize(directory, tmp_path / "q", scheme="w4g32", algorithm="rtn")
+    before, after = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(tmp_path / "q")
+    assert after.encode("The cat") == before.encode("The cat") and after.chat_template == before.chat_template
