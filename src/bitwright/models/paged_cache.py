@@ -5,8 +5,10 @@ Which page belongs to whom is the engine's business; here lie the numbers, and h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from bitwright.core.kv_scheme import KVCode, KVScheme, code_bytes
 __all__ = ["PAGE", "CacheShape", "PagedCache", "refuse_scheme"]
 
 PAGE = 32  # tokens of a page
+LINE = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +96,10 @@ class PagedCache:
         return numbers, packed, scales
 
     def _zeros(self, width: int, dtype: torch.dtype) -> Tensor:
-        count = self.page_count if width else 0
-        return torch.zeros((count, self.shape.kv_heads, PAGE, width), dtype=dtype, device=self._device)
+        size = (self.page_count if width else 0, self.shape.kv_heads, PAGE, width)
+        if self._device is None or self._device.type == "cpu":
+            return _untouched_zeros(size, dtype)
+        return torch.zeros(size, dtype=dtype, device=self._device)
 
     def is_rotated(self, layer: int) -> bool:
         """Whether a product is part of coding, whose sums may depend on how many rows it has."""
@@ -177,3 +182,12 @@ class PagedCache:
         """How much memory all pages take."""
         every = [self.keys, self.values, self.key_codes, self.value_codes, self.key_scale, self.value_scale]
         return sum(tensor.nbytes for tensors in every for tensor in tensors)
+
+
+def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory where they are written to: a cache has room for what may come, most of which
+    does not. They begin at a whole line of the processor's cache, as torch's do; torch would write every zero."""
+    count = math.prod(size) * dtype.itemsize
+    room = np.zeros(count + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return torch.from_numpy(room[start : start + count]).view(dtype).view(size)
