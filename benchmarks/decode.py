@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.command import told_command
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint
@@ -263,6 +264,24 @@ def render(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def remember(file: Path, rows: list[Row]) -> None:
+    """Add a run to the record, in the place of an earlier one of the same model, threads and engines."""
+    run = {
+        "command": told_command("benchmarks.decode"),
+        "processor": platform.processor() or platform.machine(),
+        "load_average": os.getloadavg()[0],
+        "rows": [asdict(row) for row in rows],
+    }
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
+    others = [each for each in runs if _what(each) != _what(run)]
+    file.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n", encoding="utf-8")
+
+
+def _what(run: dict[str, Any]) -> list[Any]:
+    first = run["rows"][0]
+    return [first["shape"], first["scheme"], first["threads"], [row["engine"] for row in run["rows"][1:]]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True)
@@ -273,24 +292,16 @@ def main() -> None:
     parser.add_argument("--threads", nargs="*", type=int, default=[2, 1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help="of each engine, of which the median counts")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="a record that every run is added to")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
     for name in args.shapes:
         for scheme in args.schemes:
             for threads in args.threads:
-                found = measure(args, name, scheme, threads)
-                rows += found
-                print(render(found), flush=True)
-    if args.json:
-        record = {
-            "command": told_command("benchmarks.decode"),
-            "processor": platform.processor() or platform.machine(),
-            "load_average": os.getloadavg()[0],
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                rows = measure(args, name, scheme, threads)
+                print(render(rows), flush=True)
+                if args.json:
+                    remember(args.json, rows)
 
 
 if __name__ == "__main__":
