@@ -8,6 +8,8 @@
 namespace bitwright {
 namespace {
 
+constexpr int64_t FEW_PIECES = 64;  // are put together in less time than another thread takes to begin
+
 thread_local Scratch scratch;
 
 struct Writing {
@@ -107,7 +109,7 @@ int attend(const bw_pages& pages, const bw_batch& b, const float* queries, int64
     parallel(threads, pieces, (pieces + 8 * threads - 1) / (8 * threads), [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->attend(static_cast<bw_attention_job*>(context), BW_PHASE_PIECES, first, last);
     }, &job);
-    parallel(threads, count, 1, [](void* context, int64_t first, int64_t last, int) {
+    parallel(pieces < FEW_PIECES ? 1 : threads, count, 1, [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->attend(static_cast<bw_attention_job*>(context), BW_PHASE_FOLDED, first, last);
     }, &job);
     return BW_OK;

@@ -3,13 +3,14 @@
  * A row is one token's query of one head. Its result is made of the chunks that it sees, each computed by itself (scores,
  * the largest, exponentials, weighted sum), folded from first to last into spans of BW_SPAN chunks, and those again, every
  * sum in one fixed order. So a row does not depend on the rows beside it, on how spans were dealt out to threads, nor on
- * how the prompt was cut. */
+ * how the prompt was cut. Scores are in bits: queries are multiplied by log2(e), weights are powers of two. */
 
 constexpr float UNSEEN = -3.0e38f;             /* a score that no sum sees */
+constexpr float BITS_OF_E = 1.44269504f;       /* log2(e) */
 constexpr int GROUPS = BW_CHUNK / BW_LANES;    /* of tokens that lie one after the other in a page */
 
 /* The bytes of a token's head, or of some of its numbers. */
-template <int CODE> INLINE int64_t stored_bytes(int64_t numbers) {
+template <int CODE> INLINE constexpr int64_t stored_bytes(int64_t numbers) {
     return CODE == BW_FLOAT32 ? 4 * numbers : CODE == BW_INT8 ? numbers : CODE == BW_INT4 ? numbers / 2 : 2 * numbers;
 }
 
@@ -22,17 +23,24 @@ template <int CODE> INLINE int64_t padded_dimension(int64_t dimension) {
 /* A chunk as a tile of rows sees it. */
 struct AttentionChunk {
     int64_t first, count; /* tokens of the context */
+    int64_t asked;        /* the first token of the chunk that was asked for while the one before it was computed */
     int64_t key_bytes, value_bytes;
-    const char *keys[GROUPS], *values[GROUPS], *later_keys[GROUPS]; /* later: of the next chunk, or null */
+    const char *keys[GROUPS], *values[GROUPS];
+    const char *later_keys[GROUPS], *later_values[GROUPS]; /* in their places in the next chunk, or these where it ends */
     alignas(64) float key_scale[BW_CHUNK], key_least[BW_CHUNK], value_scale[BW_CHUNK], value_least[BW_CHUNK];
 
     INLINE const char* key(int64_t j) const { return keys[j / BW_LANES] + j % BW_LANES * key_bytes; }
     INLINE const char* value(int64_t j) const { return values[j / BW_LANES] + j % BW_LANES * value_bytes; }
-    /* What is read next, after the keys of a group: its values, and the keys in its place in the next chunk. */
-    INLINE void look_ahead(int64_t group) const {
-        for (int64_t at = 0; at < BW_LANES * value_bytes; at += 64) __builtin_prefetch(values[group] + at, 0, 2);
-        for (int64_t at = 0; later_keys[group] && at < BW_LANES * key_bytes; at += 64)
-            __builtin_prefetch(later_keys[group] + at, 0, 2);
+    /* What is asked for while these are computed. */
+    INLINE const char* later_key(int64_t j) const { return later_keys[j / BW_LANES] + j % BW_LANES * key_bytes; }
+    INLINE const char* later_value(int64_t j) const { return later_values[j / BW_LANES] + j % BW_LANES * value_bytes; }
+    /* All of it at once, if that did not happen yet. */
+    INLINE void ask() {
+        for (int group = 0; asked != first && group < GROUPS; group++)
+            for (int64_t at = 0; at < BW_LANES * key_bytes; at += 64) __builtin_prefetch(keys[group] + at, 0, 2);
+        for (int group = 0; asked != first && group < GROUPS; group++)
+            for (int64_t at = 0; at < BW_LANES * value_bytes; at += 64) __builtin_prefetch(values[group] + at, 0, 2);
+        asked = first + BW_CHUNK;
     }
 };
 
@@ -42,15 +50,26 @@ struct AttentionRows {
     alignas(64) float scores[BW_ROWS * BW_CHUNK];
     alignas(64) float largest[BW_ROWS], weight[BW_ROWS], offset[BW_ROWS];
     float query_sum[BW_ROWS], query_scale[BW_ROWS], query_rest[BW_ROWS]; /* over codes */
+    int64_t position[BW_ROWS];            /* of the row's token in its context */
     int64_t least[BW_ROWS], end[BW_ROWS]; /* of the tokens of the chunk that a row sees */
     alignas(64) float values[BW_ROWS * BW_MOST_DIMENSION];
 };
 
-/* The number of a context's token among those of all pages. */
-INLINE int64_t place_of(const bw_attention_job& job, const bw_tile& tile, int64_t token) {
-    const bw_pages& p = *job.pages;
-    int64_t page = job.batch->pages[tile.sequence * job.batch->most_pages + token / p.page];
-    return (page * p.heads + tile.head) * p.page + token % p.page;
+/* The number of a context's token among those of all pages, which have 2^shift tokens. */
+INLINE int64_t place_of(const bw_attention_job& job, const bw_tile& tile, int64_t token, int shift) {
+    int64_t page = job.batch->pages[tile.sequence * job.batch->most_pages + (token >> shift)];
+    return ((page * job.pages->heads + tile.head) << shift) + (token & ((int64_t{1} << shift) - 1));
+}
+
+/* 2^x of numbers up to 0, to two units in the last place: 2^n times a polynomial in what remains, within (-1/2, 1/2),
+ * of the least relative error (2e-9) among those that are 1 at 0. */
+INLINE F power_of_two(F x) {
+    x = max_f(x, set_f(-126.0f));
+    I n = round_to_i(x);
+    F r = sub_f(x, to_f(n)), p = set_f(1.53533620e-4f);
+    static const float FACTORS[] = {1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 0.240226477f, 0.693147182f, 1.0f};
+    for (float c : FACTORS) p = multiply_add(p, r, set_f(c));
+    return bits_to_f(add_i(bits_to_i(p), shift_left<23>(n)));
 }
 
 INLINE void read_scales(const float* __restrict pairs, float* __restrict scale, float* __restrict least) {
@@ -64,16 +83,17 @@ INLINE void read_scales(const float* __restrict pairs, float* __restrict scale, 
 template <int KEY, int VALUE>
 INLINE void find_chunk(const bw_attention_job& job, const bw_tile& tile, AttentionChunk& chunk) {
     const bw_pages& p = *job.pages;
+    int shift = __builtin_ctzll((uint64_t)p.page);
     chunk.key_bytes = stored_bytes<KEY>(p.dimension);
     chunk.value_bytes = stored_bytes<VALUE>(p.dimension);
     for (int64_t group = 0, at = 0; group < GROUPS; group++) {
         int64_t token = chunk.first + group * BW_LANES, later = token + BW_CHUNK;
-        if (token < tile.context) at = place_of(job, tile, token);
+        if (token < tile.context) at = place_of(job, tile, token, shift);
         chunk.keys[group] = (const char*)p.keys + at * chunk.key_bytes;
         chunk.values[group] = (const char*)p.values + at * chunk.value_bytes;
-        chunk.later_keys[group] = nullptr;
-        int64_t next = later < tile.context ? place_of(job, tile, later) : at;
-        if (later < tile.context) chunk.later_keys[group] = (const char*)p.keys + next * chunk.key_bytes;
+        int64_t next = later < tile.context ? place_of(job, tile, later, shift) : at;
+        chunk.later_keys[group] = (const char*)p.keys + next * chunk.key_bytes;
+        chunk.later_values[group] = (const char*)p.values + next * chunk.value_bytes;
         if constexpr (KEY >= BW_INT8) {
             for (int i = 0; i < 2 * BW_LANES; i += BW_LANES) {
                 __builtin_prefetch(p.key_scale + 2 * next + i, 0, 2);
@@ -107,7 +127,7 @@ INLINE void weigh_row(AttentionRows& rows, int64_t row) {
     }
     float largest = lane_most(high);
     for (int64_t j = 0; j < whole; j += BW_LANES) {
-        F v = exponential(sub_f(load_f(s + j), set_f(largest)));
+        F v = power_of_two(sub_f(load_f(s + j), set_f(largest)));
         store_f(s + j, v);
         sum = add_f(sum, seen_part(s, j, least, end));
     }
@@ -136,13 +156,15 @@ struct AttentionTotals {
     INLINE void fold(int64_t count, const float* next_largest, const float* next_weight, const float* next, int64_t stride) {
         alignas(64) float keep[BW_ROWS], take[BW_ROWS];
         F before = load_f(largest), now = load_f(next_largest), most = max_f(before, now);
-        store_f(keep, exponential(sub_f(before, most)));
-        store_f(take, exponential(sub_f(now, most)));
+        store_f(keep, power_of_two(sub_f(before, most)));
+        store_f(take, power_of_two(sub_f(now, most)));
         store_f(largest, most);
         store_f(weight, multiply_add(load_f(next_weight), load_f(take), mul_f(load_f(weight), load_f(keep))));
         for (int64_t row = 0; row < count; row++)
-            for (int64_t d = row * stride; d < (row + 1) * stride; d += BW_LANES)
-                store_f(values + d, multiply_add(load_f(next + d), set_f(take[row]), mul_f(load_f(values + d), set_f(keep[row]))));
+            for (int64_t d = row * stride; d < (row + 1) * stride; d += BW_LANES) {
+                F kept = mul_f(load_f(values + d), set_f(keep[row]));
+                store_f(values + d, multiply_add(load_f(next + d), set_f(take[row]), kept));
+            }
     }
 };
 
@@ -154,53 +176,97 @@ struct AttentionRoom {
     AttentionTotals span;
 };
 
-template <int VALUE>
-INLINE void write_attention(const bw_attention_job& job, const bw_tile& tile, int64_t row, float weight, const float* totals) {
-    int64_t dimension = job.pages->dimension, group = job.heads / job.pages->heads, at = tile.first + row;
-    int64_t token = job.batch->starts[tile.sequence] + at / group, head = tile.head * group + at % group;
-    float *output = job.output + (token * job.heads + head) * dimension, ordered[BW_MOST_DIMENSION];
-    if constexpr (VALUE >= BW_INT8) {
-        for (int64_t d = 0; d < dimension; d++) ordered[d] = totals[value_place<VALUE>(d)];
-        totals = ordered;
+/* Heads [count][stride] turned as turn_head turns each of them, bit for bit; of heads of whole vectors 16 vectors at once. */
+APART void turn_rows(float* rows, int64_t count, int64_t dimension, int64_t stride) {
+    int64_t block = dimension & -dimension, per_row = dimension / BW_LANES;
+    for (int64_t row = 0; block < BW_LANES && row < count; row++) turn_head(rows + row * stride, dimension);
+    if (block < BW_LANES) return;
+    for (int64_t first = 0; first < count * per_row; first += BW_LANES) {
+        I v[BW_LANES]; /* pairs of numbers in a vector are pairs of vectors once they are transposed */
+        auto place = [&](int64_t i) INLINE_LAMBDA { return rows + i / per_row * stride + i % per_row * BW_LANES; };
+        for (int64_t i = 0; i < BW_LANES; i++) v[i] = first + i < count * per_row ? load_i(place(first + i)) : set_i(0);
+        transpose(v);
+        for_each<4>([&](auto stage) INLINE_LAMBDA {
+            UNROLL
+            for (int i = 0; i < BW_LANES / 2; i++) {
+                int at = i % (1 << stage) + (i >> stage << (stage + 1)), other = at + (1 << stage);
+                F a = bits_to_f(v[at]), b = bits_to_f(v[other]);
+                v[at] = bits_to_i(add_f(a, b));
+                v[other] = bits_to_i(sub_f(a, b));
+            }
+        });
+        transpose(v);
+        for (int64_t i = 0; i < BW_LANES && first + i < count * per_row; i++) store_i(place(first + i), v[i]);
     }
-    for_vectors(dimension, [&](int64_t d, int64_t count) INLINE_LAMBDA {
-        store_part(output, d, BW_FLOAT32, count, div_f(load_part(totals, d, BW_FLOAT32, count), set_f(weight)));
-    });
-    if (job.pages->value_rotated) turn_head(output, dimension);
+    F factor = set_f(1.0f / __builtin_sqrtf((float)block));
+    for (float* row = rows; row < rows + count * stride; row += stride) {
+        for (int64_t half = BW_LANES; half < block; half *= 2)
+            for (int64_t first = 0; first < dimension; first += 2 * half)
+                for (int64_t i = first; i < first + half; i += BW_LANES) {
+                    F a = load_f(row + i), b = load_f(row + i + half);
+                    store_f(row + i, add_f(a, b));
+                    store_f(row + i + half, sub_f(a, b));
+                }
+        for (int64_t i = 0; i < dimension; i += BW_LANES) store_f(row + i, mul_f(load_f(row + i), factor));
+    }
+}
+
+/* All rows of a tile, turned back where values are turned. */
+template <int VALUE> INLINE void write_rows(const bw_attention_job& job, const bw_tile& tile, AttentionTotals& totals) {
+    int64_t dimension = job.pages->dimension, group = job.heads / job.pages->heads, stride = padded_dimension<VALUE>(dimension);
+    int32_t places[SLAB]; /* of the numbers of a slab */
+    for (int32_t d = 0; VALUE >= BW_INT8 && d < SLAB; d++) places[d] = value_place<VALUE>(d);
+    for (int64_t row = 0; row < tile.rows; row++) {
+        float *own = totals.values + row * stride, ordered[SLAB];
+        for (int64_t slab = 0; VALUE >= BW_INT8 && slab < stride; slab += SLAB) {
+            for (int d = 0; d < SLAB; d++) ordered[d] = own[slab + places[d]];
+            memcpy(own + slab, ordered, sizeof ordered);
+        }
+        for (int64_t d = 0; d < stride; d += BW_LANES) store_f(own + d, div_f(load_f(own + d), set_f(totals.weight[row])));
+    }
+    if (job.pages->value_rotated) turn_rows(totals.values, tile.rows, dimension, stride);
+    for (int64_t row = 0; row < tile.rows; row++) {
+        int64_t at = tile.first + row, token = job.batch->starts[tile.sequence] + at / group;
+        float* output = job.output + (token * job.heads + tile.head * group + at % group) * dimension;
+        memcpy(output, totals.values + row * stride, sizeof(float) * (size_t)dimension);
+    }
 }
 
 template <int KEY> INLINE void read_queries(const bw_attention_job& job, const bw_tile& tile, AttentionRoom& room) {
     AttentionRows& rows = room.rows;
     int64_t dimension = job.pages->dimension, stride = padded_dimension<KEY>(dimension), group = job.heads / job.pages->heads;
+    room.chunk.asked = -1;
     memset(rows.queries, 0, sizeof(float) * (size_t)(tile.rows * stride));
     for (int64_t row = 0; row < tile.rows; row++) {
         int64_t at = tile.first + row, token = job.batch->starts[tile.sequence] + at / group;
         const float* from = job.queries + (token * job.heads + tile.head * group + at % group) * dimension;
+        rows.position[row] = job.batch->positions[token];
+        memcpy(rows.queries + row * stride, from, sizeof(float) * (size_t)dimension);
+    }
+    if (job.pages->key_rotated) turn_rows(rows.queries, tile.rows, dimension, stride);
+    for (int64_t row = 0; row < tile.rows; row++) {
         float* to = rows.queries + row * stride;
         F sum = set_f(0.0f);
-        memcpy(to, from, sizeof(float) * (size_t)dimension);
-        if (job.pages->key_rotated) turn_head(to, dimension);
         for (int64_t d = 0; d < stride; d += BW_LANES) {
-            F v = mul_f(load_f(to + d), set_f(job.scale));
+            F v = mul_f(load_f(to + d), set_f(job.scale * BITS_OF_E));
             store_f(to + d, v);
             sum = add_f(sum, v);
         }
         rows.query_sum[row] = lane_sum(sum);
         if constexpr (KEY >= BW_INT8) { /* what rounding took off meets a code of middle size */
             float rest;
-            rows.query_scale[row] = code_queries<KEY>(to, dimension, room.codes.queries + row * stride / 2, &rest);
+            uint32_t* pairs = room.codes.queries + row / CODED_ROWS * CODED_ROWS * stride / 2 + row % CODED_ROWS;
+            rows.query_scale[row] = code_queries<KEY>(to, dimension, pairs, &rest);
             rows.query_rest[row] = rest * middle_code<KEY>();
         }
     }
 }
 
 /* Which tokens of the chunk each row sees; whether any does. */
-INLINE bool find_limits(const bw_attention_job& job, const bw_tile& tile, const AttentionChunk& chunk, AttentionRows& rows) {
-    int64_t group = job.heads / job.pages->heads;
+INLINE bool find_limits(const AttentionChunk& chunk, int64_t count, int64_t window, AttentionRows& rows) {
     bool is_seen = false;
-    for (int64_t row = 0; row < tile.rows; row++) {
-        int64_t position = job.batch->positions[job.batch->starts[tile.sequence] + (tile.first + row) / group];
-        int64_t end = position + 1 - chunk.first, least = job.window ? end - job.window : 0;
+    for (int64_t row = 0; row < count; row++) {
+        int64_t end = rows.position[row] + 1 - chunk.first, least = window ? end - window : 0;
         rows.end[row] = end < 0 ? 0 : end < chunk.count ? end : chunk.count;
         rows.least[row] = least < 0 ? 0 : least;
         if (rows.least[row] >= rows.end[row]) rows.least[row] = rows.end[row] = 0;
@@ -211,8 +277,8 @@ INLINE bool find_limits(const bw_attention_job& job, const bw_tile& tile, const 
 
 template <int KEY, int VALUE> INLINE void attend_chunk(AttentionRoom& room, int64_t count, int64_t dimension) {
     if constexpr (KEY >= BW_INT8) {
-        if (dimension % SLAB == 0) return attend_coded_chunk<KEY, VALUE, true>(room.chunk, room.rows, room.codes, count, dimension);
-        return attend_coded_chunk<KEY, VALUE, false>(room.chunk, room.rows, room.codes, count, dimension);
+        auto attend = dimension % SLAB ? attend_coded_chunk<KEY, VALUE, false> : attend_coded_chunk<KEY, VALUE, true>;
+        attend(room.chunk, room.rows, room.codes, count, dimension);
     } else {
         if (dimension % BW_LANES == 0) return attend_float_chunk<KEY, true>(room.chunk, room.rows, count, dimension);
         attend_float_chunk<KEY, false>(room.chunk, room.rows, count, dimension);
@@ -228,8 +294,9 @@ void attend_span(const bw_attention_job& job, const bw_tile& tile, int64_t span,
     for (int64_t c = begin < tile.first_chunk ? tile.first_chunk : begin; c < end; c++) {
         room.chunk.first = c * BW_CHUNK;
         room.chunk.count = tile.context - room.chunk.first < BW_CHUNK ? tile.context - room.chunk.first : BW_CHUNK;
-        if (!find_limits(job, tile, room.chunk, room.rows)) continue;
+        if (!find_limits(room.chunk, tile.rows, job.window, room.rows)) continue;
         find_chunk<KEY, VALUE>(job, tile, room.chunk);
+        room.chunk.ask();
         attend_chunk<KEY, VALUE>(room, tile.rows, dimension);
         room.span.fold(tile.rows, room.rows.largest, room.rows.weight, room.rows.values, stride);
     }
@@ -248,8 +315,7 @@ template <int KEY, int VALUE> void attend_whole(const bw_attention_job& job, int
             attend_span<KEY, VALUE>(job, tile, span, room);
             totals.fold(tile.rows, room.span.largest, room.span.weight, room.span.values, stride);
         }
-        for (int64_t row = 0; row < tile.rows; row++)
-            write_attention<VALUE>(job, tile, row, totals.weight[row], totals.values + row * stride);
+        write_rows<VALUE>(job, tile, totals);
     }
 }
 
@@ -282,8 +348,7 @@ template <int VALUE> void attend_folded(const bw_attention_job& job, int64_t fir
             const float* part = job.parts + piece * BW_ROWS * (stride + 2);
             totals.fold(tile.rows, part, part + BW_ROWS, part + 2 * BW_ROWS, stride);
         }
-        for (int64_t row = 0; row < tile.rows; row++)
-            write_attention<VALUE>(job, tile, row, totals.weight[row], totals.values + row * stride);
+        write_rows<VALUE>(job, tile, totals);
     }
 }
 

@@ -13,16 +13,19 @@ template <int CODE, bool IS_WHOLE> INLINE F stored_vector(const char* row, int64
 
 /* Products of COUNT rows with all keys of a chunk. */
 template <int KEY, int COUNT, bool IS_WHOLE>
-INLINE void score_rows(const AttentionChunk& chunk, const float* queries, int64_t dimension, bool looks_ahead, float* scores) {
+INLINE void score_rows(const AttentionChunk& chunk, const float* queries, int64_t dimension, float* scores) {
+    constexpr int64_t BYTES = ATTENTION_BLOCK * stored_bytes<KEY>(BW_LANES); /* that a step reads, and asks for */
     int64_t stride = padded_dimension<KEY>(dimension);
     for (int64_t j = 0; j < chunk.count; j += ATTENTION_BLOCK) {
         const char* rows = chunk.key(j);
-        if (looks_ahead && j % BW_LANES == 0) chunk.look_ahead(j / BW_LANES);
+        const char* later = chunk.later_key(j);
         F sums[BW_LANES];
         UNROLL
         for (int i = 0; i < BW_LANES; i++) sums[i] = set_f(0.0f);
         for (int64_t d = 0; d < dimension; d += BW_LANES) {
             F keys[ATTENTION_BLOCK];
+            UNROLL
+            for (int64_t at = 0; at < BYTES; at += 64) __builtin_prefetch(later + d / BW_LANES * BYTES + at, 0, 2);
             UNROLL
             for (int i = 0; i < ATTENTION_BLOCK; i++)
                 keys[i] = stored_vector<KEY, IS_WHOLE>(rows + i * stored_bytes<KEY>(dimension), d, dimension);
@@ -45,8 +48,10 @@ INLINE void add_vectors(const AttentionChunk& chunk, const float* weights, int64
     UNROLL
     for (int i = 0; i < COUNT * WIDTH; i++) part[i] = load_f(sums + i / WIDTH * stride + d + i % WIDTH * BW_LANES);
     for (int64_t j = first; j < last; j++) {
-        const char* row = chunk.value(j);
+        const char *row = chunk.value(j), *later = chunk.later_value(j) + stored_bytes<VALUE>(d);
         F values[WIDTH];
+        UNROLL
+        for (int64_t at = 0; at < stored_bytes<VALUE>(WIDTH * BW_LANES); at += 64) __builtin_prefetch(later + at, 0, 2);
         UNROLL
         for (int i = 0; i < WIDTH; i++) values[i] = stored_vector<VALUE, IS_WHOLE>(row, d + i * BW_LANES, dimension);
         UNROLL
@@ -74,7 +79,7 @@ template <int CODE, int COUNT, bool IS_WHOLE>
 void attend_float_rows(const AttentionChunk& chunk, AttentionRows& rows, int first, int64_t dimension) {
     int64_t stride = padded_dimension<CODE>(dimension);
     float *sums = rows.values + first * stride, *scores = rows.scores + first * BW_CHUNK;
-    score_rows<CODE, COUNT, IS_WHOLE>(chunk, rows.queries + first * stride, dimension, first == 0, scores);
+    score_rows<CODE, COUNT, IS_WHOLE>(chunk, rows.queries + first * stride, dimension, scores);
     int64_t begin = chunk.count, together = chunk.count;
     for (int row = first; row < first + COUNT; row++) {
         weigh_row(rows, row);
