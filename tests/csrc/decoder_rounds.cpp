@@ -17,7 +17,7 @@ Bytes numbers(int64_t count, bool are_any) {
 
 /* Several sequences with new tokens, whose pages are all different. */
 struct Sequences {
-    std::vector<int32_t> starts{0}, positions, lengths, pages;
+    Array<int32_t> starts{0}, positions, lengths, pages;
     int64_t most = 1, count;
 
     Sequences(int64_t page, int64_t page_count) : count(draw(1, 3)) {
@@ -37,8 +37,8 @@ struct Sequences {
     }
     /* Makes one number wrong; some wrong numbers are sound by chance, and some do no harm. */
     void spoil() {
-        std::vector<int32_t>* all[] = {&starts, &positions, &lengths, &pages};
-        std::vector<int32_t>& one = *all[draw(0, 3)];
+        Array<int32_t>* all[] = {&starts, &positions, &lengths, &pages};
+        Array<int32_t>& one = *all[draw(0, 3)];
         static const int32_t values[] = {-1, INT32_MIN, INT32_MAX, 0, 1, 1000};
         one[static_cast<size_t>(draw(0, static_cast<int64_t>(one.size()) - 1))] = values[draw(0, 5)];
     }
@@ -99,7 +99,7 @@ void rows_round() {
     require(bw_pack_floats(x.as<void>(), dtype, rows, columns, slots, bits, packed.as<uint8_t>(), 2) == BW_OK, "bw_pack_floats");
     bw_weight w{rows, columns, slots, slots, bits, 0, BW_FLOAT32, 0, packed.as<uint8_t>(), scale.as<void>(), nullptr,
                 nullptr, nullptr, nullptr};
-    std::vector<int64_t> ids;
+    Array<int64_t> ids;
     for (int64_t i = draw(0, 5); i > 0; i--) ids.push_back(draw(0, rows - 1));
     ids.shrink_to_fit();
     Bytes y(ids.size() * static_cast<size_t>(columns) * 4);
@@ -173,8 +173,8 @@ void decoder_round() {
     bw_decoder decoder{layers, hidden, wide, heads, kv_heads, dimension, vocabulary, 1e-6f, 0.3f, draw32(0, 1), BW_FLOAT32,
                        blocks.data(), draw(0, 1) ? head.weight : nullptr, rows.as<void>(), norm.as<float>(), head};
     Sequences sequences(pages[0].page, pages[0].count);
-    std::vector<int64_t> ids;
-    std::vector<int32_t> outputs;
+    Array<int64_t> ids;
+    Array<int32_t> outputs;
     for (size_t i = 0; i < sequences.positions.size(); i++) {
         ids.push_back(draw(0, vocabulary - 1));
         if (draw(0, 1)) outputs.push_back(static_cast<int32_t>(i));
