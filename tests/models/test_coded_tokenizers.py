@@ -13,7 +13,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.hf import load_tokenizer
 from bitwright.models.prompts import encode_chat, encode_prompt
-from tests.models.vocabularies import TEXTS, learned_ranks, write_qwen
+from tests.models.vocabularies import TEXTS, learned_pieces, learned_ranks, write_internlm2, write_qwen
 
 
 def merged(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
@@ -98,3 +98,70 @@ def test_code_alone_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(BitwrightError) as caught:
         load_tokenizer(directory)
     assert caught.value.code == "BW312" and "tokenizer.json" in caught.value.suggestion
+
+
+def joined(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's definition: the neighbours whose piece has the highest score become it, the leftmost first."""
+    parts = list(text)
+    while True:
+        made = [left + right for left, right in pairwise(parts)]
+        found = [(-scores[piece], place) for place, piece in enumerate(made) if piece in scores]
+        if not found:
+            break
+        _, place = min(found)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return [
+        piece for part in parts for piece in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])
+    ]
+
+
+@pytest.mark.parametrize(("seed", "prefix"), [(0, True), (1, True), (2, False), (3, False)])
+def test_pieces_are_joined_as_they_are_defined(tmp_path: Path, seed: int, prefix: bool) -> None:
+    pieces = learned_pieces(400, seed)
+    tokenizer: Any = load_tokenizer(write_internlm2(tmp_path / "i", pieces, prefix=prefix))
+    numbers = {text: number for number, (text, _, _) in enumerate(pieces)}
+    scores = {text: score for text, score, kind in pieces if kind == 1}
+    for text in TEXTS:
+        expected = [
+            numbers[piece] for piece in joined(("\u2581" if prefix else "") + text.replace(" ", "\u2581"), scores)
+        ]
+        assert tokenizer.encode(text) == [1, *expected], text
+        assert tokenizer.decode(expected) == text
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_pieces_that_settings_rename_are_control_tokens(tmp_path: Path) -> None:
+    pieces = [*learned_pieces(60, 0), ("[UNUSED_TOKEN_145]", -900.0, 1), ("[UNUSED_TOKEN_146]", -901.0, 1)]
+    first = len(pieces) - 2
+    renamed = {str(first): {"content": "<|im_end|>", "special": True}, "2": {"content": "</s>", "special": True}}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    directory = write_internlm2(tmp_path / "i", pieces, added_tokens_decoder=renamed, chat_template=template)
+    tokenizer: Any = load_tokenizer(directory)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == first and len(tokenizer.get_vocab()) == len(pieces)
+    tokens = encode_chat(tokenizer, "a <|im_end|>")
+    assert tokens[0] == 1 and tokens.count(1) == 1 and tokens[-1] == first and tokens.count(first) == 1
+    assert first not in encode_prompt(tokenizer, "the <|im_end|>")
+    bare = write_internlm2(tmp_path / "b", pieces, add_bos_token=False)
+    assert load_tokenizer(bare).encode("a")[0] != 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"", lambda data: data[:-3], lambda data: data[: len(data) // 2], lambda data: b"\xff" * 30,
+        lambda data: b"\x08\x01" + data, lambda data: data + b"\x0b", lambda data: data[:20] * 2, lambda data: b"{}",
+    ],
+)  # fmt: skip
+def test_broken_models_of_pieces_are_one_error(tmp_path: Path, change: Any) -> None:
+    directory = write_internlm2(tmp_path / "i", learned_pieces(30, 0))
+    path = directory / "tokenizer.model"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(BitwrightError) as caught:
+        load_tokenizer(directory)
+    assert caught.value.code == "BW312" and "tokenizer.model" in str(caught.value)
+
+
+def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
+    directory = write_internlm2(tmp_path / "i", learned_pieces(30, 0), kind=1)
+    with pytest.raises(BitwrightError, match=r"BW312.*not of merges"):
+        load_tokenizer(directory)

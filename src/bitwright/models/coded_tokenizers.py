@@ -6,19 +6,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.directory import find_file, read_object
 from bitwright.formats.fused import find_family
-from bitwright.models import qwen_vocabulary
+from bitwright.models import qwen_vocabulary, sentencepiece_vocabulary
 
-__all__ = ["VOCABULARIES", "Description", "describe_coded", "has_vocabulary"]
+__all__ = ["Description", "describe_coded", "has_vocabulary"]
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    qwen_vocabulary.VOCABULARY: qwen_vocabulary.describe_tokenizer,
+Reader: TypeAlias = Callable[[Path, Mapping[str, Any]], dict[str, Any]]
+READERS: dict[str, tuple[str, Reader]] = {  # of each family its vocabulary, and what describes it
+    "qwen": (qwen_vocabulary.VOCABULARY, qwen_vocabulary.describe_tokenizer),
+    "internlm2": (sentencepiece_vocabulary.VOCABULARY, sentencepiece_vocabulary.describe_tokenizer),
 }
-VOCABULARIES = tuple(READERS)
 CLASSES = {"QWenTokenizer": "qwen", "InternLM2Tokenizer": "internlm2", "InternLM2TokenizerFast": "internlm2"}
 WHOLE = "tokenizer.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -39,7 +40,7 @@ def has_vocabulary(directory: Path) -> bool:
     Raises:
         BitwrightError: BW310 if that is a link out of the directory.
     """
-    return any(find_file(directory, name) is not None for name in (WHOLE, *VOCABULARIES))
+    return any(find_file(directory, name) is not None for name in (WHOLE, qwen_vocabulary.VOCABULARY))
 
 
 def describe_coded(directory: Path) -> Description | None:
@@ -60,21 +61,21 @@ def describe_coded(directory: Path) -> Description | None:
     if whole is not None:
         described = read_object(whole, code="BW312", limit=LIMIT)
     else:
-        name = next((name for name in READERS if find_file(directory, name) is not None), None)
-        if name is None:
-            raise _code_alone(directory)
-        described = READERS[name](directory / name)
+        name, describe = READERS[family]
+        path = find_file(directory, name)
+        if path is None:
+            raise _code_alone(directory, name)
+        described = describe(path, settings)
     named = {name: token for name in NAMED if (token := _token(settings.get(name))) is not None}
     if isinstance(settings.get("chat_template"), str):
         named["chat_template"] = settings["chat_template"]
-    if family == "qwen":
-        named = _qwen_settings(directory, described) | named
+    named = {**_defaults(directory, family, described), **named}
     return Description(json.dumps(described), named)
 
 
-def _code_alone(directory: Path) -> BitwrightError:
+def _code_alone(directory: Path, name: str) -> BitwrightError:
     what = "the tokenizer of this model is code, which is never run, and its vocabulary is not there"
-    suggestion = f"put {' or '.join((WHOLE, *READERS))} there, or give tokens: Engine(bitwright.load(DIRECTORY))"
+    suggestion = f"put {WHOLE} or {name} there, or give tokens: Engine(bitwright.load(DIRECTORY))"
     return BitwrightError("BW312", what, where=str(directory), suggestion=suggestion)
 
 
@@ -89,14 +90,14 @@ def _token(value: object) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _qwen_settings(directory: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    """What the code of Qwen says of its tokens, and of conversations where the model was taught those."""
+def _defaults(directory: Path, family: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the code says of its tokens and, of a Qwen that was taught conversations, of those."""
     tokens = described.get("added_tokens")
-    known = (
-        {str(token.get("content")) for token in tokens if isinstance(token, dict)} if isinstance(tokens, list) else ()
-    )
-    talks = _read(directory, "generation_config.json").get("chat_format") == "chatml"
+    listed = tokens if isinstance(tokens, list) else []
+    known = {token.get("content") for token in listed if isinstance(token, dict)}
+    talks = family == "qwen" and _read(directory, "generation_config.json").get("chat_format") == "chatml"
     end = qwen_vocabulary.END_OF_TURN if talks else qwen_vocabulary.END_OF_TEXT
-    named = {"eos_token": end, "pad_token": qwen_vocabulary.END_OF_TEXT}
-    named = {name: token for name, token in named.items() if token in known}
-    return named | ({"chat_template": qwen_vocabulary.CHATML} if talks and end in known else {})
+    qwen = {"eos_token": end, "pad_token": qwen_vocabulary.END_OF_TEXT}
+    named = qwen if family == "qwen" else sentencepiece_vocabulary.NAMED
+    found = {name: token for name, token in named.items() if token in known}
+    return found | ({"chat_template": qwen_vocabulary.CHATML} if talks and end in known else {})

@@ -20,7 +20,7 @@ from torch import nn
 from bitwright.core.errors import BitwrightError
 from bitwright.formats.checkpoint import Checkpoint
 from bitwright.formats.directory import locate_file
-from bitwright.models.coded_tokenizers import VOCABULARIES, Description, describe_coded
+from bitwright.models.coded_tokenizers import Description, describe_coded
 
 __all__ = [
     "VERSION", "Cache", "CacheLayerMixin", "PreTrainedModel", "PretrainedConfig", "Tokenizer", "context_length",
@@ -50,7 +50,7 @@ SIZE_FIELDS = (
 )  # fmt: skip
 BUILDING = threading.Lock()  # two threads that replace and restore one method would leave a replacement behind
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", *VOCABULARIES)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "qwen.tiktoken")
 
 
 def __getattr__(name: str) -> Any:

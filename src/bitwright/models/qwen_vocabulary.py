@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ MOST_TOKENS = 1 << 20
 MOST_BYTES = 1024  # of a token
 
 
-def describe_tokenizer(path: Path) -> dict[str, Any]:
-    """What a ``tokenizer.json`` would say, from a file of ranks.
+def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``tokenizer.json`` would say, from a file of ranks, whatever the settings beside it.
 
     Raises:
         BitwrightError: BW312 if the file cannot be read.
