@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bitwright import Engine
 from bitwright.cli.inspection import inspect
+from bitwright.core import bitpack
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
@@ -66,7 +69,7 @@ def test_integers_stay_and_logits_are_the_fused_matrix_s(
     with torch.no_grad():
         found = loaded(input_ids=torch.tensor([tokens])).logits[0].double()
     assert (found - expected).norm() < bound * expected.norm()
-    if native_library.missing() is None and scheme != "nf4g32":
+    if native_library.missing() is None:
         direct = open_direct(made.directory)
         assert direct is not None
         decoder = NativeDecoder(direct.pack(None))
@@ -137,3 +140,45 @@ def test_they_are_inspected_as_they_are_stored(tmp_path: Path) -> None:
     fused = facts["transformer.h.1.attn.c_attn"]
     assert fused.shape == (192, 64) and fused.scheme == "w4g32"
     assert fused.bytes == (192 * 64 // 2) + 2 * (192 // 2) + 2 * 192 * 2 + 64 * 4  # codes, zeros, scales, g_idx
+
+
+def test_old_files_say_it_beside_their_configuration(tmp_path: Path) -> None:
+    """As AutoGPTQ left the first checkpoints of Qwen."""
+    made = quantized(tmp_path / "q", "qwen", "gptq", "w8g32")
+    before = load(made.directory).state_dict()
+    config = json.loads((made.directory / "config.json").read_text())
+    record = config.pop("quantization_config")
+    old = {name: record[name] for name in ("bits", "group_size", "desc_act", "sym")} | {"damp_percent": 0.01}
+    (made.directory / "config.json").write_text(json.dumps(config))
+    (made.directory / "quantize_config.json").write_text(json.dumps(old))
+    (made.directory / "model.safetensors").rename(made.directory / "gptq_model-8bit-32g.safetensors")
+    after = load(made.directory).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()) and before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("model", ["qwen", "internlm2"])
+@pytest.mark.parametrize("layout", ["gemv", "auto-round"])
+def test_the_other_layouts_of_awq(tmp_path: Path, model: str, layout: str) -> None:
+    """Rows of codes and of padded groups (gemv), and AutoRound's name for gemm."""
+    made = quantized(tmp_path / "q", model, "awq", "w4g32-asym")
+    before = load(made.directory).state_dict()
+    checkpoint = open_checkpoint(made.directory)
+    record = dict(checkpoint.quantization or {})
+    if layout == "auto-round":
+        common = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "sym": False}
+        record = common | {name: record[name] for name in ("bits", "group_size")}
+    else:
+        record["version"] = "gemv"
+        found, tensors = find_format(record), load_file(made.directory / "model.safetensors")
+        for name, layer in find_format(checkpoint.quantization or {}).layers(checkpoint).items():
+            tensor = found.decode(checkpoint, name, layer)
+            assert isinstance(tensor.scale, Tensor) and tensor.zero is not None
+            padding = (0, 32 - tensor.scale.shape[1])  # groups of 32: room for 32 of them
+            tensors[f"{name}.qweight"] = bitpack.pack(tensor.codes, 4)
+            tensors[f"{name}.qzeros"] = bitpack.pack(torch.nn.functional.pad(tensor.zero, padding), 4)
+            tensors[f"{name}.scales"] = torch.nn.functional.pad(tensor.scale, padding)
+        save_file(tensors, made.directory / "model.safetensors")
+    config = json.loads((made.directory / "config.json").read_text()) | {"quantization_config": record}
+    (made.directory / "config.json").write_text(json.dumps(config))
+    after = load(made.directory).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()) and before.keys() == after.keys()
