@@ -178,15 +178,17 @@ def test_what_asks_for_invariance_gets_blocks_of_one_size(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         CudaDecoder, "_run", lambda _self, rows, _cache: seen.append(rows.block_rows) or torch.zeros(1, 2)
     )
-    model = build("llama", num_hidden_layers=1)
+    model = build("llama", num_hidden_layers=1).to(torch.float16)
     plain, asked = CudaDecoder(model), CudaDecoder(model, invariant=True)
     monkeypatch.setattr(library, "is_invariant", lambda: True)
     by_variable = CudaDecoder(model)
     assert (plain.invariant, asked.invariant, by_variable.invariant) == (False, True, True)
-    for decoder in (plain, asked, by_variable):
+    monkeypatch.setattr(library, "is_invariant", lambda: False)
+    exact = CudaDecoder(build("llama", num_hidden_layers=1))  # float32, which no matrix unit takes
+    for decoder in (plain, asked, by_variable, exact):
         text = decoder_laws.random_text(40, decoder.shape.vocabulary, [0, 1])
         decoder.forward(decoder_laws._step([decoder_laws.Piece(text, 40)], outputs=True), decoder.new_cache(2))
-    assert seen == [attention.MANY_QUERIES, attention.FEW_QUERIES, attention.FEW_QUERIES]
+    assert seen == [attention.MANY_QUERIES, *[attention.FEW_QUERIES] * 3]
 
 
 @pytest.mark.slow

@@ -249,7 +249,8 @@ class CudaDecoder:
         is_decoding = len(step.tokens) == sequences and len(step.outputs) == sequences
         if (self.graphs and self._can_record) and (is_decoding and sequences <= BATCHES[-1]):
             return self._replay(step, cache)
-        few = self.invariant or library.describe(self.device).capability < library.PROGRAMMED
+        has_units = library.describe(self.device).capability >= library.PROGRAMMED and self._dtype != torch.float32
+        few = self.invariant or not has_units  # without matrix units, blocks of many queries would spill registers
         rows = step_rows(step, self.shape.heads // self.shape.kv_heads, few=few)
         layout, host = stage(rows, pinned=self.device.type == "cuda")
         return self._run(read_rows(layout, host.to(self.device, non_blocking=True)), cache)

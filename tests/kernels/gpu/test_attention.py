@@ -307,5 +307,5 @@ def test_smaller_tiles_of_keys_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
     watched = SimpleNamespace(attend=Attend(), combine=real("attention").combine)
     monkeypatch.setattr(library, "program", lambda name: watched if name == "attention" else real(name))
-    check("int8", "float", torch.float32, lengths=[170, 9], new=[1, 1], split=64)
+    check("int8", "float", torch.float16, lengths=[170, 9], new=[1, 1], split=64)
     assert set(tiles) == {32}

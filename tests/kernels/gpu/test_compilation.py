@@ -45,8 +45,7 @@ def test_every_program_compiles_and_fits(generation: int) -> None:
     for launch in compiled(generation):
         where = f"{launch['case']}: {launch['program']}"
         assert launch["shared"] <= GENERATIONS[generation].shared_bytes, where
-        if generation >= 80:
-            assert launch["stack"] <= 16, f"{where} spills"
+        assert launch["stack"] <= 16, f"{where} spills"
 
 
 @pytest.mark.parametrize("generation", [apart(each) for each in MATRIX_UNITS])

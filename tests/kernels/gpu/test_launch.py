@@ -8,6 +8,7 @@ import pytest
 
 from bitwright.kernels.gpu.launch import (
     MOST_SPLITS,
+    SMALL,
     cut_columns,
     expands,
     launch_attention,
@@ -15,10 +16,11 @@ from bitwright.kernels.gpu.launch import (
     launch_integer,
     launch_linear,
     shape_class,
+    shared_bytes,
     tuned,
 )
 from bitwright.kernels.gpu.library import GpuFacts
-from tests.kernels.gpu.compilation_facts import ADA, AMPERE, GENERATIONS, HOPPER, VOLTA
+from tests.kernels.gpu.compilation_facts import A10, ADA, AMPERE, GENERATIONS, HOPPER, VOLTA
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7, 16, 86])
@@ -66,6 +68,19 @@ def test_launches_are_what_a_gpu_can_do(facts: object, rows: int) -> None:
         assert {found.block_n, found.block_m, found.warps} <= {1 << power for power in range(9)}
         assert 1 <= found.split <= MOST_SPLITS and found.block_n >= 16 and found.block_m >= 16
         assert found.stages == 1 or facts.capability >= (8, 0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("facts", [*GENERATIONS.values(), A10], ids=lambda facts: facts.name)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_loads_in_flight_fit_the_memory_that_programs_share(facts: GpuFacts, bits: int) -> None:
+    for rows in (1, 17, 33, 64, 65, 1000):
+        for itemsize in (2, 4):
+            found = launch_linear(rows=rows, out=4096, chunks=16, bits=bits, itemsize=itemsize, facts=facts)
+            sizes = {"bits": bits, "itemsize": itemsize, "facts": facts}
+            assert shared_bytes(found, **sizes) <= facts.shared_bytes and found.block_m >= 16  # type: ignore[arg-type]
+            assert found.stages >= 2 or facts.capability < (8, 0), "loads overlap where they can"
+            if facts is HOPPER and bits == 4 and rows < 65 and itemsize == 2:
+                assert found.stages == 3  # what was tuned is not made smaller without need
 
 
 def test_weights_are_unpacked_first_for_many_rows_and_soon_where_there_are_no_matrix_units() -> None:
@@ -143,6 +158,8 @@ def test_rows_of_every_kernel_are_found_by_gpu_and_by_shape(kernel: str, monkeyp
 def test_rows_of_attention_are_found_by_gpu_by_the_size_of_blocks_and_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(facts: GpuFacts, rows: int, bits: int) -> tuple[int, int, int]:
         one = launch_attention(block_rows=rows, bits=bits, facts=facts)
+        assert launch_attention(block_rows=rows, bits=bits, facts=facts, itemsize=4) == SMALL
+        assert launch_attention(block_rows=rows, bits=bits, facts=facts, head_dim=256) == SMALL
         return one.tile, one.warps, one.stages
 
     # Tiles of many rows on 4-bit codes do not stay in registers with loads ahead before Hopper.

@@ -159,7 +159,9 @@ def attend(q: Tensor, keys: StoredSide, values: StoredSide, batch: AttentionBatc
     facts = library.describe(q.device)
     split = split or choose_split(batch, kv_heads, facts.processors, invariant=invariant)
     bits = min(keys.bits, values.bits)
-    plan = chosen or launch.launch_attention(block_rows=batch.block_rows, bits=bits, facts=facts)
+    plan = chosen or launch.launch_attention(
+        block_rows=batch.block_rows, bits=bits, facts=facts, itemsize=q.element_size(), head_dim=head_dim
+    )
     splits = max(1, -(-batch.longest // split))
     partial, each = splits > 1, kv_heads * splits * batch.block_rows
     # Blocks whose unfinished parts fit into the room for them: contexts that are cut always alike make many.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from bitwright.kernels.gpu.library import PROGRAMMED, GpuFacts
+from bitwright.kernels.gpu.operand import word_layout
 
 __all__ = [
     "DENSE_INTEGER_ROWS",
     "FEW_ROWS",
     "LARGE_ROWS",
+    "SMALL",
     "AttentionLaunch",
     "LinearLaunch",
     "cut_columns",
@@ -24,6 +26,7 @@ __all__ = [
     "launch_linear",
     "rows_of",
     "shape_class",
+    "shared_bytes",
     "tuned",
 ]
 
@@ -34,6 +37,8 @@ NARROW = (64, 32)  # the largest tile of 8-bit tokens times 4-bit codes in group
 WAVES = 4  # programs per processor that keep its memory busy while the matrix units work
 FULL = 2  # of more rows, whose parts cost more to add: so many that no processor is idle
 MOST_SPLITS = 16
+LEAST_ROWS = 16  # of a tile: fewer no matrix unit takes
+WIDE_HEAD = 128  # numbers; the largest of a head whose keys and values are tuned for
 WIDE_TILE = 64  # output features of the tiles that a weight's shape is judged by
 # The oldest capability of each generation and its entries among the fallbacks, what is said later before what is said
 # first; newest generations first. Ada keeps fewer sums in registers than its kin.
@@ -64,6 +69,11 @@ class AttentionLaunch:
     tile: int
     warps: int
     stages: int
+
+
+# Of float32, which is multiplied without matrix units, and of wide heads: with more at a time registers are spilled,
+# and Turing has not enough shared memory.
+SMALL = AttentionLaunch(tile=32, warps=8, stages=1)
 
 
 @cache
@@ -98,7 +108,28 @@ def launch_linear(
     row = _tuned_row("linear", rows=rows, out=out, bits=bits, facts=facts)
     if itemsize == 4:  # float32 tiles are multiplied without matrix units, from registers
         row |= {"block_n": min(int(row["block_n"]), 32), "block_m": 16}
+    row["block_m"], row["stages"] = _fitting(row, bits=bits, itemsize=itemsize, facts=facts)
     return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts)
+
+
+def shared_bytes(launch: LinearLaunch, *, bits: int, itemsize: int, facts: GpuFacts) -> int:
+    """Memory that the programs of a processor share, which the loads in flight of a launch of packed weights take."""
+    layout = word_layout(bits)
+    words, x = 4 * layout.words * launch.block_n, itemsize * layout.chunk * launch.block_m
+    # The matrix units of Hopper read activations from there, so those at work have a place of their own.
+    return (launch.stages - 1) * (words + x) + (x if facts.capability >= (9, 0) else 0)
+
+
+def _fitting(row: dict[str, Any], *, bits: int, itemsize: int, facts: GpuFacts) -> tuple[int, int]:
+    """``block_m`` and ``stages`` of a row, smaller where a chunk of columns (512 of 1, 2, 3, 5 and 7 bits) is too long
+    for the memory of this GPU."""
+    one = LinearLaunch(block_n=int(row["block_n"]), block_m=int(row["block_m"]), split=1, warps=int(row["warps"]),
+                       stages=_stages(row, facts))  # fmt: skip
+    while shared_bytes(one, bits=bits, itemsize=itemsize, facts=facts) > facts.shared_bytes:
+        if one.stages <= 2 and one.block_m == LEAST_ROWS:
+            return one.block_m, 1
+        one = replace(one, stages=one.stages - 1) if one.stages > 2 else replace(one, block_m=one.block_m // 2)
+    return one.block_m, one.stages
 
 
 def launch_fp8(*, rows: int, out: int, chunks: int, facts: GpuFacts, invariant: bool = False) -> LinearLaunch:
@@ -130,8 +161,13 @@ def launch_integer(
     return _planned(row, rows=rows, out=out, chunks=chunks, facts=facts, waves=WAVES if single else None)
 
 
-def launch_attention(*, block_rows: int, bits: int, facts: GpuFacts) -> AttentionLaunch:
-    """How blocks of so many rows (token, query head) go over keys and values whose narrower side has ``bits`` bits."""
+def launch_attention(
+    *, block_rows: int, bits: int, facts: GpuFacts, itemsize: int = 2, head_dim: int = 128
+) -> AttentionLaunch:
+    """How blocks of so many rows (token, query head) of ``itemsize`` bytes a number go over keys and values whose
+    narrower side has ``bits`` bits."""
+    if itemsize == 4 or head_dim > WIDE_HEAD:
+        return SMALL
     row = next(row for row in rows_of("attention", facts) if block_rows <= row["rows"])
     row = row | row.get(f"bits{bits}", {})
     return AttentionLaunch(tile=int(row["tile"]), warps=int(row["warps"]), stages=_stages(row, facts))

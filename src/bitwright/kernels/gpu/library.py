@@ -62,7 +62,7 @@ class GpuFacts:
 
 
 # What an unknown device is taken for where none can be asked: under the interpreter, and in a dry run.
-UNKNOWN = GpuFacts(name="unknown", capability=(9, 0), processors=4, shared_bytes=48 << 10)
+UNKNOWN = GpuFacts(name="unknown", capability=(9, 0), processors=4, shared_bytes=227 << 10)
 
 
 def missing() -> str | None:
@@ -93,7 +93,8 @@ def describe(device: torch.device) -> GpuFacts:
 @cache
 def _describe_cuda(index: int) -> GpuFacts:
     found = torch.cuda.get_device_properties(index)
-    shared = getattr(found, "shared_memory_per_block_optin", 48 << 10)
+    least = 99 << 10 if (found.major, found.minor) >= (8, 0) else 64 << 10  # what every GPU of these generations has
+    shared = getattr(found, "shared_memory_per_block_optin", least)
     return GpuFacts(
         name=found.name,
         capability=(found.major, found.minor),
