@@ -125,7 +125,8 @@ def test_a_configuration_means_what_transformers_reads_in_it(family: str) -> Non
 def test_what_it_cannot_read_is_left_to_others(tmp_path: Path) -> None:
     directory = saved(tmp_path / "m", "llama", {})
     config = json.loads((directory / "config.json").read_text())
-    for change in ({"model_type": "gpt2"}, {"hidden_act": "gelu"}, {"num_hidden_layers": 3}):
+    changes = [{"model_type": kind} for kind in ("gpt2", ["llama"], {"a": 1}, None)]
+    for change in (*changes, {"hidden_act": "gelu"}, {"num_hidden_layers": 3}):
         (directory / "config.json").write_text(json.dumps(config | change))
         assert open_direct(directory) is None
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 81}))

@@ -89,7 +89,9 @@ class PlainConfig:
 def read_plain(fields: Mapping[str, Any]) -> PlainConfig | None:
     """The configuration in the fields of a ``config.json``; ``None`` if it takes transformers to understand them."""
     kind = fields.get("model_type")
-    if kind not in NEEDED or any(name not in fields for name in (*NEEDED[kind], *SIZES, "rms_norm_eps")):
+    if not isinstance(kind, str) or kind not in NEEDED:
+        return None
+    if any(name not in fields for name in (*NEEDED[kind], *SIZES, "rms_norm_eps")):
         return None
     if any(fields.get(name) not in (None, False) for name in STRANGE):
         return None
