@@ -7,26 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.scheme import DYNAMIC_FP8, DYNAMIC_INT8, QuantScheme
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
 from bitwright.formats.patterns import compile_pattern
 
 __all__ = ["ConfigGroup", "find_group", "read_groups"]
 
-FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+ACTIVATIONS = {"int": DYNAMIC_INT8, "float": DYNAMIC_FP8}
 MAX_GROUPS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigGroup:
-    """One group: whom it is for, and the numbers that its layers are stored in (``size``: columns per scale)."""
+    """One group: whom it is for, and the numbers that its layers are stored in.
+
+    ``is_float``: e4m3 numbers, else whole ones; ``size``: columns per scale.
+    """
 
     names: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
     is_general: bool
+    is_float: bool
     bits: int
     symmetric: bool
     size: int | None
-    has_activation: bool
+    activation: QuantScheme | None
 
 
 def read_groups(checkpoint: Checkpoint) -> tuple[ConfigGroup, ...]:
@@ -80,19 +86,23 @@ def _read_group(checkpoint: Checkpoint, key: str, group: Any) -> ConfigGroup | N
     if group.get("output_activations") is not None:
         raise _refusal(checkpoint, f"group {key[:80]!r} quantizes the outputs of layers, which is not read")
     bits, size = weights.get("num_bits"), _group_size(checkpoint, key, weights)
-    if weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
-        raise _refusal(checkpoint, f"group {key[:80]!r} has weights other than whole numbers of 2 to 8 bits")
-    if type(weights.get("symmetric", True)) is not bool:
+    symmetric = weights.get("symmetric", True)
+    if type(symmetric) is not bool:
         raise _refusal(checkpoint, f"group {key[:80]!r} does not say whether it is symmetric")
+    is_float = weights.get("type", "int") == "float" and bits == 8 and symmetric and size is None
+    if not is_float and (weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8):
+        kinds = "whole numbers of 2 to 8 bits, and symmetric 8-bit floats with a scale a row"
+        raise _refusal(checkpoint, f"group {key[:80]!r} has weights other than {kinds}")
     patterns = tuple(_compile(checkpoint, target[3:]) for target in targets if target.startswith("re:"))
     return ConfigGroup(
         names=frozenset(targets),
         patterns=patterns,
         is_general=any(re.fullmatch(r"[A-Z]\w*", target) is not None for target in targets),
+        is_float=is_float,
         bits=bits,
-        symmetric=weights.get("symmetric", True),
+        symmetric=symmetric,
         size=size,
-        has_activation=_has_activation(checkpoint, key, group.get("input_activations")),
+        activation=_read_activation(checkpoint, key, group.get("input_activations")),
     )
 
 
@@ -108,14 +118,16 @@ def _group_size(checkpoint: Checkpoint, key: str, weights: dict[str, Any]) -> in
     return size
 
 
-def _has_activation(checkpoint: Checkpoint, key: str, activations: Any) -> bool:
+def _read_activation(checkpoint: Checkpoint, key: str, activations: Any) -> QuantScheme | None:
     if activations is None:
-        return False
-    expected = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    defaults = {"num_bits": 8, "type": "int", "symmetric": True}
-    if not isinstance(activations, dict) or {**defaults, **activations} | expected != {**defaults, **activations}:
-        raise _refusal(checkpoint, f"group {key[:80]!r} has activations other than dynamic symmetric int8 per token")
-    return True
+        return None
+    found = {"num_bits": 8, "type": "int", "symmetric": True, **(activations if isinstance(activations, dict) else {})}
+    expected = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+    kind = found["type"]
+    if found | expected != found or kind not in ("int", "float"):
+        what = f"group {key[:80]!r} has activations other than dynamic symmetric 8-bit ones per token"
+        raise _refusal(checkpoint, what)
+    return ACTIVATIONS[kind]
 
 
 def _compile(checkpoint: Checkpoint, pattern: str) -> re.Pattern[str]:
@@ -126,5 +138,5 @@ def _compile(checkpoint: Checkpoint, pattern: str) -> re.Pattern[str]:
 
 
 def _refusal(checkpoint: Checkpoint, what: str) -> BitwrightError:
-    suggestion = "bitwright reads pack-quantized and int-quantized checkpoints with whole-number codes"
+    suggestion = "bitwright reads pack-quantized, int-quantized and (8 bits) float-quantized checkpoints"
     return BitwrightError("BW311", what, where=str(checkpoint.directory / CONFIG), suggestion=suggestion)

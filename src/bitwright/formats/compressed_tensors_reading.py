@@ -19,7 +19,6 @@ from bitwright.core import bitpack
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
-from bitwright.core.scheme_names import DYNAMIC_INT8
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
 from bitwright.formats.compressed_tensors_groups import ConfigGroup, find_group, read_groups
 from bitwright.formats.records import LayerRecord
@@ -63,7 +62,7 @@ def layers(checkpoint: Checkpoint) -> dict[str, LayerRecord]:
             found[name] = _record(checkpoint, _packed_layer(checkpoint, name, find_group(checkpoint, groups, name)))
         elif field == "weight" and f"{name}.weight_scale" in checkpoint.tensors:
             group = find_group(checkpoint, groups, name)
-            if stored.entry.dtype != "I8" or len(stored.entry.shape) != 2:
+            if stored.entry.dtype != ("F8_E4M3" if group.is_float else "I8") or len(stored.entry.shape) != 2:
                 raise _record_error(checkpoint, f"{tensor} is {stored.entry.dtype}, which is not read in this format")
             found[name] = _record(checkpoint, _Layer(name, False, _pair(stored.entry.shape), group))
     if not found:
@@ -81,6 +80,8 @@ def _tensor_names(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> set
 
 
 def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> _Layer:
+    if group.is_float:
+        raise _record_error(checkpoint, f"{name}.weight_packed is of floats, which are read one a byte")
     shape = read_checked(checkpoint, f"{name}.weight_shape", (torch.int64, torch.int32), (2,), field="the format")
     rows, columns = (int(size) for size in shape)
     packed = checkpoint.stored(f"{name}.weight_packed").entry.shape
@@ -101,14 +102,16 @@ def _record(checkpoint: Checkpoint, layer: _Layer) -> LayerRecord:
         what = f"{layer.name}.weight_scale is {entry.dtype}; F16, BF16 or F32 is called for"
         raise _shape_error(checkpoint, what, "by the format")
     weight = QuantScheme(
-        code="int" if group.symmetric else "uint",
+        code="fp8_e4m3" if group.is_float else "int" if group.symmetric else "uint",
         bits=group.bits,
         group=group.size,
         symmetric=group.symmetric,
         scale_dtype=dtype,
     )
-    activation = DYNAMIC_INT8 if group.has_activation else None
-    return LayerRecord(LayerScheme(weight=weight, activation=activation), layer.shape)
+    try:
+        return LayerRecord(LayerScheme(weight=weight, activation=group.activation), layer.shape)
+    except BitwrightError as error:
+        raise _record_error(checkpoint, f"the numbers of {layer.name} are not read: {error.what}") from error
 
 
 def decode(checkpoint: Checkpoint, name: str, record: LayerRecord) -> QuantizedTensor:
@@ -128,6 +131,8 @@ def decode(checkpoint: Checkpoint, name: str, record: LayerRecord) -> QuantizedT
         packed = read_checked(checkpoint, f"{name}.weight_packed", (torch.int32,), (rows, words), field=FIELD)
         unsigned = _unpack(packed, scheme.bits, columns, padded)
         zero = None if scheme.symmetric else _read_packed_zero(checkpoint, name, scheme, (rows, groups), padded)
+    elif scheme.code == "fp8_e4m3":
+        unsigned, zero = _read_floats(checkpoint, f"{name}.weight", (rows, columns)), None
     else:
         unsigned = _read_bytes(checkpoint, f"{name}.weight", scheme, (rows, columns))
         zero = None
@@ -135,7 +140,7 @@ def decode(checkpoint: Checkpoint, name: str, record: LayerRecord) -> QuantizedT
             zero = _read_bytes(checkpoint, f"{name}.weight_zero_point", scheme, (rows, groups))
     scale = _read_spread(checkpoint, f"{name}.weight_scale", SCALE_DTYPES, (rows, groups))
     check_finite(f"{name}.weight_scale", scale)
-    codes = unsigned if scheme.code == "uint" else (unsigned - (1 << (scheme.bits - 1))).view(torch.int8)
+    codes = unsigned if scheme.code_dtype == torch.uint8 else (unsigned - (1 << (scheme.bits - 1))).view(torch.int8)
     return QuantizedTensor(scheme=scheme, codes=codes, scale=scale, zero=zero, group_index=index)
 
 
@@ -197,6 +202,15 @@ def _read_bytes(checkpoint: Checkpoint, name: str, scheme: QuantScheme, shape: t
     return signed.view(torch.uint8) + half
 
 
+def _read_floats(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> Tensor:
+    """e4m3 numbers as their bytes, which are the codes of that scheme."""
+    codes = read_checked(checkpoint, name, (torch.float8_e4m3fn,), shape, field=FIELD).view(torch.uint8)
+    if bool(((codes & 0x7F) == 0x7F).any()):
+        what = f"{name} holds values that are NaN"
+        raise BitwrightError("BW309", what, suggestion="the checkpoint is damaged: fetch it again")
+    return codes
+
+
 def _read_spread(checkpoint: Checkpoint, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> Tensor:
     """A tensor with one value per group, or one for all, or one per row without a second dimension."""
     stored = checkpoint.stored(name).entry.shape
@@ -227,5 +241,5 @@ def _shape_error(checkpoint: Checkpoint, what: str, why: str) -> BitwrightError:
 
 
 def _record_error(checkpoint: Checkpoint, what: str) -> BitwrightError:
-    suggestion = "bitwright reads pack-quantized and int-quantized checkpoints with whole-number codes"
+    suggestion = "bitwright reads pack-quantized, int-quantized and (8 bits) float-quantized checkpoints"
     return BitwrightError("BW311", what, where=str(checkpoint.directory / CONFIG), suggestion=suggestion)
