@@ -89,8 +89,9 @@ def _read_group(checkpoint: Checkpoint, key: str, group: Any) -> ConfigGroup | N
     symmetric = weights.get("symmetric", True)
     if type(symmetric) is not bool:
         raise _refusal(checkpoint, f"group {key[:80]!r} does not say whether it is symmetric")
-    is_float = weights.get("type", "int") == "float" and bits == 8 and symmetric and size is None
-    if not is_float and (weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8):
+    kind = weights.get("type", "int")
+    is_float = kind == "float" and bits == 8 and symmetric and size is None
+    if type(bits) is not int or not 2 <= bits <= 8 or not (is_float or kind == "int"):
         kinds = "whole numbers of 2 to 8 bits, and symmetric 8-bit floats with a scale a row"
         raise _refusal(checkpoint, f"group {key[:80]!r} has weights other than {kinds}")
     patterns = tuple(_compile(checkpoint, target[3:]) for target in targets if target.startswith("re:"))
