@@ -46,6 +46,22 @@ void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t sum, 
     check(bw_rms_norm(&norm, tokens, threads));
 }
 
+/* False: a token that is to be rounded is not finite. */
+bool norm_linear(uintptr_t x, uintptr_t residual, uintptr_t norm_weight, uintptr_t sum, float epsilon, const Weight& weight,
+                 int64_t tokens, uintptr_t bias, int32_t activation_bits, uintptr_t y, int32_t threads) {
+    bw_norm norm{address<const void>(x), address<const void>(residual), address<const void>(norm_weight),
+                 address<void>(sum), nullptr, weight.record.columns, BW_FLOAT32, epsilon};
+    int status;
+    {
+        nb::gil_scoped_release release;
+        status = bw_norm_linear(&norm, &weight.record, tokens, address<const float>(bias), activation_bits,
+                                address<float>(y), threads);
+    }
+    if (status == BW_NOT_FINITE) return false;
+    check(status);
+    return true;
+}
+
 void silu_multiply(uintptr_t gate, uintptr_t up, int32_t dtype, int64_t count, uintptr_t y, int32_t threads) {
     nb::gil_scoped_release release;
     check(bw_silu_multiply(address<const void>(gate), address<const void>(up), dtype, count, address<void>(y), threads));
@@ -100,6 +116,7 @@ NB_MODULE(_native, m) {
     m.def("pack_codes", pack_codes);
     m.def("unpack_codes", unpack_codes);
     m.def("rms_norm", rms_norm);
+    m.def("norm_linear", norm_linear);
     m.def("silu_multiply", silu_multiply);
     m.def("rotate", rotate);
     m.def("pack_floats", pack_floats);

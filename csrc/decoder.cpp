@@ -113,8 +113,8 @@ void embed(const Run& run) {
     });
 }
 
-/* What products of norm(hidden + branch) read, without a branch of norm(hidden); their sum is then `hidden`. Few tokens
- * are normalized by whoever multiplies them. */
+/* What products of norm(hidden + branch) read, without a branch of norm(hidden); their sum is then `hidden`. Tokens are
+ * normalized where they are rounded. */
 struct Normed {
     bw_norm norm;
     Input input;
@@ -122,10 +122,9 @@ struct Normed {
     Normed(Run& run, const float* branch, const float* weight) {
         const bw_decoder& d = run.decoder;
         Rooms& r = run.rooms;
-        norm = {r.hidden, branch, weight, r.next, r.normed, d.hidden, BW_FLOAT32, d.epsilon};
-        input = run.input(r.normed, run.step.batch.tokens);
-        if (input.count < BW_TILE) input.norm = &norm;
-        else for_tokens(run, input.count, d.hidden, [&](int64_t token) { bw_isa()->rms_norm(&norm, token); });
+        norm = {r.hidden, branch, weight, r.next, nullptr, d.hidden, BW_FLOAT32, d.epsilon};
+        input = run.input(nullptr, run.step.batch.tokens);
+        input.norm = &norm;
         if (branch) std::swap(r.hidden, r.next);
     }
     Normed(const Normed&) = delete;

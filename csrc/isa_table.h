@@ -11,7 +11,7 @@ enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32, BW_ROUTE_
 
 /* Activations as the kernels read them: 32-bit words of four int8, two bfloat16 or one float32.
  * words: [group][tile of BW_TILE tokens, the last one narrower][word of the group][token of the tile];
- * sums: [group][token], int32 or float32, of the rounded tokens. */
+ * sums: [group][token], int32 or float32, of the rounded tokens; int32 ones times -center if the weight has no zeros. */
 typedef struct bw_tokens {
     enum bw_route route;
     int64_t count; /* on the wide route two for each token of x, its high halves first */
@@ -49,10 +49,17 @@ typedef struct bw_attention_job {
 /* What is dealt out: whole tiles; or single spans of all tiles, and then tiles, whose spans are put together. */
 enum bw_phase { BW_PHASE_WHOLE, BW_PHASE_PIECES, BW_PHASE_FOLDED };
 
-/* One token of x, times input_scale [columns] if it is not NULL, to words, sums and scale; `row` is scratch of columns +
- * 3 * slots floats. Returns a bw_status. */
-typedef int (*bw_prepare)(const bw_weight* weight, const void* x, int32_t dtype, int64_t token, const float* input_scale,
-                          bw_tokens* tokens, float* row);
+/* What tokens are made of: x [tokens, columns], or norms of float32 rows where `norm` is not NULL, whose sums are written
+ * where there is a residual and a place for them, and whose y is not used; times input_scale [columns] if that is not NULL. */
+typedef struct bw_source {
+    const void* x;
+    const bw_norm* norm;
+    const float* input_scale;
+    int32_t dtype;
+} bw_source;
+
+/* One token to words, sums and scale; `row` is scratch of columns + 3 * slots floats. Returns a bw_status. */
+typedef int (*bw_prepare)(const bw_weight* weight, const bw_source* source, int64_t token, bw_tokens* tokens, float* row);
 /* Panels [first, last) of a product. */
 typedef void (*bw_panels)(const bw_linear_job* job, int64_t first, int64_t last);
 

@@ -75,6 +75,12 @@ typedef struct bw_norm {
 
 int bw_rms_norm(const bw_norm* norm, int64_t tokens, int32_t threads);
 
+/* y[tokens, rows] = norm(x) W^T + bias, float32: bw_rms_norm and bw_linear, bit for bit, in one pass over each token; the
+ * normalized rows are nowhere stored (the norm's y is not used). Its sums, which may be NULL, must lie apart from x and
+ * residual. activation_bits and BW_NOT_FINITE as in bw_linear. */
+int bw_norm_linear(const bw_norm* norm, const bw_weight* weight, int64_t tokens, const float* bias,
+                   int32_t activation_bits, float* y, int32_t threads);
+
 /* y = silu(gate) * up, of `count` numbers; y may be gate or up. */
 int bw_silu_multiply(const void* gate, const void* up, int32_t dtype, int64_t count, void* y, int32_t threads);
 

@@ -33,7 +33,7 @@ int rows_of(bw_route route) { return route == BW_ROUTE_WIDE ? 2 : 1; }
 bool read_alike(const Product& a, const Product& b, const Input& input) {
     const bw_weight &v = *a.weight, &w = *b.weight;
     return v.columns == w.columns && v.slots == w.slots && v.group == w.group && !v.order && !w.order &&
-           a.input_scale == b.input_scale && route_of(a, input) == route_of(b, input);
+           a.input_scale == b.input_scale && route_of(a, input) == route_of(b, input) && !v.zero == !w.zero && v.center == w.center;
 }
 
 struct Preparation {
@@ -43,15 +43,30 @@ struct Preparation {
     bw_tokens* tokens;
     float* rows;
     std::atomic<int>* status;
+    bool writes_sums; /* of the norm: one of those who take it */
 };
+
+/* A norm from number `first` of its rows on. */
+bw_norm part_of(const bw_norm& whole, int64_t first, bool writes_sums) {
+    bw_norm part = whole;
+    part.x = static_cast<const float*>(whole.x) + first;
+    part.residual = whole.residual ? static_cast<const float*>(whole.residual) + first : nullptr;
+    part.sum = whole.sum && writes_sums ? static_cast<float*>(whole.sum) + first : nullptr;
+    return part;
+}
 
 void prepare_tokens(void* context, int64_t first, int64_t last, int worker) {
     const Preparation& p = *static_cast<Preparation*>(context);
     const bw_weight& w = *p.product->weight;
     float* row = p.rows + (3 * w.slots + w.columns) * worker;
-    const char* x = static_cast<const char*>(p.input->x) + p.first * w.columns * size_of(p.input->x_dtype);
+    int64_t passed = p.first * w.columns; /* numbers before the block */
+    bw_norm norm;
+    if (p.input->norm) norm = part_of(*p.input->norm, passed, p.writes_sums);
+    const char* x = static_cast<const char*>(p.input->x);
+    if (x) x += passed * size_of(p.input->x_dtype);
+    bw_source source{x, p.input->norm ? &norm : nullptr, p.product->input_scale, p.input->x_dtype};
     for (int64_t token = first; token < last; token++) {
-        int status = bw_isa()->prepare(&w, x, p.input->x_dtype, token, p.product->input_scale, p.tokens, row);
+        int status = bw_isa()->prepare(&w, &source, token, p.tokens, row);
         if (status != BW_OK) p.status->store(status);
     }
 }
@@ -87,7 +102,7 @@ struct Block {
     bw_linear_job jobs[MOST_PRODUCTS];
     int source[MOST_PRODUCTS];   /* the first product that reads the same words */
     int64_t ends[MOST_PRODUCTS]; /* where each job's panels end in those of all */
-    int64_t columns, row;        /* numbers of a token, and of what preparing one takes */
+    int64_t row;                 /* numbers that preparing a token takes */
     size_t words;                /* bytes of all prepared tokens */
     char* memory = nullptr;
     std::atomic<int> status{BW_OK};
@@ -95,11 +110,11 @@ struct Block {
 
     Block(const Product* given, int number, const Input& from, int64_t begin, int64_t size, bool gates, int threads)
         : products(given), count(number), input(&from), first(begin), tokens(size), is_gated(gates),
-          is_private(size < BW_TILE && (threads > 1 || from.norm)) {
+          is_private(size < BW_TILE && threads > 1) {
         plan();
     }
     void plan();
-    size_t bytes_of_worker() const { return 64 + words + padded((row + (input->norm ? 2 * tokens * columns : 0)) * 4); }
+    size_t bytes_of_worker() const { return 64 + words + padded(row * 4); }
     void prepare(int threads);
     bool is_ready(int worker) const { return *reinterpret_cast<const bool*>(memory + bytes_of_worker() * worker); }
     void look_ahead(int64_t panel) const;
@@ -112,7 +127,6 @@ void Block::plan() {
     int64_t total = 0;
     words = 0;
     row = 0;
-    columns = products[0].weight->columns;
     for (int i = 0; i < count; i++) {
         const bw_weight& w = *products[i].weight;
         source[i] = i;
@@ -147,7 +161,7 @@ void Block::prepare(int threads) {
     for (int i = 0; i < count; i++) {
         jobs[i] = placed[i];
         if (source[i] != i) continue;
-        Preparation preparation{&products[i], input, first, &jobs[i].tokens, reinterpret_cast<float*>(memory + words), &status};
+        Preparation preparation{&products[i], input, first, &jobs[i].tokens, reinterpret_cast<float*>(memory + words), &status, i == 0};
         parallel(threads, tokens, BW_TILE, prepare_tokens, &preparation);
     }
 }
@@ -162,23 +176,16 @@ void Block::look_ahead(int64_t panel) const {
     for (int at = 0; at < BW_AHEAD; at += 64) __builtin_prefetch(codes + at);
 }
 
-/* For one worker: its memory holds whether it is ready, prepared tokens, a row, and norms and sums. */
+/* For one worker: its memory holds whether it is ready, prepared tokens and a row. */
 void Block::prepare_alone(int worker) {
     char* own = memory + bytes_of_worker() * static_cast<size_t>(worker);
-    float *scratch_row = reinterpret_cast<float*>(own + 64 + words), *normed = scratch_row + row;
+    float* scratch_row = reinterpret_cast<float*>(own + 64 + words);
     bw_linear_job placed[MOST_PRODUCTS];
     place(own + 64, placed);
-    Input from = *input;
-    if (input->norm) {
-        bw_norm norm = *input->norm;
-        norm.y = normed;
-        if (has_sums.exchange(true)) norm.sum = normed + tokens * columns;
-        for (int64_t token = 0; token < tokens; token++) bw_isa()->rms_norm(&norm, token);
-        from.x = normed;
-    }
     for (int i = 0; i < count; i++) {
         if (source[i] != i) continue;
-        Preparation preparation{&products[i], &from, first, &placed[i].tokens, scratch_row, &status};
+        bool writes_sums = i == 0 && !has_sums.exchange(true);
+        Preparation preparation{&products[i], input, first, &placed[i].tokens, scratch_row, &status, writes_sums};
         prepare_tokens(&preparation, 0, tokens, 0);
     }
     *reinterpret_cast<bool*>(own) = true;
@@ -220,7 +227,9 @@ int run_block(Block& block, int threads) {
         for (int worker = 0; worker < threads; worker++)
             *reinterpret_cast<bool*>(block.memory + block.bytes_of_worker() * static_cast<size_t>(worker)) = false;
     int64_t total = block.is_gated ? block.ends[0] : block.ends[block.count - 1], grain = total / (threads * 8);
-    parallel(threads, total, grain < MOST_PANELS ? grain : MOST_PANELS, [](void* context, int64_t from, int64_t to, int worker) {
+    if (grain > MOST_PANELS) grain = MOST_PANELS;
+    if (block.tokens >= BW_TILE) grain = 1; /* a panel takes long, and what is left of one thread's part others wait for */
+    parallel(threads, total, grain, [](void* context, int64_t from, int64_t to, int worker) {
         static_cast<Block*>(context)->run(from, to, worker);
     }, &block);
     return block.status.load();
@@ -230,8 +239,10 @@ int run_blocks(const Product* products, int count, const Input& input, bool is_g
     int status = BW_OK;
     int64_t most = BW_TOKENS;
     for (int i = 0; i < count; i++) most = BW_TOKENS / rows_of(route_of(products[i], input)) < most ? BW_TOKENS / 2 : most;
-    for (int64_t first = 0; first < input.count; first += most) {
-        int64_t tokens = input.count - first < most ? input.count - first : most;
+    int64_t blocks = (input.count + most - 1) / most; /* of equal sizes, in whole tiles */
+    int64_t size = blocks ? ((input.count + blocks - 1) / blocks + BW_TILE - 1) / BW_TILE * BW_TILE : most;
+    for (int64_t first = 0; first < input.count; first += size) {
+        int64_t tokens = input.count - first < size ? input.count - first : size;
         Block block(products, count, input, first, tokens, is_gated, threads);
         int found = run_block(block, threads);
         if (found == BW_NO_MEMORY) return found;
@@ -271,4 +282,17 @@ int bw_linear(const bw_weight* w, const void* x, int32_t dtype, int64_t tokens, 
     if (tokens > 0 && (!x || !y)) return BW_BAD_ARGUMENT;
     Product product{w, bias, nullptr, activation_bits, y};
     return multiply(&product, 1, {x, tokens, dtype, dtype, Precision::as_they_are}, threads < MAX_THREADS ? threads : MAX_THREADS);
+}
+
+int bw_norm_linear(const bw_norm* norm, const bw_weight* w, int64_t tokens, const float* bias, int32_t activation_bits,
+                   float* y, int32_t threads) {
+    using namespace bitwright;
+    if (!norm || !w || !is_sound(*w) || norm->columns != w->columns || norm->dtype != BW_FLOAT32) return BW_BAD_ARGUMENT;
+    if (tokens < 0 || threads < 1) return BW_BAD_ARGUMENT;
+    if (activation_bits != 16 && (activation_bits != 8 || w->levels || w->bits > 8)) return BW_BAD_ARGUMENT;
+    if (tokens > 0 && (!norm->x || !norm->weight || !y)) return BW_BAD_ARGUMENT;
+    if (norm->sum && (norm->sum == norm->x || norm->sum == norm->residual)) return BW_BAD_ARGUMENT;
+    Product product{w, bias, nullptr, activation_bits, y};
+    Input input{nullptr, tokens, BW_FLOAT32, BW_FLOAT32, Precision::as_they_are, norm};
+    return multiply(&product, 1, input, threads < MAX_THREADS ? threads : MAX_THREADS);
 }

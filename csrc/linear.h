@@ -18,13 +18,14 @@ struct Product {
  * token's largest, before bfloat16 weights to bfloat16. */
 enum class Precision { as_they_are, rounded };
 
-/* Tokens [count, columns] that several weights read: x, or the norms of float32 rows, whose `y` is then not used. */
+/* Tokens [count, columns] that several weights read: x, or the norms of float32 rows, taken where they are rounded: the
+ * norm's sums, if it has a residual, are apart from what it reads, and its y is not used. */
 struct Input {
     const void* x;
     int64_t count;
     int32_t x_dtype, y_dtype;
     Precision precision;           /* of activations that are not rounded to 8 bits */
-    const bw_norm* norm = nullptr; /* only of fewer than BW_TILE tokens */
+    const bw_norm* norm = nullptr;
 };
 
 constexpr int MOST_PRODUCTS = 4;

@@ -2,10 +2,11 @@
 
 #include "routes.h"
 #include "output.h"
+#include "layers.h"
 #include "tokens.h"
 #include "linear.h"
+#include "integer.h"
 #include "ceilings.h"
-#include "layers.h"
 #include "pages_search.h"
 #include "pages.h"
 #include "attention.h"
@@ -13,7 +14,7 @@
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
-    constexpr bool IS_USUAL = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* and for three tiles */
+    constexpr bool IS_DIRECT = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* for any number of tokens */
     alignas(64) float totals[BW_TOKENS * BW_PANEL];
     alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
     const bw_weight& w = *job->weight;
@@ -29,14 +30,13 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
                 continue;
             }
         }
+        if constexpr (IS_DIRECT) {
+            sum_packed_tiles<BITS>(at, totals);
+            write_panel(*job, panel, totals);
+            continue;
+        }
         memset(totals, 0, sizeof(float) * (size_t)(tokens * BW_PANEL));
         for (int64_t group = 0; group < groups; group++) {
-            if constexpr (IS_USUAL) {
-                if (tokens <= 3 * TILE_TOKENS) {
-                    sum_tiles_directly<R, BITS>(at, group, levels, totals);
-                    continue;
-                }
-            }
             int64_t whole = w.slots / w.group - group, small = R::SMALL / w.group < whole ? R::SMALL / w.group : whole;
             if (small < 2) sum_in_chunks<R, BITS>(at, group, levels, carried, totals);
             else {

@@ -35,6 +35,28 @@ INLINE F exponential(F x) {
     return bits_to_f(add_i(bits_to_i(p), shift_left<23>(n)));
 }
 
+/* What a norm divides by: the root of the mean square of its token, and epsilon. */
+INLINE float norm_divisor(const bw_norm* n, F squares) {
+    return __builtin_sqrtf(lane_sum(squares) / (float)n->columns + n->epsilon);
+}
+
+/* What a token's norm is taken of, float32 numbers, into `row`, and into its sums if there are such; what it divides by.
+ * The first half of rms_norm, bit for bit. */
+inline float read_before_norm(const bw_norm* n, int64_t token, float* row) {
+    int64_t first = token * n->columns;
+    F squares = set_f(0.0f);
+    for_vectors(n->columns, [&](int64_t c, int64_t count) INLINE_LAMBDA {
+        F v = load_part(n->x, first + c, BW_FLOAT32, count);
+        if (n->residual) {
+            v = add_f(v, load_part(n->residual, first + c, BW_FLOAT32, count));
+            if (n->sum) store_part(n->sum, first + c, BW_FLOAT32, count, v);
+        }
+        store_part(row, c, BW_FLOAT32, count, v);
+        squares = multiply_add(v, v, squares);
+    });
+    return norm_divisor(n, squares);
+}
+
 /* sum = x + residual (if there is one), then y = sum / sqrt(mean(sum^2) + epsilon) * weight, of one token. */
 void rms_norm(const bw_norm* n, int64_t token) {
     int64_t first = token * n->columns;
@@ -48,8 +70,7 @@ void rms_norm(const bw_norm* n, int64_t token) {
         }
         squares = multiply_add(v, v, squares);
     });
-    float mean = lane_sum(squares) / (float)n->columns;
-    F divisor = set_f(__builtin_sqrtf(mean + n->epsilon));
+    F divisor = set_f(norm_divisor(n, squares));
     const void* from = n->residual ? n->sum : n->x;
     for_vectors(n->columns, [&](int64_t c, int64_t count) INLINE_LAMBDA {
         F v = div_f(load_part(from, first + c, n->dtype, count), divisor);

@@ -54,10 +54,10 @@ INLINE void fold(typename R::Sum (&sums)[TOKENS][4], float* totals, const Parame
 
 /* How each token's four sums begin. */
 template <class R, int TOKENS>
-INLINE void start(typename R::Sum (&sums)[TOKENS][4], bool has_zero, const Levels& levels, const void* group_sums) {
+INLINE void start(typename R::Sum (&sums)[TOKENS][4], bool has_zero, const void* group_sums) {
     UNROLL
     for (int i = 0; i < 4 * TOKENS; i++)
-        sums[i / 4][i % 4] = R::start(has_zero, levels, (const uint32_t*)group_sums + i / 4);
+        sums[i / 4][i % 4] = R::start(has_zero, (const uint32_t*)group_sums + i / 4);
 }
 
 /* `blocks` blocks of a panel times TOKENS tokens, added to sums; codes and words of the tokens move on. */
@@ -80,20 +80,6 @@ INLINE void sum_blocks(int64_t blocks, const uint8_t*& codes, const uint32_t*& x
         });
 }
 
-/* A group of a panel times a tile of TOKENS tokens, weights straight from memory. */
-template <class R, int BITS, int TOKENS>
-void sum_directly(const PanelPlace& at, int64_t group, int64_t first, const Levels& levels, float* totals) {
-    const bw_linear_job& job = at.job;
-    int64_t blocks = group_slots(*job.weight, group) / BW_BLOCK;
-    const uint32_t* x = group_words<R>(job, group) + first * blocks * (BW_BLOCK / 4) * R::STEPS;
-    const uint8_t* codes = at.codes + group * job.weight->group / BW_BLOCK * 4 * 64 * BITS;
-    typename R::Sum sums[TOKENS][4];
-    start<R, TOKENS>(sums, job.weight->zero != nullptr, levels, group_sums(job, group, first));
-    sum_blocks<R, BITS, TOKENS>(blocks, codes, x, levels, sums);
-    Parameters p = load_parameters(*job.weight, at.panel, group, at.groups, R::STEPS == 1);
-    fold<R, TOKENS>(sums, totals + first * BW_PANEL, p, group_sums(job, group, first));
-}
-
 /* All groups of a panel times all tokens of the job, of which there are TOKENS, one or two. Totals stay in registers: with
  * small groups, moving them takes as long as the products. */
 template <class R, int BITS, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
@@ -107,7 +93,7 @@ void sum_panel(const PanelPlace& at, const Levels& levels, float* totals) {
     for (int64_t group = 0; group < at.groups; group++) {
         const uint32_t* own_sums = (const uint32_t*)group_sums(at.job, group, 0);
         typename R::Sum sums[TOKENS][4];
-        start<R, TOKENS>(sums, HAS_ZERO, levels, own_sums);
+        start<R, TOKENS>(sums, HAS_ZERO, own_sums);
         sum_blocks<R, BITS, TOKENS>(group_slots(w, group) / BW_BLOCK, codes, x, levels, sums);
         for_each<4>([&](auto lane) INLINE_LAMBDA {
             int64_t first = (at.panel * at.groups + group) * BW_PANEL + lane * BW_LANES;
@@ -127,19 +113,6 @@ INLINE void sum_whole_panel(const PanelPlace& at, const Levels& levels, float* t
     if (!at.job.weight->zero) return sum_panel<R, BITS, TOKENS, false, false>(at, levels, totals);
     if (!at.job.weight->remainder) return sum_panel<R, BITS, TOKENS, true, false>(at, levels, totals);
     sum_panel<R, BITS, TOKENS, true, true>(at, levels, totals);
-}
-
-/* The same for all tokens of the job, tile after tile; a group's codes then come from a cache. */
-template <class R, int BITS>
-INLINE void sum_tiles_directly(const PanelPlace& at, int64_t group, const Levels& levels, float* totals) {
-    for (int64_t first = 0; first < at.job.tokens.count; first += TILE_TOKENS) switch (at.job.tokens.count - first) {
-            case 1: sum_directly<R, BITS, 1>(at, group, first, levels, totals); break;
-            case 2: sum_directly<R, BITS, 2>(at, group, first, levels, totals); break;
-            case 3: sum_directly<R, BITS, 3>(at, group, first, levels, totals); break;
-            case 4: sum_directly<R, BITS, 4>(at, group, first, levels, totals); break;
-            case 5: sum_directly<R, BITS, 5>(at, group, first, levels, totals); break;
-            default: sum_directly<R, BITS, 6>(at, group, first, levels, totals);
-        }
 }
 
 /* Blocks of codes to weights: out [step][64] words. */
@@ -165,7 +138,6 @@ struct Chunk {
     int64_t steps;
     bool is_first, is_last;
     const Parameters& parameters;
-    const Levels& levels;
 };
 
 /* Steps of spread weights times TOKENS tokens. Apart: in a caller's loop, or made
@@ -173,7 +145,7 @@ struct Chunk {
 template <class R, bool IS_WIDE, int TOKENS>
 APART void sum_tile(const Chunk& chunk, const uint32_t* x, uint32_t* carried, float* totals, const void* group_sums) {
     typename R::Sum sums[TOKENS][4];
-    if (chunk.is_first) start<R, TOKENS>(sums, chunk.parameters.has_zero, chunk.levels, group_sums);
+    if (chunk.is_first) start<R, TOKENS>(sums, chunk.parameters.has_zero, group_sums);
     else {
         UNROLL
         for (int i = 0; i < 4 * TOKENS; i++) sums[i / 4][i % 4] = R::load(carried + i * BW_LANES);
@@ -215,7 +187,7 @@ void sum_in_chunks(const PanelPlace& at, int64_t group, const Levels& levels, ui
     for (int64_t first = 0; first < slots; first += R::CHUNK) {
         int64_t part = R::CHUNK < slots - first ? R::CHUNK : slots - first;
         spread<R, BITS>(codes + first / BW_BLOCK * 4 * 64 * BITS, part / BW_BLOCK, levels, weights);
-        Chunk chunk{weights, part / 4 * R::STEPS, first == 0, first + part == slots, p, levels};
+        Chunk chunk{weights, part / 4 * R::STEPS, first == 0, first + part == slots, p};
         for (int64_t token = 0; token < job.tokens.count; token += TILE_TOKENS) {
             int count = job.tokens.count - token < TILE_TOKENS ? (int)(job.tokens.count - token) : TILE_TOKENS;
             sum_tokens<R, BITS == 8>(count, chunk, x + token * words + first / 4 * R::STEPS * count,
@@ -239,7 +211,7 @@ void sum_small_groups(const PanelPlace& at, int64_t first, int64_t count, const 
     for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
         int tile = tokens - token < TILE_TOKENS ? (int)(tokens - token) : TILE_TOKENS;
         for (int64_t g = 0; g < count; g++) {
-            Chunk chunk{weights + g * words * BW_PANEL, words, true, true, parameters[g], levels};
+            Chunk chunk{weights + g * words * BW_PANEL, words, true, true, parameters[g]};
             sum_tokens<R, BITS == 8>(tile, chunk, x + g * words * tokens + token * words, nullptr, totals + token * BW_PANEL,
                                      group_sums(job, first + g, token));
         }

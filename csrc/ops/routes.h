@@ -10,7 +10,6 @@ struct Levels {
     uint16_t pairs[32];
 #endif
     float center;
-    int32_t zero; /* what every zero point is where none are stored */
 };
 
 /* What a group needs of its 64 rows. */
@@ -75,10 +74,8 @@ struct Integer {
         template <int Q> INLINE Weights(const Block<BITS>& b, const Levels&, Number<Q>)
             : word{b.template quad<Q, true>()} {}
     };
-    /* What every sum of a token begins with: where no zero points are stored, they are taken off at once. */
-    static INLINE I start(bool has_zero, const Levels& levels, const void* sums) {
-        return set_i(has_zero ? 0 : -levels.zero * *(const int32_t*)sums);
-    }
+    /* What every sum of a token begins with: where no zero points are stored, they are taken off at once, by prepare_token. */
+    static INLINE I start(bool has_zero, const void* sums) { return set_i(has_zero ? 0 : *(const int32_t*)sums); }
     static INLINE I load(const uint32_t* p) { return load_i(p); }
     static INLINE void store(uint32_t* p, I v) { store_i(p, v); }
     template <bool IS_WIDE> static INLINE I dot(I sum, I w, uint32_t x) {
@@ -128,7 +125,7 @@ struct Float32 {
             return bits_to_i(sub_f(to_f(and_i(code, set_i(255))), set_f(levels.center)));
         }
     };
-    static INLINE F start(bool, const Levels&, const void*) { return set_f(0.0f); }
+    static INLINE F start(bool, const void*) { return set_f(0.0f); }
     static INLINE F load(const uint32_t* p) { return load_f((const float*)p); }
     static INLINE void store(uint32_t* p, F v) { store_f((float*)p, v); }
     template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) {
@@ -179,7 +176,6 @@ struct Bfloat16 : Float32 {
 inline Levels make_levels(const bw_weight& w) {
     Levels levels;
     levels.center = (float)w.center;
-    levels.zero = w.center;
     int count = w.bits <= 4 ? 1 << w.bits : BW_LEVELS; /* of more bits, and of floats, there are none */
     for (int i = 0; i < BW_LEVELS; i++)
         levels.values[i] = w.levels ? w.levels[i % count] : (float)(i % count) - levels.center;

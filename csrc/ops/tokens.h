@@ -1,36 +1,39 @@
 /* Activations to the words that the products read. Included inside an anonymous namespace. */
 
-INLINE float number_at(const void* x, int64_t index, int32_t dtype) {
-    alignas(64) char bytes[64] = {};
-    int size = dtype == BW_FLOAT32 ? 4 : 2;
-    memcpy(bytes, (const char*)x + index * size, (size_t)size);
-    float first[BW_LANES];
-    store_f(first, load_number(bytes, 0, dtype));
-    return first[0];
-}
+/* The least and the greatest of whole vectors of numbers, and what is NaN if some are not finite. */
+struct Extremes {
+    F least = set_f(__builtin_inff()), greatest = set_f(-__builtin_inff()), damage = set_f(0.0f);
 
-/* The numbers of a token as float32, padded with zeros to whole vectors. */
-inline void read_row(const void* x, int64_t first, int64_t columns, int64_t slots, int32_t dtype, float* row) {
-    int64_t whole = columns / BW_LANES * BW_LANES;
-    for (int64_t c = 0; c < whole; c += BW_LANES) store_f(row + c, load_number(x, first + c, dtype));
-    for (int64_t c = whole; c < columns; c++) row[c] = number_at(x, first + c, dtype);
-    for (int64_t c = columns; c < slots; c++) row[c] = 0;
-}
-
-/* The scale of a token (max|x| / most, of a constant token its magnitude), or NaN if it holds NaN or infinity.
- * For int8, whose most is 127, the same arithmetic as bitwright.core.grid. */
-inline float token_scale(const float* row, int64_t columns, float most) {
-    constexpr float tiny = 1.17549435e-38f;
-    F least = set_f(row[0]), greatest = least, damage = set_f(0.0f);
-    int64_t whole = columns / BW_LANES * BW_LANES;
-    for (int64_t c = 0; c < whole; c += BW_LANES) {
-        F v = load_f(row + c);
+    INLINE void add(F v) {
         least = min_f(v, least);
         greatest = max_f(v, greatest);
         damage = add_f(damage, sub_f(v, v)); /* 0, or NaN */
     }
-    float low = -lane_most(sub_f(set_f(0.0f), least)), high = lane_most(greatest), bad = lane_sum(damage);
-    for (int64_t c = whole; c < columns; c++) {
+};
+
+/* The numbers of a token as float32, padded with zeros to whole blocks: as they are, or normalized on the way. Extremes
+ * are of whole vectors. */
+inline Extremes read_row(const bw_source* s, int64_t token, int64_t columns, int64_t slots, float* row) {
+    Extremes extremes;
+    const F divisor = set_f(s->norm ? read_before_norm(s->norm, token, row) : 1.0f);
+    for_vectors(columns, [&](int64_t c, int64_t count) INLINE_LAMBDA {
+        F v;
+        if (!s->norm) v = load_part(s->x, token * columns + c, s->dtype, count);
+        else v = mul_f(div_f(load_part(row, c, BW_FLOAT32, count), divisor), load_part(s->norm->weight, c, BW_FLOAT32, count));
+        if (s->input_scale) v = mul_f(v, load_part(s->input_scale, c, BW_FLOAT32, count));
+        store_part(row, c, BW_FLOAT32, count, v);
+        if (count == BW_LANES) extremes.add(v);
+    });
+    for (int64_t c = columns; c < slots; c++) row[c] = 0;
+    return extremes;
+}
+
+/* The scale of a token (max|x| / most, of a constant token its magnitude), or NaN if it holds NaN or infinity.
+ * For int8, whose most is 127, the same arithmetic as bitwright.core.grid. */
+inline float token_scale(const Extremes& e, const float* row, int64_t columns, float most) {
+    constexpr float tiny = 1.17549435e-38f;
+    float low = -lane_most(sub_f(set_f(0.0f), e.least)), high = lane_most(e.greatest), bad = lane_sum(e.damage);
+    for (int64_t c = columns / BW_LANES * BW_LANES; c < columns; c++) {
         low = row[c] < low ? row[c] : low;
         high = row[c] > high ? row[c] : high;
         bad += row[c] - row[c];
@@ -42,6 +45,9 @@ inline float token_scale(const float* row, int64_t columns, float most) {
     return scale < tiny ? tiny : scale;
 }
 
+/* The sum of lanes whose magnitudes together are below 2^24 (those of a group are): in float32 it is exact. */
+INLINE int32_t whole_sum(I lanes) { return (int32_t)lane_sum(to_f(lanes)); }
+
 /* One group of a token to int8 words; their sum. */
 inline int32_t write_bytes(const float* row, int64_t slots, float scale, uint32_t* words) {
     F divisor = set_f(scale > 0 ? scale : 1.0f);
@@ -52,10 +58,7 @@ inline int32_t write_bytes(const float* row, int64_t slots, float scale, uint32_
         sum = add_i(sum, code);
         store_bytes(words + s / 4, code);
     }
-    int32_t lanes[BW_LANES], total = 0;
-    store_i(lanes, sum);
-    for (int32_t lane : lanes) total += lane;
-    return total;
+    return whole_sum(sum);
 }
 
 /* One group of a token to 16 bits, as the sum 256 * high + low of int8 words; the sums of both. */
@@ -71,11 +74,8 @@ inline void write_halves(const float* row, int64_t slots, float scale, uint32_t*
         store_bytes(high + s / 4, upper);
         store_bytes(low + s / 4, lower);
     }
-    int32_t lanes[2][BW_LANES];
-    store_i(lanes[0], high_sum);
-    store_i(lanes[1], low_sum);
-    sums[0] = sums[1] = 0;
-    for (int i = 0; i < 2 * BW_LANES; i++) sums[i / BW_LANES] += lanes[i / BW_LANES][i % BW_LANES];
+    sums[0] = whole_sum(high_sum);
+    sums[1] = whole_sum(low_sum);
 }
 
 /* One group of a token to float32 words, or to pairs of bfloat16 (slots 0 and 2 of each four, then 1 and 3). */
@@ -108,13 +108,11 @@ INLINE void place_words(const bw_tokens* tokens, int64_t index, int64_t first, i
     for (int64_t i = 0; i < count; i++) to[i * width] = words[i];
 }
 
-int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t token, const float* input_scale,
-                  bw_tokens* tokens, float* row) {
+int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw_tokens* tokens, float* row) {
     int64_t longest = w->columns > w->slots ? w->columns : w->slots;
-    read_row(x, token * w->columns, w->columns, w->slots, dtype, row);
-    for (int64_t c = 0; input_scale && c < w->columns; c++) row[c] *= input_scale[c];
+    const Extremes extremes = read_row(source, token, w->columns, w->slots, row);
     bool is_integer = tokens->route == BW_ROUTE_INTEGER, is_wide = tokens->route == BW_ROUTE_WIDE;
-    float scale = is_integer || is_wide ? token_scale(row, w->columns, is_wide ? (float)BW_MOST_WIDE : 127.0f) : 1.0f;
+    float scale = is_integer || is_wide ? token_scale(extremes, row, w->columns, is_wide ? (float)BW_MOST_WIDE : 127.0f) : 1.0f;
     if (is_integer || is_wide) tokens->scale[token] = scale; /* if it is NaN, so are all of the token's results */
     const float* slots = row;
     if (w->order) {
@@ -124,16 +122,18 @@ int prepare_token(const bw_weight* w, const void* x, int32_t dtype, int64_t toke
     }
     int64_t per_word = tokens->route == BW_ROUTE_FLOAT32 ? 1 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 4;
     uint32_t* words = (uint32_t*)(row + longest + w->slots);
+    const int32_t factor = w->zero ? 1 : -w->center; /* what products of codes have too much, if it is one number */
     for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
         int64_t count = w->group < w->slots - first ? w->group : w->slots - first, at = group * tokens->count + token;
         if (is_wide) {
             int32_t* sums = (int32_t*)tokens->sums + group * tokens->count + 2 * token;
             write_halves(slots + first, count, scale, words, words + count / 4, sums);
+            for (int half = 0; half < 2; half++) sums[half] *= factor;
             place_words(tokens, 2 * token, first / 4, count / 4, words);
             place_words(tokens, 2 * token + 1, first / 4, count / 4, words + count / 4);
             continue;
         }
-        if (is_integer) ((int32_t*)tokens->sums)[at] = write_bytes(slots + first, count, scale, words);
+        if (is_integer) ((int32_t*)tokens->sums)[at] = factor * write_bytes(slots + first, count, scale, words);
         else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
         place_words(tokens, token, first / per_word, count / per_word, words);
     }

@@ -68,6 +68,33 @@ void linear_round() {
             "bw_linear of an unsound argument");
 }
 
+/* Norms of rows of anything, on their way into a product; and such whose sums would lie where they are read. */
+void normed_round() {
+    int64_t rows = draw(1, 70), columns = draw(1, 100), tokens = draw(0, 9), slots = (columns + 31) / 32 * 32;
+    int32_t bits = static_cast<int32_t>(draw(2, 8)), activation = draw(0, 1) ? 8 : 16;
+    size_t numbers = static_cast<size_t>(tokens * columns * 4);
+    Bytes codes(bw_codes_bytes(rows, slots, bits)), scale(static_cast<size_t>((rows + 63) / 64 * 256));
+    Bytes x(numbers), residual(numbers), sum(numbers), weight(static_cast<size_t>(columns * 4));
+    Bytes bias(static_cast<size_t>(rows * 4)), y(static_cast<size_t>(tokens * rows * 4));
+    bw_weight w{rows, columns, slots, slots, bits, 1 << (bits - 1), BW_FLOAT32, 0, codes.as<uint8_t>(), scale.as<void>(),
+                nullptr, nullptr, nullptr, nullptr};
+    bw_norm norm{x.as<void>(), draw(0, 1) ? residual.as<void>() : nullptr, weight.as<void>(),
+                 draw(0, 1) ? sum.as<void>() : nullptr, nullptr, columns, BW_FLOAT32, 1e-6f};
+    auto run = [&] {
+        return bw_norm_linear(&norm, &w, tokens, draw(0, 1) ? bias.as<float>() : nullptr, activation, y.as<float>(),
+                              static_cast<int32_t>(draw(1, 3)));
+    };
+    int status = run();
+    require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_norm_linear");
+    switch (draw(0, 3)) {
+        case 0: norm.columns++; break;
+        case 1: norm.dtype = BW_BFLOAT16; break;
+        case 2: tokens = -1; break;
+        default: activation = 4;
+    }
+    require(run() == BW_BAD_ARGUMENT, "bw_norm_linear of an unsound argument");
+}
+
 void packing_round() {
     int64_t rows = draw(1, 70), columns = draw(1, 70), slots = (columns + 31) / 32 * 32;
     int32_t bits = static_cast<int32_t>(draw(2, 8));
@@ -120,6 +147,7 @@ int main(int count, char** arguments) {
         linear_round();
         packing_round();
         layers_round();
+        normed_round();
         rows_round();
         sampling_round();
         if (round % 8 == 0) pages_round(); /* these take longer */

@@ -166,6 +166,20 @@ void check_attention() {
     }
 }
 
+/* A norm on its way into a product, of exact and of rounded tokens, is the norm and then the product. */
+void check_norm_linear(bw_norm norm) {
+    int64_t rows = draw(1, 80), columns = norm.columns, slots = (columns + 31) / 32 * 32;
+    std::vector<uint8_t> codes(bw_codes_bytes(rows, slots, 8));
+    for (auto& code : codes) code = static_cast<uint8_t>(draw(0, 255));
+    std::vector<float> scale = numbers((rows + 63) / 64 * 64), y(static_cast<size_t>(rows)), expected(y.size());
+    bw_weight w{rows, columns, slots, slots, 8, 128, BW_FLOAT32, 0, codes.data(), scale.data(), nullptr, nullptr, nullptr, nullptr};
+    for (int32_t activation : {8, 16}) {
+        require(bw_norm_linear(&norm, &w, 1, nullptr, activation, y.data(), 2) == BW_OK, "bw_norm_linear");
+        require(bw_linear(&w, norm.y, BW_FLOAT32, 1, nullptr, activation, expected.data(), 2) == BW_OK, "bw_linear");
+        for (size_t r = 0; r < y.size(); r++) near(y[r], expected[r], 0, "bw_norm_linear");
+    }
+}
+
 void check_layers() {
     int64_t columns = draw(1, 100);
     std::vector<float> x = numbers(columns), residual = numbers(columns), weight = numbers(columns), sum(x.size()), y(x.size());
@@ -175,6 +189,7 @@ void check_layers() {
     for (size_t c = 0; c < x.size(); c++) squares += std::pow(double(x[c]) + residual[c], 2);
     for (size_t c = 0; c < x.size(); c++)
         near(y[c], (double(x[c]) + residual[c]) / std::sqrt(squares / static_cast<double>(columns) + 1e-5) * weight[c], 1e-5, "bw_rms_norm");
+    check_norm_linear(norm);
     require(bw_silu_multiply(x.data(), residual.data(), BW_FLOAT32, columns, y.data(), 1) == BW_OK, "bw_silu_multiply");
     for (size_t c = 0; c < x.size(); c++) near(y[c], x[c] / (1 + std::exp(-double(x[c]))) * residual[c], 1e-5, "bw_silu_multiply");
 }

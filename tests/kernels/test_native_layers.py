@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.core.errors import ArgumentError
-from bitwright.kernels import native_library
-from bitwright.kernels.native_layers import rms_norm, rotate, silu_multiply
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.qtensor import QuantizedTensor
+from bitwright.core.scheme_names import parse
+from bitwright.kernels import native, native_library
+from bitwright.kernels.native_layers import norm_linear, rms_norm, rotate, silu_multiply
 
 pytestmark = pytest.mark.skipif(native_library.missing() is not None, reason="the native kernels are not built")
 
@@ -45,6 +47,59 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         wide = expected.double()
         exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
         near(y, exact)
+
+
+# (out, in): whole panels and blocks, neither, fewer than a vector, one column, the shape of a small model.
+LINEAR_SHAPES = [(64, 64), (13, 70), (5, 9), (9, 1), (130, 896)]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4g32-a8", "w4g32-asym-a8", "w4g32", "w8", "nf4g32"])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+def test_norm_linear_equals_its_two_steps_and_float64(name: str, shape: tuple[int, int]) -> None:
+    scheme = parse(name)
+    tensor = QuantizedTensor.quantize(torch.randn(shape), scheme.weight)
+    packed, norm_weight, bias = native.pack(tensor, scheme), torch.randn(shape[1]), torch.randn(shape[0])
+    for tokens in (1, 3, 6, 17):
+        x, residual = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[1])
+        for extra in (None, residual):
+            y, total = norm_linear(x, norm_weight, 1e-6, packed, bias, extra)
+            normed, expected_total = rms_norm(x, norm_weight, 1e-6, extra)
+            assert torch.equal(total, expected_total)
+            assert torch.equal(y, native.run(normed, packed, bias))
+            wide = total.double()
+            exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight.double()
+            # Rounding to int8 moves a number by half a step, a 255th of the largest of its token at most.
+            step = exact.abs().amax(-1, keepdim=True) * (0.501 / 127 if scheme.activation else 2e-6)
+            weight = tensor.dequantize(torch.float64)
+            limit = step * weight.abs().sum(1) + 1e-5 * (exact.abs() @ weight.abs().t() + 1)
+            assert ((y.double() - exact @ weight.t() - bias.double()).abs() <= limit).all()
+
+
+def test_norm_linear_of_what_is_not_finite() -> None:
+    scheme = parse("w8a8")
+    packed = native.pack(QuantizedTensor.quantize(torch.randn(20, 70), scheme.weight), scheme)
+    for tokens in (1, 8):
+        x = torch.randn(tokens, 70)
+        x[-1, 3] = torch.nan
+        with pytest.raises(BitwrightError, match="BW602"):
+            norm_linear(x, torch.ones(70), 1e-6, packed)
+
+
+def test_norm_linear_in_any_batch_and_on_any_threads() -> None:
+    scheme = parse("w4g32-a8")
+    packed = native.pack(QuantizedTensor.quantize(torch.randn(150, 96), scheme.weight), scheme)
+    x, residual, weight = torch.randn(300, 96), torch.randn(300, 96), torch.randn(96)
+    together, sums = norm_linear(x, weight, 1e-6, packed, None, residual)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for size in (1, 4, 7, 250):
+                y, total = norm_linear(x[9 : 9 + size], weight, 1e-6, packed, None, residual[9 : 9 + size])
+                assert torch.equal(y, together[9 : 9 + size])
+                assert torch.equal(total, sums[9 : 9 + size])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -95,6 +150,12 @@ def test_what_does_not_fit_is_refused() -> None:
         rms_norm(x, torch.randn(9), 1e-6)
     with pytest.raises(ArgumentError, match="x and residual"):
         rms_norm(x, torch.randn(8), 1e-6, torch.randn(8, 4).t())
+    packed = native.pack(QuantizedTensor.quantize(torch.randn(4, 8), parse("w8").weight), parse("w8"))
+    for bad in (torch.randn(2, 9), torch.randn(2, 8).double()):
+        with pytest.raises(ArgumentError, match="x and residual"):
+            norm_linear(bad, torch.randn(8), 1e-6, packed)
+    with pytest.raises(ArgumentError, match="bias"):
+        norm_linear(x, torch.randn(8), 1e-6, packed, torch.randn(5))
     with pytest.raises(ArgumentError, match="gate and up"):
         silu_multiply(x, x.double())
     table = torch.ones(3, 4)

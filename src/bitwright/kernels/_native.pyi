@@ -34,6 +34,20 @@ def select_isa(name: str, /) -> bool: ...
 def selected_isa() -> str: ...
 def read_memory(memory: int, bytes: int, threads: int, /) -> int: ...
 def multiply(route: int, rounds: int, threads: int, /) -> int: ...
+def norm_linear(
+    x: int,
+    residual: int,
+    norm_weight: int,
+    sum: int,
+    epsilon: float,
+    weight: Weight,
+    tokens: int,
+    bias: int,
+    activation_bits: int,
+    y: int,
+    threads: int,
+    /,
+) -> bool: ...
 def rms_norm(
     x: int,
     residual: int,

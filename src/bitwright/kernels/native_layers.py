@@ -1,6 +1,7 @@
 """What lies between a model's linear layers, natively: norms, gated activations, rotary positions.
 
 Everything is computed in float32 and rounded once, to the dtype of the input. A row's result is the same in any batch.
+A norm can be taken where its rows are rounded for a product, in one pass: :func:`norm_linear`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.core.errors import ArgumentError
-from bitwright.kernels import native_library
+from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.kernels import native, native_library
+from bitwright.kernels.records import PackedWeight
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["rms_norm", "rotate", "silu_multiply"]
+__all__ = ["norm_linear", "rms_norm", "rotate", "silu_multiply"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -36,6 +38,42 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None 
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), total.data_ptr(),
         y.data_ptr(), x.numel() // max(1, x.shape[-1]), x.shape[-1], DTYPES[x.dtype], epsilon, torch.get_num_threads(),
     )  # fmt: skip
+    return y, total
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``weight`` times the norm of ``x + residual`` (float32 ``[..., in]``), plus the bias: ``[..., out]``; and that sum.
+
+    Bit for bit what :func:`rms_norm` and then the layer give, but a token is normalized, rounded and laid out for the
+    product in one go, and its normalized row is nowhere stored.
+
+    Raises:
+        ArgumentError: BW201 if shapes, dtypes or layouts are not those described.
+        BitwrightError: BW602 if activations that are to be rounded are not finite.
+    """
+    rows, columns = weight.shape
+    parts = [x] if residual is None else [x, residual]
+    _check("x and residual", parts, torch.float32, torch.Size((*x.shape[:-1], columns)))
+    _check("the norm's weight", [norm_weight], torch.float32, torch.Size((columns,)))
+    _check("bias", [] if bias is None else [bias], torch.float32, torch.Size((rows,)))
+    y = torch.empty(*x.shape[:-1], rows)
+    total = x if residual is None else torch.empty_like(x)
+    is_finite = _native.norm_linear(
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), norm_weight.data_ptr(),
+        0 if residual is None else total.data_ptr(), epsilon, native.record(weight), x.numel() // columns,
+        0 if bias is None else bias.data_ptr(), 16 if weight.scheme.activation is None else 8, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not is_finite:
+        suggestion = "the model overflows before this layer: load it with dtype float32"
+        raise BitwrightError("BW602", "NaN or infinity among the values to quantize", suggestion=suggestion)
     return y, total
 
 

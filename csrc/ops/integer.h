@@ -1,0 +1,124 @@
+/* Integer products of three tokens and more with 4-bit and 8-bit codes, straight from memory. Included inside an anonymous
+ * namespace.
+ *
+ * A tile is summed for all rows of a panel at once, or for half of them: twelve sums (six tokens by two vectors of rows)
+ * and as many totals fit in registers together. With small groups, totals that go through memory take a quarter of the
+ * time, and unpacking codes again for every tile takes less than spreading them out once. Sums are taken in the same
+ * order as everywhere. */
+
+/* What is asked for while something else is summed: so many lines of 64 bytes for each block of columns; if they are soon
+ * to be read, into the first-level cache. */
+struct Ahead {
+    const uint8_t* codes;
+    int lines;
+    bool is_near;
+
+    INLINE void ask() {
+        if (is_near)
+            for (int i = 0; i < lines; i++, codes += 64) __builtin_prefetch(codes, 0, 3);
+        else
+            for (int i = 0; i < lines; i++, codes += 64) __builtin_prefetch(codes, 0, 2);
+    }
+};
+
+/* A block of columns, LANES vectors of rows, times TOKENS tokens. */
+template <int BITS, int LANES, int TOKENS>
+INLINE void add_block(const uint8_t* codes, const uint32_t* x, I (&sums)[TOKENS][LANES]) {
+    for_each<8>([&](auto q) INLINE_LAMBDA {
+        I word[LANES];
+        UNROLL
+        for (int lane = 0; lane < LANES; lane++) word[lane] = Block<BITS>(codes + lane * 64 * BITS).template quad<q, true>();
+        UNROLL
+        for (int i = 0; i < LANES * TOKENS; i++) {
+            I& sum = sums[i / LANES][i % LANES];
+            sum = Integer::dot<BITS == 8>(sum, word[i % LANES], x[q * TOKENS + i / LANES]);
+        }
+        IN_ORDER; /* or words of all steps are loaded first, and spilled */
+    });
+}
+
+/* All groups of LANES vectors of rows, from `first` on, times the TOKENS tokens from `token` on, into totals [token][64]. */
+template <int BITS, int LANES, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
+APART void sum_rows(const PanelPlace& at, int first, int64_t token, Ahead ahead, float* totals) {
+    constexpr bool ARE_KEPT = LANES * TOKENS <= 12; /* totals, in registers */
+    const bw_weight& w = *at.job.weight;
+    const uint8_t* codes = at.codes + first * 64 * BITS;
+    const int32_t* token_sums = (const int32_t*)at.job.tokens.sums + token;
+    const int64_t last = at.groups - 1, whole_blocks = w.group / BW_BLOCK, last_blocks = group_slots(w, last) / BW_BLOCK;
+    const int64_t count = at.job.tokens.count, stride = w.group / 4 * count;
+    const uint32_t* x = at.job.tokens.words + token * w.group / 4;
+    const uint32_t* last_x = group_words<Integer>(at.job, last) + token * last_blocks * (BW_BLOCK / 4);
+    int64_t scales = at.panel * at.groups * BW_PANEL + first * BW_LANES;
+    F total[TOKENS][LANES];
+    UNROLL
+    for (int i = 0; i < LANES * TOKENS; i++) total[i / LANES][i % LANES] = set_f(0.0f);
+    for (int64_t g = 0; g <= last; g++, x += stride, token_sums += count, scales += BW_PANEL) {
+        const uint32_t* words = g < last ? x : last_x;
+        I sums[TOKENS][LANES];
+        UNROLL
+        for (int i = 0; i < LANES * TOKENS; i++) sums[i / LANES][i % LANES] = Integer::start(HAS_ZERO, token_sums + i / LANES);
+        for (int64_t b = g < last ? whole_blocks : last_blocks; b > 0; b--, words += 8 * TOKENS, codes += 4 * 64 * BITS) {
+            ahead.ask();
+            add_block<BITS, LANES, TOKENS>(codes, words, sums);
+        }
+        UNROLL
+        for (int lane = 0; lane < LANES; lane++) {
+            LaneParameters p = load_lane<HAS_ZERO, HAS_REMAINDER>(w, scales + lane * BW_LANES, true);
+            UNROLL
+            for (int t = 0; t < TOKENS; t++) {
+                float* to = totals + t * BW_PANEL + (first + lane) * BW_LANES;
+                F before = ARE_KEPT ? total[t][lane] : g ? load_f(to) : set_f(0.0f);
+                F after = Integer::fold<HAS_ZERO, HAS_REMAINDER>(before, sums[t][lane], p, token_sums + t);
+                if constexpr (ARE_KEPT) total[t][lane] = after;
+                else store_f(to, after);
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < LANES * TOKENS && ARE_KEPT; i++)
+        store_f(totals + i / LANES * BW_PANEL + (first + i % LANES) * BW_LANES, total[i / LANES][i % LANES]);
+}
+
+/* Groups of this size need their totals so rarely that all rows can be summed at once. */
+constexpr int64_t LARGE_GROUP = 256;
+
+INLINE bool are_halved(const bw_weight& w, int64_t tokens) { return tokens > 3 && w.group < LARGE_GROUP && w.group < w.slots; }
+
+/* One tile; `ahead` moves on. */
+template <int BITS, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
+INLINE void sum_rows_of_tile(const PanelPlace& at, int64_t token, Ahead& ahead, float* totals) {
+    int64_t bytes = at.job.weight->slots / BW_BLOCK * 64 * ahead.lines;
+    if (!are_halved(*at.job.weight, TOKENS)) {
+        sum_rows<BITS, 4, TOKENS, HAS_ZERO, HAS_REMAINDER>(at, 0, token, ahead, totals);
+        ahead.codes += bytes;
+        return;
+    }
+    for (int first = 0; first < 4; first += 2, ahead.codes += bytes)
+        sum_rows<BITS, 2, TOKENS, HAS_ZERO, HAS_REMAINDER>(at, first, token, ahead, totals);
+}
+
+template <int BITS, int TOKENS>
+INLINE void sum_packed_tile(const PanelPlace& at, int64_t token, Ahead& ahead, float* totals) {
+    const bw_weight& w = *at.job.weight;
+    if (!w.zero) return sum_rows_of_tile<BITS, TOKENS, false, false>(at, token, ahead, totals);
+    if (!w.remainder) return sum_rows_of_tile<BITS, TOKENS, true, false>(at, token, ahead, totals);
+    sum_rows_of_tile<BITS, TOKENS, true, true>(at, token, ahead, totals);
+}
+
+/* All groups of a panel times all tokens of the job. The panel is read anew for every tile, or half of one, and every time
+ * a part of the next panel is asked for, so that memory is busy throughout. What is read once is asked for just before. */
+template <int BITS> void sum_packed_tiles(const PanelPlace& at, float* totals) {
+    int64_t tokens = at.job.tokens.count, tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    int64_t passes = tiles * (are_halved(*at.job.weight, tokens) ? 2 : 1);
+    int64_t distance = passes == 1 ? BW_AHEAD : at.job.weight->slots / BW_BLOCK * 4 * 64 * BITS;
+    Ahead ahead{at.codes + distance, (int)((4 * BITS + passes - 1) / passes), passes == 1};
+    for (int64_t token = 0; token < tokens; token += TILE_TOKENS, totals += TILE_TOKENS * BW_PANEL)
+        switch (tokens - token) {
+            case 1: sum_packed_tile<BITS, 1>(at, token, ahead, totals); break;
+            case 2: sum_packed_tile<BITS, 2>(at, token, ahead, totals); break;
+            case 3: sum_packed_tile<BITS, 3>(at, token, ahead, totals); break;
+            case 4: sum_packed_tile<BITS, 4>(at, token, ahead, totals); break;
+            case 5: sum_packed_tile<BITS, 5>(at, token, ahead, totals); break;
+            default: sum_packed_tile<BITS, TILE_TOKENS>(at, token, ahead, totals);
+        }
+}
