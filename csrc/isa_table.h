@@ -10,7 +10,7 @@
 enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32, BW_ROUTE_WIDE };
 
 /* Activations as the kernels read them: 32-bit words of four int8, two bfloat16 or one float32.
- * words: [group][tile of BW_TILE tokens, the last one narrower][word of the group][token of the tile];
+ * words: [group][tile of bw_tile_width tokens, the last one may be narrower][word of the group][token of the tile];
  * sums: [group][token], int32 or float32, of the rounded tokens; int32 ones times -center if the weight has no zeros. */
 typedef struct bw_tokens {
     enum bw_route route;
@@ -97,6 +97,11 @@ extern const bw_isa_table bw_neon_dotprod_table;
 /* The most tokens of one job: their sums of a panel stay in the second-level cache, beside the weights. */
 #define BW_TOKENS 240
 #define BW_TILE 6
+/* How many tokens a tile has: of as few tiles as can be, of about equal sizes, as narrow ones are slow. */
+static inline int64_t bw_tile_width(int64_t tokens) {
+    int64_t tiles = (tokens + BW_TILE - 1) / BW_TILE;
+    return tiles ? (tokens + tiles - 1) / tiles : 1;
+}
 /* The largest 16-bit activation: its high half, to the nearest, is at most 127. */
 #define BW_MOST_WIDE (127 * 256 + 127)
 /* Tokens of a context whose scores are taken together, and rows of a tile of attention. */

@@ -108,12 +108,12 @@ INLINE void sum_packed_tile(const PanelPlace& at, int64_t token, Ahead& ahead, f
 /* All groups of a panel times all tokens of the job. The panel is read anew for every tile, or half of one, and every time
  * a part of the next panel is asked for, so that memory is busy throughout. What is read once is asked for just before. */
 template <int BITS> void sum_packed_tiles(const PanelPlace& at, float* totals) {
-    int64_t tokens = at.job.tokens.count, tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
-    int64_t passes = tiles * (are_halved(*at.job.weight, tokens) ? 2 : 1);
+    int64_t tokens = at.job.tokens.count, width = bw_tile_width(tokens), tiles = (tokens + width - 1) / width;
+    int64_t passes = tiles * (are_halved(*at.job.weight, width) ? 2 : 1);
     int64_t distance = passes == 1 ? BW_AHEAD : at.job.weight->slots / BW_BLOCK * 4 * 64 * BITS;
     Ahead ahead{at.codes + distance, (int)((4 * BITS + passes - 1) / passes), passes == 1};
-    for (int64_t token = 0; token < tokens; token += TILE_TOKENS, totals += TILE_TOKENS * BW_PANEL)
-        switch (tokens - token) {
+    for (int64_t token = 0; token < tokens; token += width, totals += width * BW_PANEL)
+        switch (tokens - token < width ? tokens - token : width) {
             case 1: sum_packed_tile<BITS, 1>(at, token, ahead, totals); break;
             case 2: sum_packed_tile<BITS, 2>(at, token, ahead, totals); break;
             case 3: sum_packed_tile<BITS, 3>(at, token, ahead, totals); break;

@@ -22,7 +22,7 @@ INLINE int64_t group_slots(const bw_weight& w, int64_t group) {
     return w.group < w.slots - first ? w.group : w.slots - first;
 }
 
-/* Words of a group: token after token in tiles of TILE_TOKENS, within a tile step after step. */
+/* Words of a group: tile after tile, within a tile step after step. */
 template <class R> INLINE const uint32_t* group_words(const bw_linear_job& job, int64_t group) {
     return job.tokens.words + group * job.weight->group / 4 * R::STEPS * job.tokens.count;
 }
@@ -180,7 +180,7 @@ template <class R, int BITS>
 void sum_in_chunks(const PanelPlace& at, int64_t group, const Levels& levels, uint32_t* carried, float* totals) {
     alignas(64) uint32_t weights[R::CHUNK / 4 * R::STEPS * BW_PANEL];
     const bw_linear_job& job = at.job;
-    int64_t slots = group_slots(*job.weight, group), words = slots / 4 * R::STEPS;
+    int64_t slots = group_slots(*job.weight, group), words = slots / 4 * R::STEPS, width = bw_tile_width(job.tokens.count);
     const uint32_t* x = group_words<R>(job, group);
     const uint8_t* codes = at.codes + group * job.weight->group / BW_BLOCK * 4 * 64 * BITS;
     Parameters p = load_parameters(*job.weight, at.panel, group, at.groups, R::STEPS == 1);
@@ -188,8 +188,8 @@ void sum_in_chunks(const PanelPlace& at, int64_t group, const Levels& levels, ui
         int64_t part = R::CHUNK < slots - first ? R::CHUNK : slots - first;
         spread<R, BITS>(codes + first / BW_BLOCK * 4 * 64 * BITS, part / BW_BLOCK, levels, weights);
         Chunk chunk{weights, part / 4 * R::STEPS, first == 0, first + part == slots, p};
-        for (int64_t token = 0; token < job.tokens.count; token += TILE_TOKENS) {
-            int count = job.tokens.count - token < TILE_TOKENS ? (int)(job.tokens.count - token) : TILE_TOKENS;
+        for (int64_t token = 0; token < job.tokens.count; token += width) {
+            int count = (int)(job.tokens.count - token < width ? job.tokens.count - token : width);
             sum_tokens<R, BITS == 8>(count, chunk, x + token * words + first / 4 * R::STEPS * count,
                                      carried + token * BW_PANEL, totals + token * BW_PANEL,
                                      group_sums(job, group, token));
@@ -203,13 +203,13 @@ void sum_small_groups(const PanelPlace& at, int64_t first, int64_t count, const 
     alignas(64) uint32_t weights[R::SMALL / 4 * R::STEPS * BW_PANEL];
     Parameters parameters[R::SMALL / BW_BLOCK];
     const bw_linear_job& job = at.job;
-    int64_t slots = job.weight->group, words = slots / 4 * R::STEPS, tokens = job.tokens.count;
+    int64_t slots = job.weight->group, words = slots / 4 * R::STEPS, tokens = job.tokens.count, width = bw_tile_width(tokens);
     for (int64_t g = 0; g < count; g++)
         parameters[g] = load_parameters(*job.weight, at.panel, first + g, at.groups, R::STEPS == 1);
     spread<R, BITS>(at.codes + first * slots / BW_BLOCK * 4 * 64 * BITS, count * slots / BW_BLOCK, levels, weights);
     const uint32_t* x = group_words<R>(job, first);
-    for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
-        int tile = tokens - token < TILE_TOKENS ? (int)(tokens - token) : TILE_TOKENS;
+    for (int64_t token = 0; token < tokens; token += width) {
+        int tile = (int)(tokens - token < width ? tokens - token : width);
         for (int64_t g = 0; g < count; g++) {
             Chunk chunk{weights + g * words * BW_PANEL, words, true, true, parameters[g]};
             sum_tokens<R, BITS == 8>(tile, chunk, x + g * words * tokens + token * words, nullptr, totals + token * BW_PANEL,

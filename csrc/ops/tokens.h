@@ -100,13 +100,23 @@ inline float write_floats(const float* row, int64_t slots, bool are_pairs, uint3
     return lane_sum(sum);
 }
 
-/* Words [count] of a group of row `index` of the tokens, to their places in its tile. */
-INLINE void place_words(const bw_tokens* tokens, int64_t index, int64_t first, int64_t count, const uint32_t* words) {
-    int64_t first_of_tile = index / BW_TILE * BW_TILE, left = tokens->count - first_of_tile;
-    int64_t width = left < BW_TILE ? left : BW_TILE;
-    uint32_t* to = tokens->words + first * tokens->count + first_of_tile * count + index - first_of_tile;
-    for (int64_t i = 0; i < count; i++) to[i * width] = words[i];
-}
+/* Where the words of one row of the tokens lie: in its tile, `width` apart. */
+struct WordPlace {
+    const bw_tokens& tokens;
+    int64_t first_of_tile, lane, width;
+
+    INLINE WordPlace(const bw_tokens& all, int64_t index) : tokens(all) {
+        int64_t widest = bw_tile_width(all.count);
+        first_of_tile = index / widest * widest;
+        lane = index - first_of_tile;
+        width = all.count - first_of_tile < widest ? all.count - first_of_tile : widest;
+    }
+    /* Words [count] of a group that begins with word `first`. */
+    INLINE void put(int64_t first, int64_t count, const uint32_t* words) const {
+        uint32_t* to = tokens.words + first * tokens.count + first_of_tile * count + lane;
+        for (int64_t i = 0; i < count; i++) to[i * width] = words[i];
+    }
+};
 
 int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw_tokens* tokens, float* row) {
     int64_t longest = w->columns > w->slots ? w->columns : w->slots;
@@ -120,6 +130,7 @@ int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw
         for (int64_t s = 0; s < w->slots; s++) moved[s] = (uint32_t)w->order[s] < w->columns ? row[w->order[s]] : 0.0f;
         slots = moved;
     }
+    const WordPlace place(*tokens, is_wide ? 2 * token : token), next(*tokens, is_wide ? 2 * token + 1 : token);
     int64_t per_word = tokens->route == BW_ROUTE_FLOAT32 ? 1 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 4;
     uint32_t* words = (uint32_t*)(row + longest + w->slots);
     const int32_t factor = w->zero ? 1 : -w->center; /* what products of codes have too much, if it is one number */
@@ -129,13 +140,13 @@ int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw
             int32_t* sums = (int32_t*)tokens->sums + group * tokens->count + 2 * token;
             write_halves(slots + first, count, scale, words, words + count / 4, sums);
             for (int half = 0; half < 2; half++) sums[half] *= factor;
-            place_words(tokens, 2 * token, first / 4, count / 4, words);
-            place_words(tokens, 2 * token + 1, first / 4, count / 4, words + count / 4);
+            place.put(first / 4, count / 4, words);
+            next.put(first / 4, count / 4, words + count / 4);
             continue;
         }
         if (is_integer) ((int32_t*)tokens->sums)[at] = factor * write_bytes(slots + first, count, scale, words);
         else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
-        place_words(tokens, token, first / per_word, count / per_word, words);
+        place.put(first / per_word, count / per_word, words);
     }
     return is_integer && scale != scale ? BW_NOT_FINITE : BW_OK;
 }
