@@ -123,6 +123,22 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(name: str) -> None:
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    "name", ["w4g32-a8", "w4g96-asym-a8", "w4g128-asym-fz-a8", "w8g32-a8", "w8-asym-a8", "w4g256-a8"]
+)
+def test_every_width_of_tiles_equals_the_reference_bit_for_bit(isa: str, name: str) -> None:
+    """Tiles of one to six tokens, of half a panel or a whole one; the last group is shorter than the others."""
+    scheme = parse(name)
+    tensor = quantized(scheme, (130, 416))
+    packed, expected = native.pack(tensor, scheme), reference.pack(tensor, scheme)
+    x, bias = torch.randn(25, 416), torch.randn(130)
+    together = reference.run(x, expected, bias)
+    for tokens in (*range(1, 20), 25):
+        assert torch.equal(native.run(x[:tokens], packed, bias), together[:tokens]), (
+            f"{tokens}, seed {torch.initial_seed()}"
+        )
+
+
 @pytest.mark.parametrize("name", [*FLOAT_SCHEMES, *INTEGER_SCHEMES])
 def test_unpack_is_the_inverse_of_pack(name: str) -> None:
     scheme = parse(name)

@@ -19,6 +19,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme, QuantScheme
 from bitwright.kernels import native_library, reference
+from bitwright.kernels.native_memory import make_room
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
 if native_library.missing() is None:
@@ -93,7 +94,7 @@ def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
         slots = tensors["order"].numel()
     bits = _container_bits(weight)
     codes = _to_unsigned(tensor.codes, weight).contiguous()
-    packed = torch.empty(_native.codes_bytes(tensor.shape[0], slots, bits), dtype=torch.uint8)
+    packed = make_room(_native.codes_bytes(tensor.shape[0], slots, bits))
     order = tensors["order"].data_ptr() if "order" in tensors else 0
     _native.pack_codes(codes.data_ptr(), *tensor.shape, slots, bits, order, packed.data_ptr(), torch.get_num_threads())
     tensors["codes"] = packed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import native, native_library
+from bitwright.kernels.native_memory import make_room
 from bitwright.kernels.native_pages import Batch, Pages
 from bitwright.kernels.records import PackedWeight
 
@@ -77,7 +78,7 @@ def pack_floats(weight: Tensor) -> PackedFloats:
     if source.dtype not in native.DTYPES:
         raise ValueError(f"a weight of {weight.dtype}")
     slots = -(-columns // native.BLOCK) * native.BLOCK
-    codes = torch.empty(_native.codes_bytes(rows, slots, bits), dtype=torch.uint8)
+    codes = make_room(_native.codes_bytes(rows, slots, bits))
     _native.pack_floats(
         source.data_ptr(), native.DTYPES[source.dtype], rows, columns, slots, bits, codes.data_ptr(),
         torch.get_num_threads(),
