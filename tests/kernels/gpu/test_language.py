@@ -29,6 +29,20 @@ def faults(source: str) -> list[str]:
     return found
 
 
+def untold_sums(source: str) -> list[int]:
+    """Lines of matrix products that go on from a sum but do not say of what dtype it is, which is not float32."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and len(node.args) > 2]
+    products = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "dot"]
+    return [call.lineno for call in products if "out_dtype" not in {word.arg for word in call.keywords}]
+
+
+def test_sums_of_whole_numbers_say_so() -> None:
+    """Triton 3.6 (of torch 2.11) takes the sums of ``tl.dot`` for float32 unless it is told, and refuses others."""
+    source = next(path for path in PROGRAMS if path.name == "integer.py").read_text(encoding="utf-8")
+    assert source.count("tl.dot(") == 2 and untold_sums(source) == []
+    assert untold_sums("x = tl.dot(a, b, c)") == [1] and untold_sums("x = tl.dot(a, b)") == []
+
+
 def test_every_program_is_looked_at() -> None:
     assert {"linear.py", "integer.py", "attention.py", "append.py", "fp8.py"} <= {path.name for path in PROGRAMS}
 

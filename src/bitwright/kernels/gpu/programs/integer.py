@@ -68,12 +68,14 @@ def integer(codes, token_scales, sums, weight, scale, zero, remainder, bias, y, 
         if BITS == 8:
             at = weight + n.to(tl.int64)[:, None] * slots + (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
             here = _tokens(codes, chunk * CHUNK, at_rows, in_rows, CHUNK)
-            products = tl.dot(tl.load(at, mask=rows_in[:, None], other=0), here, products)
+            # Triton 3.6, among others, takes sums for float32 unless it is told.
+            products = tl.dot(tl.load(at, mask=rows_in[:, None], other=0), here, products, out_dtype=tl.int32)
         else:
             words = load_words(weight, (chunk * n_out + n) * 32, rows_in, 0, 32)
             for run in tl.static_range(8):
                 half = half_of_pair(pair_of_runs(words, run, 4), run % 2 == 1).to(tl.int8)
-                products = tl.dot(half, _tokens(codes, chunk * CHUNK + run * 32, at_rows, in_rows, 32), products)
+                here = _tokens(codes, chunk * CHUNK + run * 32, at_rows, in_rows, 32)
+                products = tl.dot(half, here, products, out_dtype=tl.int32)
                 if SPAN < CHUNK and (run + 1) * 32 % SPAN == 0:
                     group = (chunk * CHUNK + run * 32) // SPAN
                     total += _scaled(products, scale, zero, remainder, sums, group, n, m, n_out, rows, groups, ZERO)
