@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bitwright.core.errors import BitwrightError
+from bitwright.models.coded_tokenizers import has_vocabulary
 from bitwright.models.embedded_model import embedded_directory
 from bitwright.models.hf import load_tokenizer
 from bitwright.models.prompts import encode_chat, encode_prompt
@@ -165,3 +166,22 @@ def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
     directory = write_internlm2(tmp_path / "i", learned_pieces(30, 0), kind=1)
     with pytest.raises(BitwrightError, match=r"BW312.*not of merges"):
         load_tokenizer(directory)
+
+
+def test_a_template_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    directory = write_internlm2(tmp_path / "i", learned_pieces(60, 0), chat_template="of the settings")
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert load_tokenizer(directory).chat_template == "{{ messages[0].content }}"
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(BitwrightError, match=r"BW312.*chat_template\.jinja"):
+        load_tokenizer(directory)
+
+
+def test_what_holds_a_vocabulary(tmp_path: Path) -> None:
+    for number, write in enumerate((write_internlm2, write_qwen)):
+        directory = write(tmp_path / str(number), [])  # type: ignore[operator]
+        assert has_vocabulary(directory)
+        for path in (*directory.glob("*.model"), *directory.glob("*.tiktoken")):
+            path.unlink()
+        assert not has_vocabulary(directory)
+    assert has_vocabulary(embedded_directory()) and not has_vocabulary(tmp_path)

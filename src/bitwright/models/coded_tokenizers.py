@@ -21,7 +21,7 @@ READERS: dict[str, tuple[str, Reader]] = {  # of each family its vocabulary, and
     "internlm2": (sentencepiece_vocabulary.VOCABULARY, sentencepiece_vocabulary.describe_tokenizer),
 }
 CLASSES = {"QWenTokenizer": "qwen", "InternLM2Tokenizer": "internlm2", "InternLM2TokenizerFast": "internlm2"}
-WHOLE = "tokenizer.json"
+WHOLE, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 LIMIT = 64 << 20
 
@@ -38,9 +38,12 @@ def has_vocabulary(directory: Path) -> bool:
     """Whether the directory of a model holds a whole tokenizer, or what is read in the place of its code.
 
     Raises:
-        BitwrightError: BW310 if that is a link out of the directory.
+        BitwrightError: BW310 if that is a link out of the directory, BW312 if what says which it is cannot be read.
     """
-    return any(find_file(directory, name) is not None for name in (WHOLE, qwen_vocabulary.VOCABULARY))
+    if find_file(directory, WHOLE) is not None:
+        return True
+    family = _find_class(directory, _read(directory, "tokenizer_config.json"))
+    return family is not None and find_file(directory, READERS[family][0]) is not None
 
 
 def describe_coded(directory: Path) -> Description | None:
@@ -53,8 +56,7 @@ def describe_coded(directory: Path) -> Description | None:
         BitwrightError: BW310 if a file is a link out of the directory, BW312 if one cannot be read, or there is none.
     """
     settings = _read(directory, "tokenizer_config.json")
-    named_class = settings.get("tokenizer_class")
-    family = CLASSES.get(named_class) if isinstance(named_class, str) else find_family(_read(directory, "config.json"))
+    family = _find_class(directory, settings)
     if family is None:
         return None
     whole = find_file(directory, WHOLE)
@@ -67,10 +69,30 @@ def describe_coded(directory: Path) -> Description | None:
             raise _code_alone(directory, name)
         described = describe(path, settings)
     named = {name: token for name in NAMED if (token := _token(settings.get(name))) is not None}
-    if isinstance(settings.get("chat_template"), str):
-        named["chat_template"] = settings["chat_template"]
+    template = _template(directory, settings)
+    if template is not None:
+        named["chat_template"] = template
     named = {**_defaults(directory, family, described), **named}
     return Description(json.dumps(described), named)
+
+
+def _find_class(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """Whose code the tokenizer is, if it is one of those that are known."""
+    named = settings.get("tokenizer_class")
+    return CLASSES.get(named) if isinstance(named, str) else find_family(_read(directory, "config.json"))
+
+
+def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: in a file of its own, or among the settings."""
+    path = find_file(directory, TEMPLATE)
+    if path is None:
+        found = settings.get("chat_template")
+        return found if isinstance(found, str) else None
+    try:
+        return path.read_bytes()[:LIMIT].decode()
+    except (OSError, ValueError) as error:
+        what, suggestion = f"{TEMPLATE} cannot be read: {error}", "fetch this file again"
+        raise BitwrightError("BW312", what, where=str(path), suggestion=suggestion) from error
 
 
 def _code_alone(directory: Path, name: str) -> BitwrightError:
