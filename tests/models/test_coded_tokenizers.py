@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -185,3 +186,39 @@ def test_what_holds_a_vocabulary(tmp_path: Path) -> None:
             path.unlink()
         assert not has_vocabulary(directory)
     assert has_vocabulary(embedded_directory()) and not has_vocabulary(tmp_path)
+
+
+def test_spaces_are_trimmed_where_the_model_says_so_or_says_nothing(tmp_path: Path) -> None:
+    """The definition of the format fills in what a file leaves out: a text loses spaces, and no other white space."""
+    pieces = learned_pieces(400, 0)
+    scores = {text: score for text, score, kind in pieces if kind == 1}
+    numbers = {text: number for number, (text, _, _) in enumerate(pieces)}
+    for name, said in (("silent", b""), ("said", b"\x20\x01")):
+        tokenizer: Any = load_tokenizer(write_internlm2(tmp_path / name, pieces, prepared=said))
+        for text in ("  the  thing\n\n  that's   all  ", "a b", "\n a \n", "   "):
+            kept = re.sub(" {2,}", " ", text.strip(" "))
+            spelled = "\u2581" + kept.replace(" ", "\u2581") if kept else ""
+            assert tokenizer.encode(text) == [1, *(numbers[piece] for piece in joined(spelled, scores))], text
+
+
+@pytest.mark.parametrize("said", [b"\x28\x00", b"\x12\x01x"])
+def test_texts_prepared_in_other_ways_are_refused(tmp_path: Path, said: bytes) -> None:
+    directory = write_internlm2(tmp_path / "i", learned_pieces(30, 0), prepared=said)
+    with pytest.raises(BitwrightError, match="BW312"):
+        load_tokenizer(directory)
+
+
+def test_small_files_do_not_grow_to_gigabytes(tmp_path: Path) -> None:
+    """A token of one letter many times is made of any two that are as long together."""
+    single, runs = [bytes([byte]) for byte in range(256)], [bytes(length) for length in range(2, 1025)]
+    with pytest.raises(BitwrightError, match=r"BW312.*qwen\.tiktoken.*too many ways"):
+        load_tokenizer(write_qwen(tmp_path / "q", single + runs))
+    pieces = [(letter * length, -1.0, 1) for letter in "abcdef012345" for length in range(1, 257)]
+    with pytest.raises(BitwrightError, match=r"BW312.*tokenizer\.model.*too many ways"):
+        load_tokenizer(write_internlm2(tmp_path / "i", pieces))
+
+
+def test_settings_name_pieces_by_numbers_that_are_any_text(tmp_path: Path) -> None:
+    renamed = {key: {"content": "x"} for key in ("9" * 5000, "-1", "", "1.0", "99999999")}
+    directory = write_internlm2(tmp_path / "i", learned_pieces(30, 0), added_tokens_decoder=renamed)
+    assert "x" not in load_tokenizer(directory).get_added_vocab()

@@ -77,15 +77,22 @@ def message(field: int, content: bytes) -> bytes:
 
 
 def write_internlm2(
-    directory: Path, pieces: list[tuple[str, float, int]], *, kind: int = 2, prefix: bool = True, **settings: Any
+    directory: Path,
+    pieces: list[tuple[str, float, int]],
+    *,
+    kind: int = 2,
+    prefix: bool = True,
+    prepared: bytes = b"\x20\x00",
+    **settings: Any,
 ) -> Path:
+    """``prepared``: what else the file says of how a text is prepared: that spaces at its ends are kept."""
     directory.mkdir(exist_ok=True)
     data = b""
     for text, score, sort in pieces:
         fields = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
         data += message(1, fields + (varint(3 << 3) + varint(sort) if sort != 1 else b""))
     data += message(2, varint(3 << 3) + varint(kind) + varint(35 << 3) + b"\x01" + message(1, b"corpus.txt"))
-    data += message(3, message(1, b"identity") + varint(3 << 3) + varint(int(prefix)))
+    data += message(3, message(1, b"identity") + varint(3 << 3) + varint(int(prefix)) + prepared)
     (directory / "tokenizer.model").write_bytes(data)
     (directory / "config.json").write_text(json.dumps({"model_type": "internlm2"}))
     code = {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}}

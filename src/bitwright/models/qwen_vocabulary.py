@@ -36,6 +36,7 @@ CHATML = (
 FILE_LIMIT = 64 << 20
 MOST_TOKENS = 1 << 20
 MOST_BYTES = 1024  # of a token
+MOST_JOINED = 1 << 25  # bytes of all merges together, several times those of a real vocabulary
 
 
 def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-            "merges": [[spelled[left], spelled[right]] for left, right in _merges(ranks)],
+            "merges": [[spelled[left], spelled[right]] for left, right in _merges(path, ranks)],
         },
     }  # fmt: skip
 
@@ -95,12 +96,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def _merges(path: Path, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every two tokens that make a third, by its rank and then by theirs."""
-    found = []
+    found, joined = list[tuple[bytes, bytes]](), 0
     for token in ranks:
         cuts = ((token[:place], token[place:]) for place in range(1, len(token)))
         pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        joined += len(token) * len(pairs)
+        if joined > MOST_JOINED:
+            raise _unreadable(path, "its tokens are made of each other in too many ways")
         found += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return found
 

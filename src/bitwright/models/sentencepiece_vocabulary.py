@@ -21,6 +21,7 @@ VOCABULARY = "tokenizer.model"
 FILE_LIMIT = 64 << 20
 MOST_PIECES = 1 << 20
 MOST_LETTERS = 256  # of a piece
+MOST_JOINED = 1 << 25  # letters of all merges together, several times those of a real vocabulary
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
 BPE = 2  # kind of a model
 SPACE = "\u2581"
@@ -36,10 +37,12 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """``prefix``: whether a space is put before a text."""
+    """``prefix``: whether a space is put before a text; ``trimmed``: whether a text loses the spaces at its ends and of
+    several in between all but one."""
 
     pieces: tuple[_Piece, ...]
     prefix: bool
+    trimmed: bool
 
 
 def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,22 +54,28 @@ def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any
     try:
         if path.stat().st_size > FILE_LIMIT:
             raise ValueError(f"it is larger than {FILE_LIMIT >> 20} MiB")
-        model = _read_model(path.read_bytes())
+        return _describe(_read_model(path.read_bytes()), settings)
     except (OSError, ValueError, struct.error) as error:
         what = f"{path.name} is not a vocabulary of InternLM2: {error}"
         suggestion = "fetch this file again, or put a tokenizer.json beside it"
         raise BitwrightError("BW312", what, where=str(path), suggestion=suggestion) from error
+
+
+def _describe(model: _Model, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what is read."""
     pieces = model.pieces
     added = _added(pieces, settings.get("added_tokens_decoder"))
     texts = [added[number]["content"] if number in added else piece.text for number, piece in enumerate(pieces)]
     vocabulary = {text: number for number, text in enumerate(texts)}
     unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
     start = vocabulary.get(NAMED["bos_token"]) if settings.get("add_bos_token", True) is True else None
+    trim = [_replace(r"\A +| +\z", "", "Regex"), _replace(" {2,}", " ", "Regex")] if model.trimmed else []
     prepend = [{"type": "Prepend", "prepend": SPACE}] if model.prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.prefix else []
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": list(added.values()),
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, _replace(" ", SPACE)]}, "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": [*trim, *prepend, _replace(" ", SPACE)]},
+        "pre_tokenizer": None,
         "post_processor": None if start is None else _template(NAMED["bos_token"], start),
         "decoder": {
             "type": "Sequence", "decoders": [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
@@ -89,24 +98,28 @@ def _added(pieces: Sequence[_Piece], renamed: object) -> dict[int, dict[str, Any
     }
     for key, token in renamed.items() if isinstance(renamed, dict) else ():
         text = token.get("content") if isinstance(token, dict) else None
-        if key.isdecimal() and int(key) < len(pieces) and isinstance(text, str) and text:
+        is_place = key.isdecimal() and len(key) < 10 and int(key) < len(pieces)
+        if is_place and isinstance(text, str) and text:
             found[int(key)] = {"id": int(key), "content": text, "special": bool(token.get("special")), **common}
     return dict(sorted(found.items()))
 
 
 def _merges(pieces: Sequence[_Piece], vocabulary: Mapping[str, int]) -> list[list[str]]:
     """Every two pieces that make a third, the highest score first."""
-    found = []
+    found, letters = list[list[str]](), 0
     for piece in sorted((piece for piece in pieces if piece.kind == NORMAL), key=lambda piece: -piece.score):
         cuts = ((piece.text[:place], piece.text[place:]) for place in range(1, len(piece.text)))
         known = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
+        letters += len(piece.text) * len(known)
+        if letters > MOST_JOINED:
+            raise ValueError("its pieces are made of each other in too many ways")
         if piece.text in vocabulary:
             found += [list(pair) for pair in sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
     return found
 
 
-def _replace(what: str, by: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"String": what}, "content": by}
+def _replace(what: str, by: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: what}, "content": by}
 
 
 def _template(token: str, number: int) -> dict[str, Any]:
@@ -119,23 +132,24 @@ def _template(token: str, number: int) -> dict[str, Any]:
 
 
 def _read_model(data: bytes) -> _Model:
-    pieces, kind, has_bytes, prefix, charsmap = list[_Piece](), 0, False, True, b""
+    pieces, trained, prepared = list[_Piece](), dict[int, int | bytes](), dict[int, int | bytes]()
     for field, value in _fields(data):
         if field == 1:
             pieces.append(_read_piece(_message(value)))
         elif field == 2:
             trained = dict(_fields(_message(value)))
-            kind, has_bytes = _number(trained.get(3, 1)), bool(trained.get(35, 0))
         elif field == 3:
             prepared = dict(_fields(_message(value)))
-            prefix, charsmap = bool(prepared.get(3, 1)), _message(prepared.get(2, b""))
         if len(pieces) > MOST_PIECES:
             raise ValueError(f"it has more than {MOST_PIECES} pieces")
-    if kind != BPE or not has_bytes or charsmap:
+    # Of fields that are not there the definition says what they would be.
+    if _number(trained.get(3, 1)) != BPE or not trained.get(35, 0) or _message(prepared.get(2, b"")):
         raise ValueError("its model is not of merges and bytes, or it changes the characters of a text")
+    if trained.get(24, 0) or not prepared.get(5, 1):
+        raise ValueError("it marks spaces otherwise than at the beginning of a word")
     if len({piece.text for piece in pieces}) != len(pieces) or not pieces:
         raise ValueError("it has no pieces, or one twice")
-    return _Model(tuple(pieces), prefix)
+    return _Model(tuple(pieces), prefix=bool(prepared.get(3, 1)), trimmed=bool(prepared.get(4, 1)))
 
 
 def _read_piece(data: bytes) -> _Piece:
