@@ -48,6 +48,12 @@ def test_ranks_are_merged_as_they_are_defined(tmp_path: Path, seed: int) -> None
         assert tokenizer.decode(expected) == normal
 
 
+def test_a_token_that_nothing_is_merged_to_is_found_whole(tmp_path: Path) -> None:
+    ranks = [bytes([byte]) for byte in range(256)] + [b"qjz"]
+    tokenizer: Any = load_tokenizer(write_qwen(tmp_path / "q", ranks))
+    assert tokenizer.encode("qjz") == [256] and tokenizer.encode("qjzq") == [*b"qjzq"]
+
+
 def test_text_is_cut_as_qwen_cuts_it(tmp_path: Path) -> None:
     tokenizer: Any = load_tokenizer(write_qwen(tmp_path / "q", learned_ranks(300, 0)))
     cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str

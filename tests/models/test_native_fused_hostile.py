@@ -17,7 +17,7 @@ from bitwright.formats.checkpoint import open_checkpoint
 from bitwright.models.direct_loading import open_direct
 from bitwright.models.kv_scales import attention_names
 from bitwright.models.loading import load
-from tests.models.fused_models import quantized
+from tests.models.fused_models import QWEN, quantized, saved
 
 C_ATTN, WQKV = "transformer.h.1.attn.c_attn", "model.layers.1.attention.wqkv"
 Change = Callable[[Tensor], Tensor]
@@ -136,6 +136,14 @@ def test_a_layer_that_a_rule_leaves_float(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([layer.weight for layer in layers]), weight)
     direct = open_direct(made.directory)
     assert direct is None or direct.pack(None).blocks[1].key.bias is not None
+
+
+def test_a_tensor_too_many_of_a_float_layer(tmp_path: Path) -> None:
+    """It is the one that has no place, and what belongs to the layer has its own."""
+    directory, tensors = saved(tmp_path / "f", QWEN)
+    save_file(tensors | {f"{C_ATTN}.extra": torch.ones(2)}, directory / "model.safetensors")
+    with pytest.raises(BitwrightError, match=rf"BW303.*1 tensors are in the files without a place.*{C_ATTN}\.extra"):
+        load(directory)
 
 
 def test_rows_that_share_scales_are_refused(tmp_path: Path) -> None:
