@@ -17,7 +17,7 @@ struct Entry {
 
 bool always() { return true; }
 
-#if defined(__x86_64__) && !defined(BITWRIGHT_PLAIN)
+#if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,7 +26,7 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bfloat16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
-#if defined(__aarch64__) && !defined(BITWRIGHT_PLAIN)
+#if defined(__aarch64__) && !defined(BITWRIGHT_FEW_ISAS)
 bool has_dotprod() {
 #if defined(__linux__)
     return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -38,12 +38,14 @@ bool has_dotprod() {
 
 constexpr Entry ENTRIES[] = {
     {&bw_scalar_table, always},
-#if defined(__x86_64__) && !defined(BITWRIGHT_PLAIN)
+#if defined(__x86_64__)
+#if !defined(BITWRIGHT_FEW_ISAS)
     {&bw_avx2_table, has_avx2},
     {&bw_avx512_table, has_avx512},
     {&bw_avx512_vnni_table, has_vnni},
+#endif
     {&bw_avx512_bf16_table, has_bfloat16},
-#elif defined(__aarch64__) && !defined(BITWRIGHT_PLAIN)
+#elif defined(__aarch64__) && !defined(BITWRIGHT_FEW_ISAS)
     {&bw_neon_table, always},
     {&bw_neon_dotprod_table, has_dotprod},
 #endif
