@@ -109,6 +109,19 @@ def test_tiny_huge_and_empty_ranges_are_left_to_the_plain_grid() -> None:
     assert not search_grids(torch.tensor([[0.0, 1e-38], [0, 1e38], [5, 5]]), 15)[3].any()
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-g4", "int4", "int8-channel8"])
+def test_a_range_that_overflows_is_its_own_affair(name: str) -> None:
+    """The tokens beside it have the codes that they have alone."""
+    x = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(3))
+    beside = x.clone()
+    beside[0, 1, 8, :2] = torch.tensor([3e38, -3e38])
+    beside[0, 1, 9, :2] = torch.tensor([-3e38, 3e38])  # by channel, too
+    code = parse_kv(name).key
+    alone, found = encode_kv(x[:, :, :8], code), encode_kv(beside, code).span(0, 8, 8 if code.grain == "channel" else 1)
+    for ours, theirs in zip((found.codes, found.scale, found.low), (alone.codes, alone.scale, alone.low), strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
 def test_long_rows_are_not_searched() -> None:
     assert (most_numbers(15), most_numbers(255)) == (256, 8)
     x = torch.randn(1, 1, 2, 512, generator=torch.Generator().manual_seed(0))

@@ -115,15 +115,18 @@ def encode_kv(x: Tensor, code: KVCode, parameters: StaticParameters | None = Non
     scheme = _scheme(code)
     low = None if code.symmetric else groups.amin(-1, keepdim=True)
     shifted = groups if low is None else groups - low
-    halved = low is not None and not bool(torch.isfinite(shifted).all())
-    if halved and low is not None:  # the range of huge numbers overflows; that of their halves does not
-        shifted = groups / 2 - low / 2
+    wide: Tensor | None = None
+    if low is not None and not bool(torch.isfinite(shifted).all()):
+        wide = ~torch.isfinite(shifted).all(-1, keepdim=True)  # the range of huge numbers overflows, that of halves not
+        shifted = torch.where(wide, groups / 2 - low / 2, shifted)
     rows = shifted.flatten(0, -2)
     scale = fit(rows, scheme=scheme).scale
     codes = encode(rows, parameters=_on_zero(scale, scheme), scheme=scheme)
-    if low is not None and not halved and search and is_searched(code, rows.shape[1]):
+    if low is not None and search and is_searched(code, rows.shape[1]):
         codes, scale, low = _searched(groups, codes, scale, low, code)
-    scale = (scale * 2 if halved else scale).view(groups.shape[:-1])
+    if wide is not None:
+        scale = torch.where(wide.view(-1, 1), scale * 2, scale)
+    scale = scale.view(groups.shape[:-1])
     if patterns is not None:
         scale = ((scale.view(torch.int32) & -PATTERNS) | patterns[..., None]).view(torch.float32)
     packed = _packed(_from_groups(codes.view(groups.shape), code), code)
