@@ -182,6 +182,10 @@ def test_a_template_may_be_a_file_of_its_own(tmp_path: Path) -> None:
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(BitwrightError, match=r"BW312.*chat_template\.jinja"):
         load_tokenizer(directory)
+    with open(directory / "chat_template.jinja", "wb") as file:
+        file.truncate(1 << 40)  # which is on no disk
+    with pytest.raises(BitwrightError, match=r"BW312.*chat_template\.jinja.*larger than 64 MiB"):
+        load_tokenizer(directory)
 
 
 def test_what_holds_a_vocabulary(tmp_path: Path) -> None:

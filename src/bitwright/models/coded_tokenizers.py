@@ -89,7 +89,9 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
         found = settings.get("chat_template")
         return found if isinstance(found, str) else None
     try:
-        return path.read_bytes()[:LIMIT].decode()
+        if path.stat().st_size > LIMIT:
+            raise ValueError(f"it is larger than {LIMIT >> 20} MiB")
+        return path.read_bytes().decode()
     except (OSError, ValueError) as error:
         what, suggestion = f"{TEMPLATE} cannot be read: {error}", "fetch this file again"
         raise BitwrightError("BW312", what, where=str(path), suggestion=suggestion) from error
