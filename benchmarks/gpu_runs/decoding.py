@@ -70,9 +70,10 @@ def measure_decoding(bench: Bench) -> Section:
              ("qwen-7b", None, "none"), ("qwen-7b", "w4g128", "int8"), ("qwen-7b", "w4g128", "int4")]  # fmt: skip
     dense: dict[tuple[str, int], float] = {}  # seconds of a step by model and batch
     for name, scheme, kv in bench.within(section, cases[: bench.size(9, 3)]):
-        with on_the_device(bench):
+        error = float("nan")
+        with bench.attempt(section, f"error of {name} {scheme} {kv}"), on_the_device(bench):
             error = layer_error(bench, name, scheme, kv)
-        with on_the_device(bench):
+        with bench.attempt(section, (name, scheme, kv)), on_the_device(bench):
             decoder = CudaDecoder(make_model(bench, name, scheme), release=True)
             for batch in (1, 64):
                 try:
@@ -151,7 +152,8 @@ def measure_memory(bench: Bench) -> Section:
     cases += [("qwen-7b", 1, length, figures, GIB, "GB") for length, figures in QWEN_LENGTHS.items()]
     cases += [("llama-7b", batch, 2048, figures, MIB, "MiB") for batch, figures in LMDEPLOY.items()]
     for case in bench.within(section, cases):
-        _memory_row(bench, section, *case)
+        with bench.attempt(section, case):
+            _memory_row(bench, section, *case)
     section.notes.append("theirs hold activations, the allocator's reserve and a prompt as well")
     section.notes.append("ours: what the allocator counts for weights and cache; planned: from the sizes alone, int8")
     return section

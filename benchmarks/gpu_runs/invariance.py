@@ -33,10 +33,11 @@ def measure_invariance(bench: Bench) -> Section:
     cases = [(scheme, rows) for scheme in schemes for rows in (1, bench.size(16, 5), bench.size(512, 18))]
     steps = [("step", batch) for batch in (1, bench.size(64, 2))]
     for what, rows in bench.within(section, [*cases[:3], *steps, *cases[3:]]):
-        if what == "step":
-            _add_step(bench, section, rows)
-        else:
-            _add_product(bench, section, what, rows)
+        with bench.attempt(section, (what, rows)):
+            if what == "step":
+                _add_step(bench, section, rows)
+            else:
+                _add_product(bench, section, what, rows)
     section.notes.append(
         "alone and in company: whether one row has, with invariant, the same bits alone as among others"
     )

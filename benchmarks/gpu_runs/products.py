@@ -45,7 +45,8 @@ def measure_few_rows(bench: Bench) -> Section:
     # First what is wanted most, at every shape.
     ordered = sorted(cases, key=lambda case: (case[3] != "w4g128", case[4] > 1))
     for case in bench.within(section, ordered[: bench.size(999, 3)]):
-        _row(bench, section, *case)
+        with bench.attempt(section, case):
+            _row(bench, section, *case)
     section.notes.append("wanted: w4g128 at least 80% of copy at 1 to 8 rows, 3.3 times bf16 at 1, never slower to 64; "
                          "8 bits at least 1.8 times at 1")  # fmt: skip
     return section
@@ -58,7 +59,8 @@ def measure_many_rows(bench: Bench) -> Section:
     shapes = _shapes(bench, ("llama-3-8b", "qwen2.5-7b"))
     cases = [(*shape, scheme, bench.size(rows, 3)) for shape in shapes for scheme in counts for rows in counts[scheme]]
     for case in bench.within(section, sorted(cases, key=lambda case: case[3] not in ("w8a8", "w4g128"))):
-        _row(bench, section, *case)
+        with bench.attempt(section, case):
+            _row(bench, section, *case)
     section.notes.append(
         "wanted: w8a8 at least 1.5 times bf16 from 2048 rows on; w4g128 at 4096 at most 1.15 times slower"
     )
@@ -70,7 +72,8 @@ def measure_other_schemes(bench: Bench) -> Section:
     section = bench.begin("other schemes", COLUMNS)
     shape = next(iter(_shapes(bench, ("llama-3-8b",))))
     for case in bench.within(section, [(*shape, scheme, rows) for scheme in OTHERS for rows in (1, 16)]):
-        _row(bench, section, *case)
+        with bench.attempt(section, case):
+            _row(bench, section, *case)
     return section
 
 

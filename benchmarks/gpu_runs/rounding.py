@@ -31,11 +31,12 @@ def measure_rounding(bench: Bench) -> Section:
     floor = sum(value for name, value in _floor(bench).items() if name != "total")
     runs = [("gptq", {}), ("gptq", {}), ("rtn", {}), ("hqq", {}), ("awq", {}), ("autoround", {"iters": 20})]
     for number, (algorithm, options) in bench.within(section, list(enumerate(runs, 1))[: bench.size(9, 3)]):
-        seconds, error = _seconds(bench, algorithm, options)
-        own = floor if algorithm == "gptq" else 0.0
-        times = f"{seconds / own:.1f}" if own else ""
-        section.add(algorithm, number, f"{seconds:.2f}", f"{own:.2f}" if own else "", times,
-                    f"{BLOCKS * seconds / 60:.1f} min", "" if error is None else f"{error:.1e}")  # fmt: skip
+        with bench.attempt(section, (algorithm, number)):
+            seconds, error = _seconds(bench, algorithm, options)
+            own = floor if algorithm == "gptq" else 0.0
+            times = f"{seconds / own:.1f}" if own else ""
+            section.add(algorithm, number, f"{seconds:.2f}", f"{own:.2f}" if own else "", times,
+                        f"{BLOCKS * seconds / 60:.1f} min", "" if error is None else f"{error:.1e}")  # fmt: skip
     section.notes.append("the first run compiles and warms up; the blocks of a model are alike and one is worked on at "
                          "a time, so a model takes 32 times as long: the blocks of a stream are evidence")  # fmt: skip
     section.notes.append("autoround: 20 of its 200 iterations")

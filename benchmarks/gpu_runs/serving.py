@@ -26,15 +26,17 @@ def measure_serving(bench: Bench) -> Section:
     """Steps of single tokens at 1024 tokens of context: what a long run takes beyond a short one."""
     section = bench.begin("decoding by the whole engine", COLUMNS)
     name, scheme, kv = "llama-3-8b", "w4g128", "int8"
-    with on_the_device(bench):
+    error = float("nan")
+    with bench.attempt(section, "error"), on_the_device(bench):
         error = layer_error(bench, name, scheme, kv)
     with on_the_device(bench):
         model = make_model(bench, name, scheme)
         for batch in bench.within(section, (1, bench.size(64, 2))):
-            step = _decoder_seconds(bench, model, kv, batch)
-            whole = _engine_seconds(bench, model, kv, batch)
-            section.add(name, scheme, kv, batch, f"{batch / whole:.0f}", f"{1e3 * whole:.2f}", f"{1e3 * step:.2f}",
-                        f"{whole / step:.2f}", f"{error:.1e}")  # fmt: skip
+            with bench.attempt(section, batch):
+                step = _decoder_seconds(bench, model, kv, batch)
+                whole = _engine_seconds(bench, model, kv, batch)
+                section.add(name, scheme, kv, batch, f"{batch / whole:.0f}", f"{1e3 * whole:.2f}", f"{1e3 * step:.2f}",
+                            f"{whole / step:.2f}", f"{error:.1e}")  # fmt: skip
         del model
     section.notes.append("error: of the logits of a model of one layer, against the same numbers in float64")
     section.notes.append("an engine fetches the logits of every row, and the processor chooses among them")

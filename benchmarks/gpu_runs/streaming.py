@@ -34,7 +34,8 @@ def measure_streaming(bench: Bench) -> Section:
         source = Path(folder) / "float"
         _make_checkpoint(bench, source)
         for algorithm in bench.within(section, ("gptq", "rtn")):
-            _stream(bench, section, source, Path(folder) / algorithm, algorithm)
+            with bench.attempt(section, algorithm):
+                _stream(bench, section, source, Path(folder) / algorithm, algorithm)
         if not bench.is_dry:
             _copy(section)
     section.notes.append("a block's seconds hold its reading, copying, rounding, and the writing of the one before it")

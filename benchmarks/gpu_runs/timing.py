@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -66,6 +67,16 @@ class Bench:
                 yield case
         if left:
             section.notes.append(f"out of time, so left out: {'; '.join(map(str, left))}")
+
+    @contextmanager
+    def attempt(self, section: Section, case: object) -> Iterator[None]:
+        """What may fail without the rows after it: why it did is a note."""
+        try:
+            yield
+        except Exception as error:
+            if self.is_dry:
+                raise
+            section.notes.append(f"{case} failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
     @property
     def device(self) -> torch.device:

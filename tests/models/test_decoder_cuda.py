@@ -67,7 +67,8 @@ def test_every_architecture(name: str, fields: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kv", ["int8", "int4", "int4-rotated", "k8v4", "fp8", "none/1:int8-sym"])
 def test_coded_keys_and_values_are_the_torch_decoders(kv: str) -> None:
-    model, scheme = build("qwen3"), parse_kv(kv)
+    wide = {"head_dim": 64} if kv == "int4-rotated" else {}  # offsets of smaller heads have patterns, not so on a GPU
+    model, scheme = build("qwen3", **wide), parse_kv(kv)
     found = []
     for decoder in (CudaDecoder(model), TorchDecoder(model)):
         text = decoder_laws.random_text(45, decoder.shape.vocabulary, [1, 0])

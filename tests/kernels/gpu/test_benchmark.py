@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: make test-gpu")
 
 from benchmarks import gpu
+from benchmarks.gpu_runs import products
 from benchmarks.gpu_runs.timing import Bench, Section
 from benchmarks.gpu_runs.tuning import SECONDS, complete_rows
 from bitwright.kernels.gpu import launch, library
@@ -30,6 +31,21 @@ def test_rows_that_there_is_no_time_for_are_named() -> None:
         if number == 1:
             bench.section_deadline = time.monotonic() - 1
     assert section.rows == [(0,), (1,)] and section.notes == ["out of time, so left out: 2; 3"]
+
+
+def test_a_failing_row_is_a_note_and_the_rows_after_it_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(bench: Bench, section: Section, model: str, product: str, shape: Any, scheme: str, rows: int) -> None:
+        if scheme == "w8a8":
+            raise RuntimeError("no such\n  layout")
+        section.add(model, product, scheme, rows, *[""] * 6)
+
+    monkeypatch.setattr(products, "_row", row)
+    section = products.measure_many_rows(Bench(is_dry=False, deadline=float("inf")))
+    assert len(section.rows) == 40 and {row[2] for row in section.rows} == {"w4g128", "w4g128-a8", "fp8-afp8"}
+    failed = [note for note in section.notes if "failed" in note]
+    assert len(failed) == 16 and failed[0].endswith("failed: RuntimeError: no such layout")
+    with pytest.raises(RuntimeError, match="no such"):  # a dry run is a test
+        products.measure_many_rows(Bench(is_dry=True, deadline=float("inf")))
 
 
 def test_a_failing_section_and_one_without_an_end_keep_their_rows_and_the_others_go_on(
