@@ -49,7 +49,7 @@ def norm_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of ``x + residual`` (float32 ``[..., in]``) times ``weight``, plus the bias: ``[..., out]``; and the sum.
+    """The norm of ``x + residual`` (float32 ``[..., in]``) times ``weight``, plus bias: ``[..., out]``; and the sum.
 
     Bit for bit what :func:`rms_norm` and then the layer give, but a token is normalized, rounded and laid out for the
     product in one go, and its normalized row is nowhere stored.
