@@ -109,6 +109,13 @@ def test_tiny_huge_and_empty_ranges_are_left_to_the_plain_grid() -> None:
     assert not search_grids(torch.tensor([[0.0, 1e-38], [0, 1e38], [5, 5]]), 15)[3].any()
 
 
+@pytest.mark.parametrize("name", ["int8-g8", "int8-g4", "int8-channel8", "int8-g8-rotated"])
+def test_groups_of_8_bits_are_not_searched(name: str) -> None:
+    code, x = parse_kv(name).key, torch.randn(1, 2, 8, 64, generator=torch.Generator().manual_seed(0))
+    found, plain = encode_kv(x, code), encode_kv(x, code, search=False)
+    assert torch.equal(found.codes, plain.codes) and not is_searched(code, 8)
+
+
 @pytest.mark.parametrize("name", ["int8", "int8-g4", "int4", "int8-channel8"])
 def test_a_range_that_overflows_is_its_own_affair(name: str) -> None:
     """The tokens beside it have the codes that they have alone."""

@@ -2,7 +2,7 @@
 
 An offset is taken off first, so that the grid begins at its code 0: of online codes the least number of the group
 (``value = code * scale + low``), of calibrated ones the middle of the range (``value = code * scale + zero_point``).
-Rotated codes of 4 bits or less, and 8-bit codes of at most 8 numbers, take the best of several grids (see
+Rotated codes of 4 bits or less, and 8-bit codes of heads of at most 8 numbers, take the best of several grids (see
 :mod:`.kv_search`).
 
 Small heads, of up to 32 numbers, often have one that is far larger than the others, which a rotation spreads over all
@@ -191,7 +191,9 @@ def hadamard_block(head_dim: int) -> int:
 def is_searched(code: KVCode, numbers: int) -> bool:
     """Whether the codes of ``numbers`` that share a scale are the best of several grids."""
     has_offset = code.kind == "int" and not code.symmetric and not code.is_static
-    return has_offset and (code.rotated or code.bits == 8) and numbers <= most_numbers(code.code_max)
+    # Of 8 bits whole heads only: of large heads there are so many groups that a token of 7B would take half a second.
+    is_meant = code.grain == "token_head" and not code.group if code.bits == 8 else code.rotated
+    return has_offset and is_meant and numbers <= most_numbers(code.code_max)
 
 
 def has_patterns(code: KVCode, head_dim: int) -> bool:
