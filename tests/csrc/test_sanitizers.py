@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 20_000
+ROUNDS = 10_000
 
 
 @pytest.mark.slow
