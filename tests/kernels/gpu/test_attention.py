@@ -270,6 +270,8 @@ def test_codes_that_cannot_be_read_are_refused() -> None:
     for code in (KVCode(bits=2, grain="channel", group=32), KVCode(bits=8, group=32), KVCode(bits=2)):
         with pytest.raises(ArgumentError, match="no GPU attention"):
             attention.stored_side(code, torch.empty(0))
+    with pytest.raises(ArgumentError, match="heads of 7 numbers: they are searched in pairs"):
+        attention.stored_side(KVCode(bits=8), torch.empty(1, 1, 32, 7), torch.empty(1, 1, 32, 2))
 
 
 def test_blocks_cover_every_row_once() -> None:

@@ -96,7 +96,7 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     caller rotates keys, queries and values, and undoes it on the output.
 
     Raises:
-        ArgumentError: BW201 if :func:`refuse_code` says why they cannot be read.
+        ArgumentError: BW201 if :func:`refuse_code` says why they cannot be read, or heads are small and odd.
     """
     reason = refuse_code(code)
     if reason is not None:
@@ -107,7 +107,11 @@ def stored_side(code: KVCode, data: Tensor, scales: Tensor | None = None) -> Sto
     assert scales is not None
     signed, head_dim = code.symmetric or code.is_static, data.shape[-1] * 8 // code.bits
     kind = "fp8" if code.kind == "fp8" else "signed" if signed else "unsigned"
-    return StoredSide(data, scales, kind, code.bits, code.is_static, is_searched(code, head_dim))
+    searched = is_searched(code, head_dim)
+    if searched and head_dim % 2:
+        what = f"no GPU attention on {code.name} codes of heads of {head_dim} numbers: they are searched in pairs"
+        raise ArgumentError("BW201", what, suggestion="a cache of 'none', or the processor")
+    return StoredSide(data, scales, kind, code.bits, code.is_static, searched)
 
 
 def arrange(starts: list[int], group: int, *, few: bool = False) -> tuple[list[tuple[int, int]], int]:
