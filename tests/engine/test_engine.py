@@ -213,10 +213,19 @@ def test_an_engine_that_nobody_holds_ends(tiny: PreTrainedModel) -> None:
     _wait(lambda: threading.active_count() <= before)
 
 
+def _wait_in_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What every step waits for: an engine that failed at once would take no further request."""
+    all_wait, run = threading.Event(), engine._loop._runner.run
+    monkeypatch.setattr(engine._loop._runner, "run", lambda works: run(works) if all_wait.wait(60) else None)
+    return all_wait
+
+
 def test_a_failing_step_reaches_everybody(tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny)
-    handles = [engine.submit([1, 2, 3], max_tokens=100) for _ in range(3)]
     monkeypatch.setattr(engine._loop._runner, "run", lambda works: 1 / 0)
+    all_wait = _wait_in_steps(engine, monkeypatch)
+    handles = [engine.submit([1, 2, 3], max_tokens=100) for _ in range(3)]
+    all_wait.set()
     for handle in handles:
         with pytest.raises(BitwrightError, match=r"(?s)BW505.*ZeroDivisionError") as caught:
             handle.result(10)
@@ -230,9 +239,11 @@ def test_a_failing_step_reaches_everybody(tiny: PreTrainedModel, monkeypatch: py
 
 def test_nobody_waits_for_an_engine_with_broken_books(tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny)
+    all_wait = _wait_in_steps(engine, monkeypatch)
     monkeypatch.setattr(engine._loop._allocator, "release", lambda pages: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     handles = [engine.submit([1, 2, 3], max_tokens=5) for _ in range(3)]
+    all_wait.set()
     for handle in handles:
         with pytest.raises(BitwrightError, match="BW505"):
             handle.result(10)

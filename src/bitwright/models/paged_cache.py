@@ -6,9 +6,11 @@ Which page belongs to whom is the engine's business; here lie the numbers, and h
 from __future__ import annotations
 
 import math
+import mmap
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from bitwright.core.kv_scheme import KVCode, KVScheme, code_bytes
 __all__ = ["PAGE", "CacheShape", "PagedCache", "refuse_scheme"]
 
 PAGE = 32  # tokens of a page
-LINE = 64  # bytes
+MAPPED, LARGE = 1 << 20, 4 << 20  # bytes from which pages are asked for by themselves, and in large ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +188,18 @@ class PagedCache:
 
 def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU that take memory where they are written to: a cache has room for what may come, most of which
-    does not. They begin at a whole line of the processor's cache, as torch's do; torch would write every zero."""
+    does not. torch would write every zero, and so does what takes memory from a heap that was used before."""
     count = math.prod(size) * dtype.itemsize
-    room = np.zeros(count + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    return torch.from_numpy(room[start : start + count]).view(dtype).view(size)
+    if count < MAPPED:
+        return torch.zeros(size, dtype=dtype)
+    try:
+        if sys.platform == "win32":
+            room = mmap.mmap(-1, count)
+        else:
+            room = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{count} bytes for a cache cannot be had: {error}") from error
+    if count >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.uint8).view(dtype).view(size)
