@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.models.merges import find_merges
 
 __all__ = ["CHATML", "END_OF_TEXT", "END_OF_TURN", "START_OF_TURN", "VOCABULARY", "describe_tokenizer"]
 
@@ -36,7 +37,6 @@ CHATML = (
 FILE_LIMIT = 64 << 20
 MOST_TOKENS = 1 << 20
 MOST_BYTES = 1024  # of a token
-MOST_JOINED = 1 << 25  # bytes of all merges together, several times those of a real vocabulary
 
 
 def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +48,10 @@ def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any
     ranks = _read_ranks(path)
     letters = _letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    try:
+        merges = find_merges(ranks, ranks)
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     first = len(ranks)
     control = [
         {"id": first + number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
@@ -64,7 +68,7 @@ def describe_tokenizer(path: Path, settings: Mapping[str, Any]) -> dict[str, Any
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-            "merges": [[spelled[left], spelled[right]] for left, right in _merges(path, ranks)],
+            "merges": [[spelled[left], spelled[right]] for left, right in merges],
         },
     }  # fmt: skip
 
@@ -94,19 +98,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if missing:
         raise _unreadable(path, f"{len(missing)} bytes have no token, {missing[0]} the first")
     return ranks
-
-
-def _merges(path: Path, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every two tokens that make a third, by its rank and then by theirs."""
-    found, joined = list[tuple[bytes, bytes]](), 0
-    for token in ranks:
-        cuts = ((token[:place], token[place:]) for place in range(1, len(token)))
-        pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
-        joined += len(token) * len(pairs)
-        if joined > MOST_JOINED:
-            raise _unreadable(path, "its tokens are made of each other in too many ways")
-        found += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return found
 
 
 def _letters() -> list[str]:

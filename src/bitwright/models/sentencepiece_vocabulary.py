@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.models.merges import find_merges
 
 __all__ = ["NAMED", "VOCABULARY", "describe_tokenizer"]
 
@@ -21,7 +22,6 @@ VOCABULARY = "tokenizer.model"
 FILE_LIMIT = 64 << 20
 MOST_PIECES = 1 << 20
 MOST_LETTERS = 256  # of a piece
-MOST_JOINED = 1 << 25  # letters of all merges together, several times those of a real vocabulary
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
 BPE = 2  # kind of a model
 SPACE = "\u2581"
@@ -106,16 +106,9 @@ def _added(pieces: Sequence[_Piece], renamed: object) -> dict[int, dict[str, Any
 
 def _merges(pieces: Sequence[_Piece], vocabulary: Mapping[str, int]) -> list[list[str]]:
     """Every two pieces that make a third, the highest score first."""
-    found, letters = list[list[str]](), 0
-    for piece in sorted((piece for piece in pieces if piece.kind == NORMAL), key=lambda piece: -piece.score):
-        cuts = ((piece.text[:place], piece.text[place:]) for place in range(1, len(piece.text)))
-        known = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
-        letters += len(piece.text) * len(known)
-        if letters > MOST_JOINED:
-            raise ValueError("its pieces are made of each other in too many ways")
-        if piece.text in vocabulary:
-            found += [list(pair) for pair in sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
-    return found
+    ordered = sorted((piece for piece in pieces if piece.kind == NORMAL), key=lambda piece: -piece.score)
+    found = find_merges([piece.text for piece in ordered], vocabulary)
+    return [[left, right] for left, right in found if left + right in vocabulary]
 
 
 def _replace(what: str, by: str, kind: str = "String") -> dict[str, Any]:
