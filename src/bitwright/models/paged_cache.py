@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import Coded, decode_kv, encode_kv, refuse_head
 from bitwright.core.kv_scheme import KVCode, KVScheme, code_bytes
+from bitwright.core.memory import use_huge_pages
 
 __all__ = ["PAGE", "CacheShape", "PagedCache", "refuse_scheme"]
 
 PAGE = 32  # tokens of a page
-MAPPED, LARGE = 1 << 20, 4 << 20  # bytes from which pages are asked for by themselves, and in large ones
+MAPPED = 1 << 20  # bytes from which memory is mapped by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +199,4 @@ def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             room = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{count} bytes for a cache cannot be had: {error}") from error
-    if count >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without large pages
-            room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.uint8).view(dtype).view(size)
+    return use_huge_pages(torch.frombuffer(room, dtype=torch.uint8)).view(dtype).view(size)
