@@ -11,15 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import transformers
 from onnxruntime_genai.models.builders import base
 
 __all__ = ["write"]
 
 
+class WordlessTokenizer:
+    """All that the builder asks a tokenizer for."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
 def write(source: Path, target: Path, kind: str) -> None:
     if kind != "int4":
         raise SystemExit("the model builder has no 8-bit weights for CPUs")
-    base.Model.save_processing = lambda *_, **__: None  # random weights have no tokenizer, which would be copied
+    # Random weights have no tokenizer, whose special tokens would be looked up, and which would be copied.
+    transformers.AutoTokenizer.from_pretrained = lambda *_, **__: WordlessTokenizer()
+    base.Model.save_processing = lambda *_, **__: None
     options = ["int4_block_size=32", "int4_is_symmetric=true", "int4_accuracy_level=4"]
     with tempfile.TemporaryDirectory() as cache:
         sys.argv = ["builder", "-i", str(source), "-o", str(target), "-p", "int4", "-e", "cpu", "-c", cache]
