@@ -23,6 +23,9 @@ class WordlessTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return {}
 
+    def save_pretrained(self, directory: str) -> None:
+        """Nothing to save."""
+
 
 def write(source: Path, target: Path, kind: str) -> None:
     if kind != "int4":
