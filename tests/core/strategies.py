@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -71,8 +73,12 @@ def schemes(draw: st.DrawFn, double_quant: bool = True) -> QuantScheme:
 def layer_schemes(draw: st.DrawFn) -> LayerScheme:
     """Every valid pair of weight and activation schemes."""
     weight = draw(schemes())
-    takes_int8 = not weight.is_codebook and weight.axis == 1
-    return LayerScheme(weight=weight, activation=DYNAMIC_INT8 if takes_int8 and draw(st.booleans()) else None)
+    if weight.is_codebook or weight.axis != 1 or draw(st.booleans()):
+        return LayerScheme(weight=weight)
+    size = 1 if weight.group is None else weight.group
+    divisors = [part for part in range(1, size + 1) if size % part == 0]
+    group = draw(st.one_of(st.none(), st.sampled_from(divisors), st.integers(1, 40).map(lambda count: count * size)))
+    return LayerScheme(weight=weight, activation=replace(DYNAMIC_INT8, group=group))
 
 
 def _row(kind: str, columns: int, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from bitwright.core.errors import ArgumentError
-from bitwright.core.scheme import DYNAMIC_INT8, LayerScheme, QuantScheme
+from bitwright.core.scheme import DYNAMIC_FP8, DYNAMIC_INT8, LayerScheme, QuantScheme
 from bitwright.core.scheme_names import parse
 from tests.core.strategies import schemes
 
@@ -93,11 +93,42 @@ def test_int8_activations_need_integers_along_the_input(weight: QuantScheme) -> 
 
 @pytest.mark.parametrize(
     "activation",
-    [QuantScheme(bits=8, group=None), replace(DYNAMIC_INT8, bits=4), replace(DYNAMIC_INT8, group=32), "int8"],
+    [QuantScheme(bits=8, group=None), replace(DYNAMIC_INT8, bits=4), replace(DYNAMIC_FP8, group=32), "int8"],
 )
 def test_other_activations_are_refused(activation: QuantScheme) -> None:
     with pytest.raises(ArgumentError, match="scheme field activation"):
         LayerScheme(weight=QuantScheme(), activation=activation)
+
+
+@pytest.mark.parametrize(("weight", "group"), [(128, 96), (96, 64), (32, 33), (7, 3)])
+def test_groups_of_activations_and_weights_are_multiples_of_each_other(weight: int, group: int) -> None:
+    activation = replace(DYNAMIC_INT8, group=group)
+    with pytest.raises(ArgumentError, match=f"groups of {group} cannot be combined") as caught:
+        LayerScheme(weight=QuantScheme(group=weight), activation=activation)
+    assert caught.value.code == "BW202" and f"-a8g{weight}" in caught.value.suggestion
+    for fitting in (None, weight, 2 * weight, 1):
+        scheme = LayerScheme(weight=QuantScheme(group=weight), activation=replace(DYNAMIC_INT8, group=fitting))
+        assert scheme.activation_group == fitting
+    assert LayerScheme(weight=QuantScheme(group=None), activation=activation).activation_group == group
+
+
+def test_groups_of_activations_need_consecutive_groups_of_weights() -> None:
+    for name in ("w4g32", "w4g32-a8"):
+        parse(name).check_order(reordered=True)
+    parse("w4g32-a8g32").check_order(reordered=False)
+    with pytest.raises(ArgumentError, match="reordered columns") as caught:
+        parse("w4g32-a8g32").check_order(reordered=True)
+    assert "static_groups" in caught.value.suggestion
+
+
+def test_groups_that_do_not_divide_a_layer() -> None:
+    for name, columns, told in (
+        ("w4g32-a8g64", 128, "w4g32-a8g64"), ("w4g32-a8g64", 96, "w4g32-a8"), ("w4g64-a8g32", 96, "w4-a8g32"),
+        ("w4g64-a8g32", 40, "w4-a8"), ("w8-a8g64", 96, "w8-a8"), ("w8", 7, "w8"), ("w4g32", 40, "w4"),
+    ):  # fmt: skip
+        scheme = parse(name)
+        assert scheme.has_whole_groups((8, columns)) == (told == name)
+        assert scheme.without_partial_groups((8, columns)) == parse(told)
 
 
 def test_a_layer_scheme_needs_a_scheme() -> None:

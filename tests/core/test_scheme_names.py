@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -86,8 +87,18 @@ def test_e4m3_activations_go_with_e4m3_and_4_bit_weights(name: str) -> None:
     assert scheme.name.endswith("-afp8") and parse(scheme.name) == scheme
 
 
+@pytest.mark.parametrize(
+    "name", ["w4g32-a8g32", "w8g128-a8g128", "w8-a8g64", "w4g128-asym-a8g32", "w4g32-asym-fz-a8g96"]
+)
+def test_groups_of_activations(name: str) -> None:
+    weight, _, group = name.partition("-a8g")
+    scheme = parse(name.upper())
+    assert scheme.name == name and scheme.weight == parse(weight).weight
+    assert scheme.activation == replace(DYNAMIC_INT8, group=int(group)) and scheme.activation_group == int(group)
+
+
 def test_the_order_of_the_parts_does_not_matter() -> None:
-    for base, parts in (("w4g32", ["asym", "signed", "sf32", "dq"]), ("w8", ["asym", "fz", "a8"])):
+    for base, parts in (("w4g32", ["asym", "signed", "sf32", "dq"]), ("w8", ["asym", "fz", "a8g32"])):
         assert len({parse("-".join([base, *order])) for order in permutations(parts)}) == 1
 
 
@@ -121,6 +132,16 @@ def test_named_schemes_have_plain_names_too(name: str) -> None:
         ("nf4-a8", "8-bit activations cannot"),
         ("w4-axis0-a8", "8-bit activations cannot"),
         ("w4-a8-afp8", "contradict"),
+        ("w4-a8-a8g32", "a8 and a8g32 contradict"),
+        ("w4-a8g32-a8g64", "contradict"),
+        ("w4-a8g32-afp8", "contradict"),
+        ("w4-a8g0", "group is 0"),
+        ("w4-a8g", "unknown part 'a8g'"),
+        ("w4-a8g-1", "unknown part 'a8g'"),
+        ("w4g128-a8g96", "groups of 96 cannot be combined with weights in groups of 128"),
+        ("nf4-a8g32", "8-bit activations cannot"),
+        ("w4g32-axis0-a8g32", "8-bit activations cannot"),
+        ("fp8-afp8g32", "unknown part"),
         ("nf4-afp8", "fp8 activations cannot"),
         ("fp8g32-afp8", "fp8 activations cannot"),
         ("w8-afp8", "fp8 activations cannot"),

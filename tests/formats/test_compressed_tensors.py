@@ -23,7 +23,7 @@ from tests.formats.layers import Layer, make_layer, random_layer, write_checkpoi
 
 NAME = "model.layers.0.mlp.up_proj"
 PACKED = [f"w{bits}{group}{kind}" for bits in range(2, 9) for group in ("", "g32") for kind in ("", "-asym")]
-BYTES = ["w8-a8", "w4-a8", "w8-asym-a8", "w8g32-a8", "w4g32-asym-a8", "w6-a8"]
+BYTES = ["w8-a8", "w4-a8", "w8-asym-a8", "w8g32-a8", "w4g32-asym-a8", "w6-a8", "w4g32-a8g32", "w8-a8g16"]
 SCALES = ["", "-sbf16", "-sf32", ""]
 SHAPES = [(24, 96), (5, 32), (1, 64), (33, 160)]
 
@@ -40,7 +40,8 @@ def _compressor(record: LayerRecord) -> tuple[Any, Any]:
 
 
 def _with_scale(name: str, scale: str) -> str:
-    return name.removesuffix("-a8") + scale + ("-a8" if name.endswith("-a8") else "")
+    weight, mark, group = name.partition("-a8")
+    return weight + scale + mark + group
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
@@ -131,6 +132,7 @@ def test_scales_fallen_back_to_float32_survive(tmp_path: Path) -> None:
         ("nf4g32", 64, "nf4"), ("fp4g32", 64, "fp4"), ("fp8", 64, "fp8"), ("w4g32-dq", 64, "double"),
         ("A16W4", 64, "floats"), ("A8W8", 64, "floats"), ("w4g32-axis0", 64, "input features"), ("w1", 64, "2 bits"),
         ("w1-asym", 64, "2 bits"), ("w4g32", 72, "72"), ("w4g128", 64, "64, 32, 16"),
+        ("w8-a8g48", 64, "groups of 48"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_stored_is_refused_with_the_reason(name: str, columns: int, words: str) -> None:
@@ -160,7 +162,11 @@ def test_the_configuration_means_to_the_package_what_it_means_to_us(name: str) -
         scheme.weight.group,
     )
     assert weights.strategy == ("channel" if scheme.weight.group is None else "group")
-    assert (package_scheme.input_activations is None) == (scheme.activation is None)
+    activations = package_scheme.input_activations
+    assert (activations is None) == (scheme.activation is None)
+    if activations is not None:
+        assert activations.dynamic is True and activations.group_size == scheme.activation_group
+        assert activations.strategy == ("token" if scheme.activation_group is None else "group")
     assert package_scheme.targets == ["Linear"]
 
 

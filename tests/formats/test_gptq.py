@@ -168,7 +168,7 @@ def test_what_cannot_be_stored_is_refused_with_the_reason(name: str, shape: tupl
 
 def test_encoding_refuses_what_it_would_change() -> None:
     layer, _ = make_layer("w4g32", (32, 64))
-    for scheme in (parse("w4g32-asym"), parse("w4g32-a8")):
+    for scheme in (parse("w4g32-asym"), parse("w4g32-a8"), parse("w4g32-a8g32")):
         with pytest.raises(BitwrightError, match=r"(?s)BW205.*--format native"):
             gptq.encode(NAME, layer, scheme)
 

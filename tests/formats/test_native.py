@@ -30,6 +30,7 @@ OTHERS = [
     *NAMED_SCHEMES, "nf4", "nf4g64", "nf4g64-dq", "fp4g32", "fp4e2m1g16", "fp8", "fp8g64", "w4g32-axis0",
     "nf4g32-axis0", "w4g32-asym-axis0", "w4g32-asym-dq(ggml)", "w3g16-dq(w8g64)", "w4g48-asym-signed", "w4g32-asym-fz",
     "w4g32-sbf16", "w4g32-asym-sf32", "a16w4g32", "w4g32-asym-a8", "w2g128-dq", "w8-asym-fz-axis0", "w4-axis0",
+    "w4g32-a8g64",
 ]  # fmt: skip
 SHAPES = [(24, 160), (7, 70), (1, 1), (3, 33)]
 

@@ -142,9 +142,10 @@ def test_asymmetric_checkpoints_load(tmp_path: Path) -> None:
     assert torch.equal(_loaded_logits(tmp_path), _dense_logits(model, layers, torch.float32))
 
 
-def test_checkpoints_with_dynamic_activations_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["w8a8", "w4g32-sf32-a8g32"])
+def test_checkpoints_with_dynamic_activations_load(tmp_path: Path, name: str) -> None:
     """The weights are exact; the activations are rounded while it runs, to the package's own scale."""
-    schemes = {"": parse("w8a8")}
+    schemes = {"": parse(name)}
     model = _model("Llama", torch.float32)
     layers = _quantize(model, schemes, None)
     _write(tmp_path, model, layers, schemes)

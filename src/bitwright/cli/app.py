@@ -99,7 +99,9 @@ def quantize(
     context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")],
-    scheme: Annotated[str, typer.Option(help="What numbers are stored: w4g128, w8, w3g32-asym, nf4g64-dq, w8a8 ...")],
+    scheme: Annotated[
+        str, typer.Option(help="What numbers are stored: w4g128, w8, w3g32-asym, nf4g64-dq, w8a8, w4g32-a8g32 ...")
+    ],
     algorithm: Annotated[str, typer.Option(help=f"How they are chosen: {', '.join(ALGORITHM_NAMES)}.")] = "rtn",
     option: Annotated[
         list[str] | None,

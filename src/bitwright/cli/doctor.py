@@ -28,7 +28,7 @@ OPTIONAL = {
     "compressed_tensors": "needed by transformers (not by bitwright) to load what bitwright writes: "
     "pip install compressed-tensors",
 }
-SCHEMES = ("w4g128", "w4g128-asym", "w8", "w3g32", "nf4g64", "w8a8", "A16W4", "A8W8")
+SCHEMES = ("w4g128", "w4g128-asym", "w8", "w3g32", "nf4g64", "w8a8", "w4g32-a8g32", "A16W4", "A8W8")
 KERNEL_SHAPE = (4096, 4096)  # of the layer that the kernels are asked about
 GIB = float(1 << 30)
 

@@ -27,8 +27,9 @@ CATALOGUE: dict[str, Entry] = {
     "BW202": Entry(
         "invalid quantization scheme",
         "A scheme says which numbers are stored: w4g128 (4-bit symmetric, groups of 128), w4g128-asym, w8 (per output "
-        "channel), nf4g64, w8a8 (8-bit weights, 8-bit dynamic activations), A16W4 (instant quantization). The message "
-        "says which part could not be understood or which combination does not exist.",
+        "channel), nf4g64, w8a8 (8-bit weights, 8-bit dynamic activations), w4g32-a8g32 (a scale for each group of "
+        "those), A16W4 (instant quantization). The message says which part could not be understood or which "
+        "combination does not exist.",
     ),
     "BW203": Entry(
         "output already exists",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,7 +100,9 @@ DTYPE_TAGS = {torch.bfloat16: "sbf16", torch.float32: "sf32"}
 class LayerScheme:
     """How a linear layer is stored and computed: its weight, and its activations if they are quantized too.
 
-    ``activation`` is applied while running: one scale per token (``group=None``), measured on the token itself.
+    ``activation`` is applied while running, and measured on the token itself: one scale per token (``group=None``), or,
+    of int8, one for each ``group`` consecutive input features of a token; the last group may be shorter. Sums run over
+    what shares both scales, so that one of this group and the weight's must be a multiple of the other.
     """
 
     weight: QuantScheme
@@ -110,31 +112,55 @@ class LayerScheme:
         _check("weight", self.weight, isinstance(self.weight, QuantScheme), "a QuantScheme")
         if self.activation is None:
             return
-        known = self.activation in (DYNAMIC_INT8, DYNAMIC_FP8)
-        _check("activation", self.activation, known, "DYNAMIC_INT8, DYNAMIC_FP8, or None")
         if self.activation == DYNAMIC_FP8:
             _check_fp8_product(self.weight)
             return
-        if self.weight.is_codebook:
-            raise ArgumentError(
-                "BW202",
-                f"8-bit activations cannot be combined with {self.weight.code} weights",
-                why="the product of two integers is what makes 8-bit activations worth having",
-                suggestion="w8a8 or w4a8",
-            )
-        if self.weight.axis != 1:
-            raise ArgumentError(
-                "BW202",
-                "8-bit activations cannot be combined with weight groups along axis 0",
-                why="an integer sum runs along the input features, so its scale must be constant there",
-                suggestion="groups along axis 1, or none: w8a8, w4g32-a8",
-            )
+        is_scheme = isinstance(self.activation, QuantScheme)
+        known = is_scheme and replace(self.activation, group=None) == DYNAMIC_INT8
+        _check("activation", self.activation, known, "DYNAMIC_INT8, that with a group, DYNAMIC_FP8, or None")
+        _check_int8_product(self.weight, self.activation.group)
 
     @property
     def name(self) -> str:
         if self.activation is None:
             return self.weight.name
-        return self.weight.name + ("-a8" if self.activation == DYNAMIC_INT8 else "-afp8")
+        if self.activation == DYNAMIC_FP8:
+            return f"{self.weight.name}-afp8"
+        return f"{self.weight.name}-a8" + ("" if self.activation.group is None else f"g{self.activation.group}")
+
+    @property
+    def activation_group(self) -> int | None:
+        """How many consecutive input features of a token share a scale; ``None``: all, or activations are exact."""
+        return None if self.activation is None else self.activation.group
+
+    def has_whole_groups(self, shape: tuple[int, int]) -> bool:
+        """Whether all groups of a layer ``[out, in]``, of the weight and of the activations, have one size."""
+        parts = [self.weight] if self.activation is None else [self.weight, self.activation]
+        return all(part.group is None or shape[part.axis] % part.group == 0 for part in parts)
+
+    def without_partial_groups(self, shape: tuple[int, int]) -> LayerScheme:
+        """One scale per channel, or per token, where groups do not divide a layer ``[out, in]``."""
+        weight, activation = self.weight, self.activation
+        if weight.group is not None and shape[weight.axis] % weight.group:
+            weight = replace(weight, group=None)
+        if activation is not None and activation.group is not None and shape[1] % activation.group:
+            activation = DYNAMIC_INT8
+        return LayerScheme(weight=weight, activation=activation)
+
+    def check_order(self, *, reordered: bool) -> None:
+        """Refuse groups of activations beside groups of weights that are not runs of consecutive columns.
+
+        Raises:
+            ArgumentError: BW202, with what to change.
+        """
+        if reordered and self.activation_group is not None:
+            raise ArgumentError(
+                "BW202",
+                f"activations in groups of {self.activation_group} cannot be combined with reordered columns",
+                why="columns that share a scale of the weight would then lie in several groups of a token",
+                suggestion="keep the weight's groups consecutive (GPTQ: static_groups=true, group_aware=true or "
+                "act_order=false), or take one scale a token: -a8",
+            )
 
 
 def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
@@ -158,6 +184,32 @@ def _check_combination(scheme: QuantScheme) -> None:
         _check("scale_scheme", nested.name, nested.axis == 1 and not nested.is_codebook, "integers along axis 1")
 
 
+def _check_int8_product(weight: QuantScheme, group: int | None) -> None:
+    """Whole numbers whose sums run over what shares the weight's scale and the token's."""
+    if weight.is_codebook:
+        raise ArgumentError(
+            "BW202",
+            f"8-bit activations cannot be combined with {weight.code} weights",
+            why="the product of two integers is what makes 8-bit activations worth having",
+            suggestion="w8a8 or w4a8",
+        )
+    if weight.axis != 1:
+        raise ArgumentError(
+            "BW202",
+            "8-bit activations cannot be combined with weight groups along axis 0",
+            why="an integer sum runs along the input features, so its scale must be constant there",
+            suggestion="groups along axis 1, or none: w8a8, w4g32-a8",
+        )
+    if group is None or weight.group is None or not (group % weight.group and weight.group % group):
+        return
+    raise ArgumentError(
+        "BW202",
+        f"activations in groups of {group} cannot be combined with weights in groups of {weight.group}",
+        why="a sum has one scale of the weight and one of the token: one group must be a multiple of the other",
+        suggestion=f"-a8g{weight.group}, or -a8 for one scale a token",
+    )
+
+
 def _check_fp8_product(weight: QuantScheme) -> None:
     """Matrix units multiply e4m3 by e4m3: weights are such numbers with a scale a row, or small whole ones."""
     is_whole = weight.bits == 4 and not weight.is_codebook and weight.zero == "integer" and weight.axis == 1
@@ -170,6 +222,7 @@ def _check_fp8_product(weight: QuantScheme) -> None:
         )
 
 
-# The ways to quantize activations: a scale per token, symmetric, as integer products and those of fp8 units need.
+# The ways to quantize activations: a scale per token, symmetric, as integer products and those of fp8 units need. Those
+# to int8 may also have a group: a scale for each so many input features of a token.
 DYNAMIC_INT8 = QuantScheme(code="int", bits=8, group=None, scale_dtype=torch.float32)
 DYNAMIC_FP8 = QuantScheme(code="fp8_e4m3", bits=8, group=None, scale_dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ TAG_FIELDS: dict[str, dict[str, Any]] = {
     "axis0": {"axis": 0},
     **{tag: {"scale_dtype": dtype} for dtype, tag in DTYPE_TAGS.items()},
 }
-ACTIVATIONS = {"a8": DYNAMIC_INT8, "afp8": DYNAMIC_FP8}
-EXAMPLES = "w4g128, w4g128-asym, w8, w3g32, nf4g64, nf4g64-dq, fp4g32, fp8, w8a8, w4a8, A16W8, A16W4, A8W8, A8W4"
+ACTIVATION = re.compile(r"afp8|a8(?:g(?P<group>[0-9]{1,18}))?")
+EXAMPLES = (
+    "w4g128, w4g128-asym, w8, w3g32, nf4g64, nf4g64-dq, fp4g32, fp8, w8a8, w4a8, w4g32-a8g32, A16W8, A16W4, A8W8, A8W4"
+)
 
 
 def parse(text: str) -> LayerScheme:
@@ -61,8 +64,9 @@ def parse(text: str) -> LayerScheme:
 
     Grammar: ``w<bits>`` or ``nf4|fp4|fp4e2m1|fp8``, then ``g<group>``, then any of ``-asym``, ``-signed`` (asymmetric
     codes centred on zero), ``-fz`` (float zero point), ``-axis0``, ``-sbf16``/``-sf32`` (dtype of the scales, float16
-    unless said), ``-dq`` or ``-dq(<scheme>)`` (double quantization), ``-a8`` (8-bit activations) or ``-afp8`` (e4m3
-    ones), in any order. Or one of ``NAMED_SCHEMES``. Case does not matter.
+    unless said), ``-dq`` or ``-dq(<scheme>)`` (double quantization), ``-a8`` (8-bit activations, one scale a token),
+    ``-a8g<group>`` (one for each group of a token's input features) or ``-afp8`` (e4m3 ones), in any order. Or one of
+    ``NAMED_SCHEMES``. Case does not matter.
 
     Raises:
         ArgumentError: BW202, quoting the part that was not understood.
@@ -90,17 +94,26 @@ def parse(text: str) -> LayerScheme:
     _check_tags(tags, text, is_table=bool(match["table"]))
     for tag, values in TAG_FIELDS.items():
         fields |= values if tag in tags else {}
-    activation = next((scheme for tag, scheme in ACTIVATIONS.items() if tag in tags), None)
-    return LayerScheme(weight=QuantScheme(**fields), activation=activation)
+    return LayerScheme(weight=QuantScheme(**fields), activation=_activation(tags))
+
+
+def _activation(tags: list[str]) -> QuantScheme | None:
+    match = next((found for found in map(ACTIVATION.fullmatch, tags) if found is not None), None)
+    if match is None:
+        return None
+    if match.group() == "afp8":
+        return DYNAMIC_FP8
+    return DYNAMIC_INT8 if match["group"] is None else replace(DYNAMIC_INT8, group=int(match["group"]))
 
 
 def _check_tags(tags: list[str], text: str, *, is_table: bool) -> None:
+    activations = {tag for tag in tags if ACTIVATION.fullmatch(tag)}
     for tag in tags:
-        if tag not in ACTIVATIONS and tag not in TAG_FIELDS:
-            known = ", ".join([*TAG_FIELDS, *ACTIVATIONS, "dq"])
+        if tag not in activations and tag not in TAG_FIELDS:
+            known = ", ".join([*TAG_FIELDS, "a8", "a8g32", "afp8", "dq"])
             raise ArgumentError("BW202", f"unknown part {tag!r} in scheme {text!r}", suggestion=f"known: {known}")
-    for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values()), set(ACTIVATIONS)):
-        if exclusive <= set(tags):
+    for exclusive in ({"sym", "asym"}, {"sym", "signed"}, set(DTYPE_TAGS.values()), activations):
+        if len(exclusive) > 1 and exclusive <= set(tags):
             what = f"{' and '.join(sorted(exclusive))} contradict each other in scheme {text!r}"
             raise ArgumentError("BW202", what, suggestion=f"keep one of {', '.join(sorted(exclusive))}")
     if is_table and not {"asym", "signed"}.isdisjoint(tags):

@@ -47,10 +47,11 @@ def refuse(scheme: LayerScheme, shape: tuple[int, int]) -> str | None:
         return "its groups run along the input features alone"
     if weight.bits == 1:
         return "its readers expect at least 2 bits"
-    if weight.group is not None and columns % weight.group:
-        divisors = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
-        fitting = f" (these do: {', '.join(map(str, divisors))})" if divisors else ""
-        return f"its groups have one size, and groups of {weight.group} do not divide {columns} input features{fitting}"
+    for group in (weight.group, scheme.activation_group):
+        if group is not None and columns % group:
+            divisors = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
+            fitting = f" (these do: {', '.join(map(str, divisors))})" if divisors else ""
+            return f"its groups have one size, and groups of {group} do not divide {columns} input features{fitting}"
     return None
 
 
@@ -137,6 +138,8 @@ def _config_group(scheme: LayerScheme) -> dict[str, Any]:
     activations: dict[str, Any] | None = None
     if scheme.activation is not None:
         activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        if scheme.activation_group is not None:
+            activations |= {"strategy": "group", "group_size": scheme.activation_group}
     return {
         "weights": weights,
         "input_activations": activations,

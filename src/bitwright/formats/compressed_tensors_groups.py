@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
@@ -123,12 +123,13 @@ def _read_activation(checkpoint: Checkpoint, key: str, activations: Any) -> Quan
     if activations is None:
         return None
     found = {"num_bits": 8, "type": "int", "symmetric": True, **(activations if isinstance(activations, dict) else {})}
-    expected = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
-    kind = found["type"]
-    if found | expected != found or kind not in ("int", "float"):
-        what = f"group {key[:80]!r} has activations other than dynamic symmetric 8-bit ones per token"
-        raise _refusal(checkpoint, what)
-    return ACTIVATIONS[kind]
+    expected = {"num_bits": 8, "symmetric": True, "dynamic": True}
+    kind, strategy, size = found["type"], found.get("strategy"), found.get("group_size")
+    has_groups = strategy == "group" and kind == "int" and type(size) is int and 0 < size < 1 << 31
+    if found | expected != found or kind not in ("int", "float") or not (has_groups or strategy == "token"):
+        what = "dynamic symmetric 8-bit ones per token, or of whole numbers per group"
+        raise _refusal(checkpoint, f"group {key[:80]!r} has activations other than {what}")
+    return replace(DYNAMIC_INT8, group=size) if has_groups else ACTIVATIONS[kind]
 
 
 def _compile(checkpoint: Checkpoint, pattern: str) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.core import bitpack
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.formats.checkpoint import CONFIG, Checkpoint
@@ -93,9 +93,10 @@ def _packed_layer(checkpoint: Checkpoint, name: str, group: ConfigGroup) -> _Lay
 
 def _record(checkpoint: Checkpoint, layer: _Layer) -> LayerRecord:
     group, columns = layer.group, layer.shape[1]
-    if group.size is not None and columns % group.size:
-        what = f"groups of {group.size} do not divide the {columns} input features of {layer.name}"
-        raise _shape_error(checkpoint, what, f"they are called for by {FIELD}")
+    for size in (group.size, None if group.activation is None else group.activation.group):
+        if size is not None and columns % size:
+            what = f"groups of {size} do not divide the {columns} input features of {layer.name}"
+            raise _shape_error(checkpoint, what, f"they are called for by {FIELD}")
     entry = checkpoint.stored(f"{layer.name}.weight_scale").entry
     dtype = DTYPES.get(entry.dtype)
     if dtype not in SCALE_DTYPES:
@@ -109,9 +110,12 @@ def _record(checkpoint: Checkpoint, layer: _Layer) -> LayerRecord:
         scale_dtype=dtype,
     )
     try:
-        return LayerRecord(LayerScheme(weight=weight, activation=group.activation), layer.shape)
-    except BitwrightError as error:
+        record = LayerRecord(LayerScheme(weight=weight, activation=group.activation), layer.shape)
+        if record.scheme.activation_group is not None:
+            record.scheme.check_order(reordered=_read_group_index(checkpoint, layer.name, record) is not None)
+    except ArgumentError as error:
         raise _record_error(checkpoint, f"the numbers of {layer.name} are not read: {error.what}") from error
+    return record
 
 
 def decode(checkpoint: Checkpoint, name: str, record: LayerRecord) -> QuantizedTensor:

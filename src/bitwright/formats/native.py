@@ -127,6 +127,7 @@ def _read_record(checkpoint: Checkpoint, name: str, record: object) -> LayerReco
         raise _record_error(checkpoint, f"the record of {name} is not a scheme and a shape")
     try:
         scheme = parse(text)
+        scheme.check_order(reordered=f"{name}.group_index" in checkpoint.tensors)
     except (BitwrightError, ValueError) as error:
         raise _record_error(checkpoint, f"the scheme of {name} cannot be read: {text!r}") from error
     return LayerRecord(scheme, (shape[0], shape[1]))

@@ -22,11 +22,17 @@ class LayerRecord:
 
     ``reordered``: its groups are not runs of consecutive columns, and ``QuantizedTensor.group_index`` says what they
     are. Some formats must announce that in their configuration.
+
+    Raises:
+        ArgumentError: BW202 for reordered columns beside groups of activations.
     """
 
     scheme: LayerScheme
     shape: tuple[int, int]
     reordered: bool = False
+
+    def __post_init__(self) -> None:
+        self.scheme.check_order(reordered=self.reordered)
 
 
 def _refuse_nothing(records: Mapping[str, LayerRecord], ignored: Sequence[str]) -> str | None:

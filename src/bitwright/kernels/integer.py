@@ -1,8 +1,9 @@
 """8-bit activations: integer products summed exactly, scaled once a group.
 
-A token is quantized by itself (symmetric int8, one scale), so its result does not depend on its neighbours. Integer
-zero points are taken off in integers; a float one is split into the nearest code, taken off in integers too, and a
-remainder that multiplies the sum of the token's codes.
+A token is quantized by itself (symmetric int8, one scale, or one for each group of its input features), so its result
+does not depend on its neighbours. Integer zero points are taken off in integers; a float one is split into the nearest
+code, taken off in integers too, and a remainder that multiplies the sum of the token's codes. Sums run over the columns
+that share a scale of the weight and one of the token.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ BATCH = 512  # tokens worked on at a time, so that their sums stay in cache
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Quantized activations: ``codes`` int8 ``[tokens, in]`` and ``scale`` float32 ``[tokens, 1]``."""
+    """Quantized activations: ``codes`` int8 ``[tokens, in]`` and ``scale`` float32 ``[tokens, groups]``.
+
+    ``group``: how many input features share a scale; ``None``: all, and there is one group.
+    """
 
     codes: Tensor
     scale: Tensor
+    group: int | None = None
 
     def batches(self) -> Iterator[tuple[slice, Tokens]]:
         """Some tokens at a time, and which."""
         for start in range(0, self.codes.shape[0], BATCH):
             rows = slice(start, start + BATCH)
-            yield rows, Tokens(self.codes[rows], self.scale[rows])
+            yield rows, Tokens(self.codes[rows], self.scale[rows], self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +55,31 @@ class Segments:
 
 
 def quantize_tokens(x: Tensor, scheme: QuantScheme) -> Tokens:
-    """Quantize each row of ``x`` (``[tokens, in]``, at least one) by its own largest absolute value.
+    """Quantize each row of ``x`` (``[tokens, in]``, at least one), or each group of a row, by its own largest absolute
+    value.
 
     Raises:
         BitwrightError: BW602 if a value is not finite.
     """
     parameters = grid.fit(x, scheme=scheme)
-    return Tokens(grid.encode(x, parameters=parameters, scheme=scheme), parameters.scale)
+    return Tokens(grid.encode(x, parameters=parameters, scheme=scheme), parameters.scale, scheme.group)
 
 
-def segments(columns: int, group: int | None, group_index: Tensor | None) -> Segments:
-    """The runs of columns of one group, none longer than int32 sums allow."""
-    if group_index is None:
+def segments(
+    columns: int, group: int | None, group_index: Tensor | None, activation_group: int | None = None
+) -> Segments:
+    """The runs of columns of one group (and one of the activations'), none longer than int32 sums allow.
+
+    ``activation_group`` and ``group`` are multiples of each other, and there is no ``group_index`` beside it.
+    """
+    if activation_group is not None and (group is None or activation_group < group):
+        size = columns if group is None else group
+        bounds = [
+            (first // size, first, min(first + activation_group, columns))
+            for first in range(0, columns, activation_group)
+        ]
+        order = None
+    elif group_index is None:
         size = columns if group is None else group
         bounds = [(number, first, min(first + size, columns)) for number, first in enumerate(range(0, columns, size))]
         order = None
@@ -82,6 +100,8 @@ def multiply(tokens: Tokens, codes: Tensor, parameters: Parameters, columns: Seg
 
     ``codes`` is ``[rows, in]`` in the scheme's code dtype; ``parameters`` holds ``[rows, groups]`` tensors. Sums of
     groups are added in order, each step its own operation: a fused one would round a row by where it lies in a batch.
+    With groups of activations, y = sum over segments of ((products - zero part) * scale) * token scale; without, the
+    token's scale multiplies the whole sum.
     """
     weight, shift = _signed(codes if columns.order is None else codes[:, columns.order], scheme)
     scale = parameters.scale.to(torch.float32)
@@ -100,8 +120,11 @@ def multiply(tokens: Tokens, codes: Tensor, parameters: Parameters, columns: Seg
                 corrected = corrected if remainder is None else corrected.sub_(token_sums * remainder[:, group])
             else:
                 corrected = products.to(torch.float32)
-            sums.add_(corrected.mul_(scale[:, group]))
-        torch.mul(sums, batch.scale, out=total[rows])
+            corrected.mul_(scale[:, group])
+            if batch.group is not None:
+                corrected.mul_(batch.scale[:, first // batch.group, None])
+            sums.add_(corrected)
+        total[rows] = sums if batch.group is not None else sums.mul_(batch.scale)
     return total
 
 

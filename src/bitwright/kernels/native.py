@@ -45,6 +45,7 @@ def refuse(spec: KernelSpec) -> str | None:
         (scheme.axis != 1, "groups along axis 0"),
         (scheme.code == "fp8_e4m3", "no fp8 weights"),
         (spec.scheme.activation == DYNAMIC_FP8, "no fp8 activations"),
+        (spec.scheme.activation_group is not None, "no activations with a scale for each group"),
         (min(spec.shape) < 1, "an empty weight"),
         (group < columns and group % BLOCK != 0, f"groups of {scheme.group}, not of a multiple of {BLOCK}"),
         (group > MAX_GROUP, f"more than {MAX_GROUP} numbers share a scale"),

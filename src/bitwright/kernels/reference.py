@@ -35,10 +35,12 @@ def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
     """The operand of ``tensor``, whose scheme is ``scheme.weight``.
 
     Raises:
+        ArgumentError: BW202 for reordered columns beside groups of activations.
         ValueError: if the schemes differ.
     """
     if tensor.scheme != scheme.weight:
         raise ValueError(f"a {tensor.scheme.name} weight in a {scheme.name} layer")
+    scheme.check_order(reordered=tensor.group_index is not None)
     return PackedWeight(scheme=scheme, shape=tensor.shape, tensors=_streams(tensor, ""))
 
 
@@ -85,7 +87,8 @@ def _run_integer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor
         return y
     tokens = integer.quantize_tokens(x, weight.scheme.activation)
     parameters = _parameters(weight)
-    columns = integer.segments(weight.shape[1], weight.scheme.weight.group, weight.tensors.get("group_index"))
+    index = weight.tensors.get("group_index")
+    columns = integer.segments(weight.shape[1], weight.scheme.weight.group, index, weight.scheme.activation.group)
     for rows in _tiles(weight.shape):
         tile = Parameters(parameters.scale[rows], None if parameters.zero is None else parameters.zero[rows])
         products = integer.multiply(tokens, _codes(weight, rows), tile, columns, weight.scheme.weight)

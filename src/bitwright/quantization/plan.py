@@ -12,7 +12,7 @@ from torch import nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Choice, Recipe
-from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.core.scheme import LayerScheme
 from bitwright.formats import compressed_tensors
 from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.table import FORMATS, get_format
@@ -226,7 +226,7 @@ def _fit_groups(
     schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], fallback: GroupFallback
 ) -> tuple[dict[str, LayerScheme], tuple[str, ...]]:
     """Settle the layers whose grouped dimension the group size does not divide; never in silence."""
-    unfit = {name: scheme for name, scheme in schemes.items() if not _divides(scheme.weight, shapes[name])}
+    unfit = {name: scheme for name, scheme in schemes.items() if not scheme.has_whole_groups(shapes[name])}
     if not unfit:
         return dict(schemes), ()
     listed = ", ".join(list(unfit)[:5]) + (", ..." if len(unfit) > 5 else "")
@@ -243,7 +243,7 @@ def _fit_groups(
         )
     settled: dict[str, LayerScheme | None] = dict(schemes)
     for name, scheme in unfit.items():
-        per_channel = replace(scheme, weight=replace(scheme.weight, group=None))
+        per_channel = scheme.without_partial_groups(shapes[name])
         settled[name] = {"pad": scheme, "per-channel": per_channel, "skip": None}[fallback]
     outcome = {
         "pad": "get a shorter last group",
@@ -252,10 +252,6 @@ def _fit_groups(
     }
     notice = f"{len(unfit)} layers whose dimension the group size does not divide {outcome[fallback]}: {listed}"
     return {name: scheme for name, scheme in settled.items() if scheme is not None}, (notice,)
-
-
-def _divides(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
-    return scheme.group is None or shape[scheme.axis] % scheme.group == 0
 
 
 def _records(

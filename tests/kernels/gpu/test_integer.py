@@ -154,6 +154,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = "4-bit codes or groups beside 8-bit activations; Tesla T4 has 7.5"
     assert refusal("w4a8", TURING) == refusal("w8g64-a8", TURING) == f"needs compute capability 8.0 for {needed}"
     assert refusal("w4g128") == "activations of int8 alone"
+    assert refusal("w4g128-a8g128") == "activations of one scale a token, not of groups"
     assert refusal("w3g32-a8") == "weights of 4 or 8 bits, not of 3"
     assert refusal("w4g96-a8") == "groups of 96, not 32, 64, 128..."
     assert refusal("w8a8", VOLTA) == "needs compute capability 7.5 for int8 matrix units; Tesla V100 has 7.0"

@@ -28,6 +28,8 @@ FEATURES = 1024  # of the output at a time at least, however many rows
 
 def refuse(spec: KernelSpec) -> str | None:
     """Why the layer cannot run here, or ``None``."""
+    if spec.scheme.activation_group is not None:
+        return "activations of one scale a token, not of groups"
     if spec.scheme.activation != DYNAMIC_INT8:
         return "activations of int8 alone"
     scheme, columns = spec.scheme.weight, spec.shape[1]
