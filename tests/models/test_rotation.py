@@ -46,6 +46,14 @@ def test_rotation_leaves_the_logits_alone(name: str, tied: bool) -> None:
 
 
 @torch.no_grad()
+def test_biases_are_rotated_with_what_they_are_added_to() -> None:
+    model = build("llama", attention_bias=True, mlp_bias=True)
+    before = model(sample_ids(), use_cache=False).logits
+    rotate_model(model, plan(model))
+    torch.testing.assert_close(model(sample_ids(), use_cache=False).logits, before, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_a_model_on_the_meta_device_is_rotated_tensor_by_tensor() -> None:
     model = build("qwen2", tied=True)
     tensors = dict(model.named_parameters())

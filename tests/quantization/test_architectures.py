@@ -113,10 +113,7 @@ def test_without_calibration_nothing_is_touched(algorithm: str) -> None:
 @pytest.mark.parametrize("scheme", ["w4g16-asym", "nf4g16"])
 @pytest.mark.parametrize("algorithm", ["awq", "teq"])
 def test_an_option_that_the_scheme_cannot_take_is_refused(algorithm: str, scheme: str) -> None:
-    prepared = bitwright.prepare(
-        build("llama"), scheme=scheme, algorithm=algorithm, options={f"{algorithm}.range": "full", "rtn.range": "full"}
-    )
-    prepared(sample_ids(1, 8))
+    options = {f"{algorithm}.range": "full", "rtn.range": "full"}
     with pytest.raises(BitwrightError) as caught:
-        bitwright.convert(prepared)
+        bitwright.prepare(build("llama"), scheme=scheme, algorithm=algorithm, options=options)
     assert caught.value.code == "BW201" and "range" in caught.value.what

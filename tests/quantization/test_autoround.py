@@ -185,7 +185,8 @@ def test_every_option_does_something(options: dict[str, Any]) -> None:
 
 def test_the_full_range_is_for_symmetric_schemes() -> None:
     assert differs({}, {"full_range": True}, scheme="w2g16")
-    assert not differs({}, {"full_range": True}, scheme="w2g16-asym")
+    with pytest.raises(BitwrightError, match=r"w2g16-asym, the scheme of blocks\.0\.up: range is 'full'"):
+        differs({"full_range": True}, scheme="w2g16-asym")
 
 
 def test_without_tuned_ranges_the_grid_is_that_of_rounding_to_nearest() -> None:

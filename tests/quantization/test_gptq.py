@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,10 +89,17 @@ def test_ranges_of_symmetric_grids(symmetric_range: str) -> None:
     check_same(QuantScheme(bits=3, group=32), GptqOptions(range=symmetric_range))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("order", [{}, {"act_order": False}, {"group_aware": True}], ids=str)
-def test_doubly_quantized_scales_are_rounded_before_codes_are_found(order: dict[str, bool]) -> None:
-    tensor = check_same(DOUBLE, GptqOptions(**order))
-    nearest = QuantizedTensor.quantize(weights(), DOUBLE)
+@pytest.mark.parametrize(
+    "order", [{}, {"act_order": False}, {"act_order": True, "static_groups": False}, {"group_aware": True}], ids=str
+)
+@pytest.mark.parametrize(
+    "scheme", [DOUBLE, replace(DOUBLE, code="uint", symmetric=False), replace(DOUBLE, code="nf4")], ids=lambda s: s.name
+)
+def test_doubly_quantized_scales_are_rounded_before_codes_are_found(
+    scheme: QuantScheme, order: dict[str, bool]
+) -> None:
+    tensor = check_same(scheme, GptqOptions(**order))
+    nearest = QuantizedTensor.quantize(weights(), scheme)
     assert tensor.group_index is None and isinstance(tensor.scale, QuantizedTensor)
     assert torch.equal(tensor.dense_scale(), nearest.dense_scale())
 

@@ -136,10 +136,17 @@ def test_a_block_whose_output_is_not_finite_is_named(algorithm: str) -> None:
         ("autoround", "nf4g32", {}),
         ("hqq", "nf4g32", {}),
         ("gptq", "w8g32", {"fp8_aware": True}),
+        ("rtn", "w4g32-asym", {"range": "full"}),
+        ("rtn", "nf4g32", {"range": "centred"}),
+        ("gptq", "w1g32", {"range": "full"}),
+        ("gptq", "w4g32-asym", {"range": "centred"}),
+        ("awq", "w4g32-asym", {"awq.range": "full"}),
+        ("teq", "nf4g32", {"teq.range": "centred"}),
+        ("autoround", "w4g32-asym", {"full_range": True}),
     ],
 )
 def test_what_an_algorithm_cannot_make_is_refused_in_the_plan(
-    algorithm: str, scheme: str, options: dict[str, bool]
+    algorithm: str, scheme: str, options: dict[str, object]
 ) -> None:
     recipe = Recipe(scheme=parse(scheme), algorithm=algorithm, options=options)
     with pytest.raises(BitwrightError, match=f"{algorithm} cannot use {scheme}, the scheme of model.layers.0"):

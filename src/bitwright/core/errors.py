@@ -127,7 +127,8 @@ CATALOGUE: dict[str, Entry] = {
     "BW313": Entry(
         "nothing to quantize",
         "The model has no repeated blocks of Linear or Conv1D layers that bitwright can find, or every layer was "
-        "excluded by overrides.",
+        "excluded by overrides; or it does something with them that quantizing block by block, layer by layer would "
+        "lose: blocks that share layers, work between blocks, layers that do more than multiply.",
     ),
     "BW314": Entry(
         "checksum mismatch",

@@ -49,6 +49,14 @@ class FitOptions:
             accepted = f"accepted: {', '.join(RANGES)}"
             raise ArgumentError("BW201", f"symmetric_range is {self.symmetric_range!r}", suggestion=accepted)
 
+    def refuse(self, scheme: QuantScheme) -> str | None:
+        """Why ``scheme`` cannot take the range, or ``None``."""
+        has_choice = scheme.symmetric and not scheme.is_codebook and scheme.bits > 1
+        if has_choice or self.symmetric_range in ("restricted", "either"):
+            return None
+        what = "says where a symmetric integer grid of two bits or more has its largest code"
+        return f"range is {self.symmetric_range!r}, which {what}"
+
 
 @dataclass(frozen=True, slots=True)
 class Parameters:

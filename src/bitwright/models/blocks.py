@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bitwright.core.errors import BitwrightError
 
@@ -18,6 +20,7 @@ __all__ = [
     "linear_weight",
     "linears",
     "output_head",
+    "refuse_other_products",
     "set_module",
 ]
 
@@ -34,7 +37,12 @@ class Blocks:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies by one matrix: a Linear, or GPT-2's Conv1D, which keeps it transposed."""
+    """Whether the module multiplies by one matrix: a Linear, or GPT-2's Conv1D, which keeps it transposed.
+
+    The output projection of torch's own attention is none: the attention takes its weight and never runs it.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -101,6 +109,36 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
         holder[int(leaf)] = module
     else:
         setattr(holder, leaf, module)
+    if isinstance(holder, nn.TransformerEncoderLayer) and not is_linear(module) and not module._forward_pre_hooks:
+        module.register_forward_pre_hook(_run_it)
+
+
+def _run_it(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Does nothing; where torch's own layer sees a hook, it runs its parts, instead of taking their weights."""
+
+
+def refuse_other_products(layers: Mapping[str, nn.Module]) -> None:
+    """Try layers of classes with a forward of their own, which may do more than to multiply by their weight.
+
+    Raises:
+        BitwrightError: BW313 naming the first layer that does; quantized, it would silently lose that.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in layers.items():
+        forward = type(layer).forward
+        if forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or layer.weight.device.type != "cpu":
+            continue
+        x = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.dtype)
+        with torch.no_grad():
+            found, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+        if not isinstance(found, Tensor) or float((found - expected).norm()) > 0.02 * float(expected.norm()):
+            kind = type(layer).__name__
+            raise BitwrightError(
+                "BW313",
+                f"{name} ({kind}) does more than to multiply by its weight and to add its bias",
+                why="in the quantized model a plain product takes its place",
+                suggestion=f"merge what {kind} adds into its weight, or leave it as it is: --override {name}=float",
+            )
 
 
 def _weight_count(module: nn.Module) -> int:

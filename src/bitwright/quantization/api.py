@@ -20,6 +20,7 @@ from bitwright.core.scheme_names import parse
 from bitwright.core.threads import thread_count
 from bitwright.formats.checkpoint import INDEX, WORK_DIRECTORY
 from bitwright.formats.storage import lock_directory, make_directory, remove_empty_directory
+from bitwright.models.blocks import refuse_other_products
 from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
 from bitwright.models.loading import check_vocabulary
 from bitwright.models.location import resolve_model
@@ -198,6 +199,7 @@ def _run(
     if not _resumes(request):
         # Before anything is made, and before an old checkpoint is given up.
         refuse_nonfinite(source.original if isinstance(source, RotatedSource) else source)
+        refuse_other_products({name: source.model.get_submodule(name) for name in plan.schemes})
     work = request.output / WORK_DIRECTORY
     make_directory(work)
     try:

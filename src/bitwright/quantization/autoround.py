@@ -75,6 +75,10 @@ class AutoRoundOptions:
         gap = self.dynamic_max_gap
         _check("dynamic_max_gap", gap, gap == -1 or gap >= 1, "-1, or a whole number of at least 1")
 
+    @property
+    def fit(self) -> FitOptions:
+        return FitOptions(symmetric_range="full" if self.full_range else "restricted")
+
 
 def learn_rounding(
     task: BlockTask, tensors: Mapping[str, QuantizedTensor], options: AutoRoundOptions
@@ -95,11 +99,10 @@ def learn_rounding(
         if (reason := _refuse(scheme.weight, options)) is not None:
             what = f"autoround cannot use {scheme.weight.name}, the scheme of {name}: {reason}"
             raise BitwrightError("BW201", what, suggestion="whole numbers such as w4g128, or another algorithm: gptq")
-    fit = FitOptions(symmetric_range="full" if options.full_range else "restricted")
     with gradients_enabled():
         loss = BlockLoss(task, on_float_inputs=not options.quantized_input)
         weights = {
-            name: OffsetWeight(linear_weight(layer), task.linears[name].weight, fit)
+            name: OffsetWeight(linear_weight(layer), task.linears[name].weight, options.fit)
             for name, layer in task.layers.items()
         }
         with stand_ins(task.block, task.layers) as layers:
@@ -171,7 +174,7 @@ def _batches(count: int, options: AutoRoundOptions, generator: torch.Generator) 
 def _refuse(scheme: QuantScheme, options: AutoRoundOptions) -> str | None:
     """Why the rounding to the codes of ``scheme`` cannot be learned, or ``None``."""
     if can_follow(scheme):
-        return None
+        return options.fit.refuse(scheme)
     return "it learns the rounding to counted codes, of two bits or more, on scales that are plain numbers"
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.grid import FitOptions, Range
+from bitwright.core.scheme import QuantScheme
 from bitwright.models.blocks import linear_weight
 from bitwright.models.folding import share_scale
 from bitwright.models.sites import Site
 from bitwright.quantization.awq_clip import apply_ratios, search_ratios
-from bitwright.quantization.rtn import RtnOptions, round_to_nearest
+from bitwright.quantization.rtn import RtnOptions, refuse_range, round_to_nearest
 from bitwright.quantization.smoothing import (
     SiteBench,
     apply_scale,
@@ -208,6 +209,10 @@ def _passes(options: AwqScaleOptions, samples: int) -> float:
     return searches * options.grid * min(samples, JUDGED_SAMPLES)
 
 
-AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale, passes=_passes)
-AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_to_nearest)
-AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation, passes=_passes)
+def _refuse(scheme: QuantScheme, options: AwqScaleOptions) -> str | None:
+    return options.fit.refuse(scheme)
+
+
+AWQ: Stage[Equalizer] = Stage("awq", AwqOptions, clip_and_scale, _refuse, _passes)
+AWQ_ROUND: Stage[Rounder] = Stage("rtn", AwqRoundOptions, round_to_nearest, refuse_range)
+AWQ_SCALE: Stage[Equalizer] = Stage("awq", AwqScaleOptions, scale_by_activation, _refuse, _passes)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.core.errors import BitwrightError
 from bitwright.models.blocks import Blocks, set_module
 from bitwright.quantization.statistics import SiteStatistics, collect_statistics
 
-__all__ = ["BlockCall", "Captured", "capture", "head_output", "observe_head", "run_block"]
+__all__ = ["BlockCall", "Captured", "ChangedBetweenBlocks", "capture", "head_output", "observe_head", "run_block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +55,79 @@ class _Reached(Exception):
     """Ends a forward pass once everything wanted has been seen."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes the call and passes the hidden states on unchanged."""
+class ChangedBetweenBlocks(BitwrightError):
+    """BW313: a model does more than to hand what each block makes to the next one, or takes blocks in another order."""
 
-    def __init__(self, block: nn.Module, *, as_tuple: bool, is_last: bool) -> None:
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            "BW313",
+            what,
+            why="blocks are calibrated one at a time, each on the output of the one before; what the model does "
+            "between them (an addition, an activation, another order, a state of its own) would be left out",
+            suggestion="move that into the blocks, or quantize without calibration: --algorithm rtn or hqq",
+        )
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes the call and passes the hidden states on unchanged.
+
+    With ``before``, the recorder of the block before, it is ``checked`` that they arrive as that one passed them on.
+    """
+
+    def __init__(
+        self, name: str, block: nn.Module, *, as_tuple: bool, is_last: bool, before: _Recorder | None = None
+    ) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: the model must not find its parameters twice
-        self.as_tuple, self.is_last = as_tuple, is_last
+        self.__dict__["before"] = before
+        self.name, self.as_tuple, self.is_last = name, as_tuple, is_last
+        self.is_checked = False
         self.seen: list[tuple[Tensor, BlockCall]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)  # models read attributes of their blocks, such as layer types
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        name = None if arguments else "hidden_states"
-        hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
+        name = None if arguments else _hidden_keyword(keywords)
+        hidden, rest = (arguments[0], arguments[1:]) if name is None else (keywords.pop(name, None), ())
+        if not isinstance(hidden, Tensor):
+            raise _no_tensor(self.__dict__["block"], hidden, "is given")
+        hidden = self._checked(hidden) if self.is_checked else hidden
         # A cache would be filled again by every run of the block, each attending to what the runs before it left.
         kept = {key: False if key == "use_cache" else _without_cache(value) for key, value in keywords.items()}
         self.seen.append((hidden, BlockCall(tuple(map(_without_cache, rest)), kept, name)))
         if self.is_last:
             raise _Reached
+        hidden = hidden.clone() if self.is_checked else hidden  # or a change in place would not be seen
         return (hidden,) if self.as_tuple else hidden
+
+    def _checked(self, hidden: Tensor) -> Tensor:
+        """What the block before was given, which must be what has arrived here."""
+        before: _Recorder | None = self.__dict__["before"]
+        given = before.seen[-1][0] if before is not None and before.seen else None
+        if self.seen or (before is not None and (given is None or not _is_same(given, hidden))):
+            raise ChangedBetweenBlocks(f"{self.name} is not given just what the block before it made")
+        return hidden if given is None else given
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The hidden states that ``block`` makes of ``hidden``."""
+    """The hidden states that ``block`` makes of ``hidden``: what it returns, or the first tensor in that.
+
+    Raises:
+        BitwrightError: BW313 if there is no tensor.
+    """
     output = _call(block, hidden.clone(), call)  # a block may add to its input in place, and is run more than once
-    result = output[0] if isinstance(output, tuple) else output
-    assert isinstance(result, Tensor)
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    several = values if isinstance(values, tuple | list) else [values]
+    result = next((value for value in several if isinstance(value, Tensor)), None)
+    if result is None:
+        raise _no_tensor(block, output, "returns")
     return result
+
+
+def _no_tensor(block: nn.Module, found: object, verb: str) -> BitwrightError:
+    what = f"{type(block).__name__} {verb} a {type(found).__name__}, and no tensor of hidden states"
+    return BitwrightError("BW313", what, suggestion="let its first argument, and what it returns, be a tensor")
 
 
 @torch.no_grad()
@@ -90,18 +135,32 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     """Run ``forwards`` (one calibration sample each) with every block replaced by a recorder.
 
     Everything before the blocks, and the first block, must be loaded; the others may be on the meta device.
+
+    Raises:
+        ChangedBetweenBlocks: if a block is not given just what the one before it made.
     """
     names = blocks.names()
-    first = _Recorder(blocks.modules[0], as_tuple=False, is_last=True)
+    first = _Recorder(names[0], blocks.modules[0], as_tuple=False, is_last=True)
     _run_with(model, names[:1], [first], forwards[0])
     hidden, call = first.seen[0]
     as_tuple = isinstance(_call(blocks.modules[0], hidden, call), tuple)
-    recorders = [
-        _Recorder(block, as_tuple=as_tuple, is_last=index == len(names) - 1)
-        for index, block in enumerate(blocks.modules)
-    ]
-    for forward in forwards:
-        _run_with(model, names, recorders, forward)
+    recorders: list[_Recorder] = []
+    for name, block in zip(names, blocks.modules, strict=True):
+        before, is_last = recorders[-1] if recorders else None, len(recorders) == len(names) - 1
+        recorders.append(_Recorder(name, block, as_tuple=as_tuple, is_last=is_last, before=before))
+    for number, forward in enumerate(forwards):
+        for recorder in recorders:
+            recorder.is_checked = number == 0  # what a model does between blocks, it does to every sample
+        try:
+            _run_with(model, names, recorders, forward)
+        except (IndexError, TypeError, ValueError) as error:  # which did not come up to the first block
+            if number or not as_tuple:
+                raise
+            what = "the model takes more from its blocks than their hidden states"
+            raise ChangedBetweenBlocks(what) from error
+        missed = next((recorder.name for recorder in recorders if len(recorder.seen) != number + 1), None)
+        if missed is not None:
+            raise ChangedBetweenBlocks(f"{missed} is not run once for each sample")
     inputs = tuple(hidden.detach() for hidden, _ in recorders[0].seen)
     pool: list[BlockCall] = []
     calls = tuple(tuple(_intern(call, pool) for _, call in recorder.seen) for recorder in recorders)
@@ -152,6 +211,20 @@ def head_output(
         feeder.hidden = hidden
     _run_with(model, blocks.names(), feeders, lambda: found.append(forward()))
     return found[0]
+
+
+def _hidden_keyword(keywords: Mapping[str, Any]) -> str:
+    """By what name a block that is called without positional arguments gets its hidden states."""
+    floats = [key for key, value in keywords.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return "hidden_states" if "hidden_states" in keywords or not floats else floats[0]
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal number by number; NaN is equal to itself, and is looked for elsewhere."""
+    if left is right or left.shape != right.shape or left.dtype != right.dtype:
+        return left is right
+    right = right.to(left.device)
+    return bool(torch.equal(left, right) or ((left == right) | (left.isnan() & right.isnan())).all())
 
 
 def _leave(*_: object) -> None:

@@ -275,7 +275,8 @@ def _check(field: str, value: object, is_valid: bool, accepted: str) -> None:
 
 
 def _refuse(scheme: QuantScheme, options: GptqOptions) -> str | None:
-    return fp8.refuse_scheme(scheme) if options.fp8_aware else None
+    reason = fp8.refuse_scheme(scheme) if options.fp8_aware else None
+    return reason or FitOptions(symmetric_range=options.range).refuse(scheme)
 
 
 GPTQ: Stage[Rounder] = Stage("gptq", GptqOptions, round_by_error_feedback, _refuse)

@@ -12,7 +12,7 @@ from bitwright.core.scheme import QuantScheme
 from bitwright.quantization.stages import Rounder, Stage
 from bitwright.quantization.statistics import SiteStatistics
 
-__all__ = ["RTN", "RtnOptions", "round_to_nearest"]
+__all__ = ["RTN", "RtnOptions", "refuse_range", "round_to_nearest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +32,21 @@ class RtnOptions:
     def __post_init__(self) -> None:
         FitOptions(symmetric_range=self.range, search=self.search)
 
+    @property
+    def fit(self) -> FitOptions:
+        return FitOptions(symmetric_range=self.range, search=self.search)
+
 
 def round_to_nearest(
     weight: Tensor, statistics: SiteStatistics | None, scheme: QuantScheme, options: RtnOptions
 ) -> QuantizedTensor:
     """Quantize ``weight`` (``[out, in]``, any float dtype); ``statistics`` are not looked at."""
-    return QuantizedTensor.quantize(weight, scheme, FitOptions(symmetric_range=options.range, search=options.search))
+    return QuantizedTensor.quantize(weight, scheme, options.fit)
 
 
-RTN: Stage[Rounder] = Stage("rtn", RtnOptions, round_to_nearest)
+def refuse_range(scheme: QuantScheme, options: RtnOptions) -> str | None:
+    """Why ``scheme`` cannot take the range of ``options``, or ``None``."""
+    return options.fit.refuse(scheme)
+
+
+RTN: Stage[Rounder] = Stage("rtn", RtnOptions, round_to_nearest, refuse_range)

@@ -14,7 +14,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Override, Recipe, parse_override
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
-from bitwright.models.blocks import linear_weight, set_module
+from bitwright.models.blocks import linear_weight, refuse_other_products, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
 from bitwright.quantization.algorithms import make_method, parse_options
@@ -113,6 +113,7 @@ def convert(prepared: Prepared) -> nn.Module:
     modes = {module: module.training for module in model.modules()}
     model.train(False)  # dropout would make other statistics at every pass
     try:
+        refuse_other_products(originals)
         source.load(name for unit in plan.units if unit.blocks[:1] in ((), (0,)) for name in unit.tensors)
         captured = capture(model, plan.blocks, forwards) if forwards else None
         _convert_units(prepared, plan, captured, forwards, originals)

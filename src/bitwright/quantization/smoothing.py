@@ -48,17 +48,10 @@ def refuse_options(task: BlockTask, options: FitOptions) -> None:
     Raises:
         BitwrightError: BW201 naming the layer, its scheme and the option.
     """
-    if options.symmetric_range in ("restricted", "either"):
-        return
     for name, scheme in task.linears.items():
-        weight = scheme.weight
-        if not weight.symmetric or weight.is_codebook or weight.bits == 1:
-            raise BitwrightError(
-                "BW201",
-                f"range is {options.symmetric_range!r}, which {weight.name} of {name} cannot take",
-                why="it says where a symmetric integer grid of two bits or more has its largest code",
-                suggestion="range restricted, or a symmetric integer scheme",
-            )
+        if (reason := options.refuse(scheme.weight)) is not None:
+            what = f"{scheme.weight.name}, the scheme of {name}, cannot be used: {reason}"
+            raise BitwrightError("BW201", what, suggestion="range restricted, or a symmetric integer scheme")
 
 
 def judged_samples(task: BlockTask, tokens: int) -> tuple[int, ...]:

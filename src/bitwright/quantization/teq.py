@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitwright.core.errors import ArgumentError, Notice
 from bitwright.core.grid import FitOptions
+from bitwright.core.scheme import QuantScheme
 from bitwright.models.sites import Site
 from bitwright.quantization.smoothing import Range, apply_scale, judged_samples, refuse_options, task_sites
 from bitwright.quantization.stages import BlockTask, Equalizer, Stage
@@ -243,4 +244,8 @@ def _passes(options: TeqOptions, samples: int) -> float:
     return FORWARD_AND_BACKWARD * options.steps * min(options.batch, samples)
 
 
-TEQ: Stage[Equalizer] = Stage("teq", TeqOptions, scale_by_training, passes=_passes)
+def _refuse(scheme: QuantScheme, options: TeqOptions) -> str | None:
+    return options.fit.refuse(scheme)
+
+
+TEQ: Stage[Equalizer] = Stage("teq", TeqOptions, scale_by_training, _refuse, _passes)

@@ -123,6 +123,7 @@ def test_unknown_arguments_are_named(kind: type[WeightOnlyConfig]) -> None:
     (GPTQConfig, {"fp8_aware": True, "bits": 5}, "bits"),
     (GPTQConfig, {"fp8_aware": True, "use_double_quant": True}, "use_double_quant"),
     (RTNConfig, {"use_full_range": True, "bits": 1}, "use_full_range"), (AutoRoundConfig, {"bits": 1}, "bits"),
+    (AutoRoundConfig, {"enable_full_range": True, "use_sym": False}, "enable_full_range"),
 ])  # fmt: skip
 def test_fields_that_do_not_go_together(kind: type[WeightOnlyConfig], fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named} is"):

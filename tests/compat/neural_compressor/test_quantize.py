@@ -26,7 +26,7 @@ from bitwright.compat.neural_compressor.torch.quantization import (
     quantize,
 )
 from bitwright.compat.neural_compressor.torch.quantization.config import WeightOnlyConfig
-from bitwright.core.errors import BitwrightError
+from bitwright.core.errors import BitwrightError, Notice
 from bitwright.quantization import session
 from tests.quantization.tiny import Plain, build_model, save_model
 
@@ -126,6 +126,31 @@ def test_models_without_blocks(name: str) -> None:
     assert 0 < error < 0.12
 
 
+class Loss(Branches):
+    """Returns a dictionary, as models with a loss do."""
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Any:
+        return {"loss": None, "logits": super().forward(x, gain)}
+
+
+class Batched(Branches):
+    """Takes a dictionary."""
+
+    def forward(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["x"])
+
+
+def test_models_without_blocks_may_return_more_than_a_tensor_and_must_take_one() -> None:
+    x = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    plain = quantize(Branches(), CONFIGS["gptq"], lambda model: model(x))
+    made = quantize(Loss(), CONFIGS["gptq"], lambda model: model(x))
+    with torch.no_grad():
+        assert torch.equal(made(x)["logits"], plain(x))
+    assert layers(quantize(Batched(), CONFIGS["rtn"], lambda model: model({"x": x}))) == ["first", "second", "idle"]
+    with pytest.raises(BitwrightError, match=r"BW313.*Batched is given a dict"):
+        quantize(Batched(), CONFIGS["gptq"], lambda model: model({"x": x}))
+
+
 def test_layers_outside_the_blocks_are_quantized_with_their_own_statistics() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     made = quantize(Plain(), GPTQConfig(bits=3, group_size=-1), lambda model: model(x), inplace=False)
@@ -162,6 +187,14 @@ def test_calls_out_of_order_are_refused() -> None:
     prepared = prepare(build_model("llama"), RTNConfig())
     with pytest.raises(ValueError, match="prepared already"):
         prepare(prepared, RTNConfig())
+
+
+def test_a_prepared_model_has_its_configuration() -> None:
+    prepared = prepare(build_model("llama"), RTNConfig(bits=3))
+    with pytest.raises(BitwrightError, match=r"BW201.*another quant_config"):
+        convert(prepared, RTNConfig(bits=8))
+    assert "qconfig" not in prepared.__dict__
+    assert layers(convert(prepared, {"rtn": RTNConfig(bits=3).to_dict()}))
 
 
 def test_samples_and_their_length_are_limited() -> None:
@@ -217,6 +250,57 @@ def test_trained_scales_are_those_that_are_stored(family: str) -> None:
             assert torch.equal(made.state_dict()[name], weights[name])
     assert torch.allclose(made(IDS).logits, trained, atol=1e-5)
     assert not torch.allclose(made(IDS).logits, nearest(IDS).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_cleared", [False, True])
+def test_a_training_loop_may_clear_gradients_when_it_likes(is_cleared: bool) -> None:
+    """Before or after each step: what was trained is what counts, and nothing is trained anew."""
+    prepared = prepare(build_model("llama"), TEQConfig(bits=3), example_inputs={"input_ids": IDS})
+    optimizer = torch.optim.SGD([each for each in prepared.parameters() if each.requires_grad], lr=0.5)
+    torch.autograd.backward([prepared(IDS).logits.square().mean()])
+    optimizer.step()
+    if is_cleared:
+        optimizer.zero_grad()
+    with torch.no_grad():
+        trained = prepared(IDS).logits
+    assert torch.allclose(convert(prepared)(IDS).logits, trained, atol=1e-5)
+
+
+class Residual(Plain):
+    """Adds to its hidden states what each block makes of them: its blocks do not simply follow each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_works_between_its_blocks_is_one_block(name: str) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    model = Residual()
+    if name in ("rtn", "hqq"):
+        made = quantize(model, CONFIGS[name], lambda model: model(x), inplace=False)
+    else:
+        with pytest.warns(Notice, match=r"blocks\.1 is not given .* single block"):
+            made = quantize(model, CONFIGS[name], lambda model: model(x), inplace=False)
+    assert len(layers(made)) == 8
+    with torch.no_grad():
+        error = float((made(x) - model(x)).norm() / model(x).norm())
+    assert 0 < error < 0.12
+
+
+def test_scales_of_such_a_model_can_be_trained() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(Notice, match="single block"):
+        prepared = prepare(Residual(), TEQConfig(bits=3), example_inputs=x)
+    optimizer = torch.optim.SGD([each for each in prepared.parameters() if each.requires_grad], lr=0.5)
+    torch.autograd.backward([prepared(x).square().mean()])
+    optimizer.step()
+    with torch.no_grad():
+        trained = prepared(x)
+        assert torch.allclose(convert(prepared)(x), trained, atol=1e-5)
 
 
 def test_layer_by_layer_holds_one_block_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

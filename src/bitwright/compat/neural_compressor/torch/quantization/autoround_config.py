@@ -105,6 +105,10 @@ class AutoRoundConfig(WeightOnlyConfig):
             self.refuse("use_double_quant", "but AutoRound has no double quantization", "False (RTN, GPTQ, TEQ)")
         if self.dtype not in ("int", FLOAT):
             self.refuse("dtype", "but AutoRound learns how to round whole numbers", "'int', 'fp32'")
+        if self.enable_full_range and not self.use_sym:
+            self.refuse(
+                "enable_full_range", "but only symmetric integers have a code that is not used otherwise", "False"
+            )
         if self.bits == 1 and self.use_sym:
             self.refuse("bits", "but one symmetric bit is a sign, with nothing to round", "2 to 8, or use_sym=False")
 

@@ -19,7 +19,7 @@ from bitwright.compat.neural_compressor.torch.quantization.rules import LayerRec
 from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear import WeightOnlyLinear
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Choice
-from bitwright.models.blocks import find_blocks, is_linear, linears, output_head, set_module
+from bitwright.models.blocks import find_blocks, is_linear, linears, output_head, refuse_other_products, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.session import Prepared
@@ -28,7 +28,7 @@ from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import collect_statistics
 from bitwright.quantization.stream import quantized_linear, round_layers
 
-__all__ = ["Assignment", "Batch", "assign", "quantize_layers"]
+__all__ = ["Assignment", "Batch", "as_one_block", "assign", "quantize_layers"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of the model
 
@@ -86,7 +86,7 @@ def assign(model: nn.Module, config: ComposedConfig) -> Assignment:
         choice = _choice(each)
         parse_options(choice.algorithm, choice.options)
     if not _has_blocks(model):
-        return Assignment(configs, frozenset(configs), _WholeModel(model), "blocks.0.")
+        return as_one_block(model, Assignment(configs, frozenset(), model, ""))
     blocks = find_blocks(model)
     reached = {
         name for block, part in zip(blocks.names(), blocks.modules, strict=True) for name in linears(part, block)
@@ -94,6 +94,11 @@ def assign(model: nn.Module, config: ComposedConfig) -> Assignment:
     head = output_head(model)
     reached |= {head[0]} if head is not None else set()
     return Assignment(configs, frozenset(reached & set(configs)), model, "")
+
+
+def as_one_block(model: nn.Module, assignment: Assignment) -> Assignment:
+    """The same configurations for ``model`` as a single block, whatever lists of modules it has."""
+    return Assignment(assignment.configs, frozenset(assignment.configs), _WholeModel(model), "blocks.0.")
 
 
 def quantize_layers(
@@ -111,8 +116,9 @@ def quantize_layers(
 
     Raises:
         BitwrightError: BW401 if an algorithm needs calibration and there are no batches; BW309, BW601 or BW602 for
-            numbers that are not finite.
+            numbers that are not finite; BW313 for layers that do more than to multiply by their weight.
     """
+    refuse_other_products({name: model.get_submodule(name) for name in assignment.configs})
     choices = assignment.choices
     if multipliers is not None:
         scaled = {name: choice for name, choice in choices.items() if choice.algorithm == TEQConfig.algorithm}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from bitwright.compat.neural_compressor.torch.empty_model import BlockLoader, detach_source
 from bitwright.compat.neural_compressor.torch.quantization.autoround_config import AutoRoundConfig
 from bitwright.compat.neural_compressor.torch.quantization.composition import ComposedConfig
-from bitwright.compat.neural_compressor.torch.quantization.conversion import Batch
+from bitwright.compat.neural_compressor.torch.quantization.conversion import Assignment, Batch, as_one_block, assign
 from bitwright.compat.neural_compressor.torch.quantization.teq_training import ScaleTraining
+from bitwright.core.errors import Notice
+from bitwright.quantization.capture import ChangedBetweenBlocks
 
 __all__ = ["Preparation", "preparation_of"]
 
 ATTRIBUTE = "_bitwright_preparation"
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -30,6 +34,27 @@ class Preparation:
     handle: Any = None
     loader: BlockLoader | None = None  # of a model whose weights are on disk
     training: ScaleTraining | None = None  # of TEQ's scales
+    is_one_block: bool = False  # of a model whose blocks do not simply follow each other
+
+    def assign(self, model: nn.Module) -> Assignment:
+        """Which configuration each layer of the prepared ``model`` has."""
+        assignment = assign(model, self.config)
+        return as_one_block(model, assignment) if self.is_one_block else assignment
+
+    def in_blocks(self, model: nn.Module, work: Callable[[Assignment], Result]) -> Result:
+        """The result of ``work``, which is tried again with the model as one block where it cannot be cut into blocks.
+
+        Raises:
+            BitwrightError: BW313 if its blocks do not simply follow each other, and are loaded one at a time.
+        """
+        try:
+            return work(self.assign(model))
+        except ChangedBetweenBlocks as error:
+            if self.is_one_block or self.loader is not None:
+                raise
+            self.is_one_block = True
+            warnings.warn(Notice(f"{error.what}: the model is quantized as a single block"), stacklevel=4)
+            return work(self.assign(model))
 
     def attach(self, model: nn.Module) -> None:
         """Note the arguments of every call of ``model`` from now on."""

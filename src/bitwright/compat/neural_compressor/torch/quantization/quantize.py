@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,8 @@ def prepare(
     target = model if inplace else copy.deepcopy(model)
     preparation = Preparation(config, loader=_open_weights(target, config))
     if example_inputs is not None and preparation.loader is None:
-        preparation.training = insert_trainable_scales(assign(target, config), example_inputs)
+        insert = partial(insert_trainable_scales, example_inputs=example_inputs)
+        preparation.training = preparation.in_blocks(target, insert)
     preparation.attach(target)
     return target
 
@@ -64,6 +66,7 @@ def convert(model: nn.Module, quant_config: Configuration | None = None, inplace
     :class:`HybridGPTQConfig` a quantized and measured model gets fp8 inputs.
 
     Raises:
+        ArgumentError: BW201 for a model that was not prepared, or with another ``quant_config`` than is given here.
         BitwrightError: BW401 if calibration is needed and the model was never run; BW309 or BW601 for weights or
             activations that are not finite. The model is still prepared then, and can be run and converted again.
     """
@@ -79,6 +82,9 @@ def convert(model: nn.Module, quant_config: Configuration | None = None, inplace
         prepare(target, quant_config)
     preparation = preparation_of(target)
     assert preparation is not None
+    if quant_config is not None and read_config(quant_config).to_dict() != preparation.config.to_dict():
+        what = "the model was prepared with another quant_config than convert is given"
+        raise ArgumentError("BW201", what, suggestion="leave it out, or prepare the model with it")
     source = preparation.loader.source if preparation.loader is not None else None
     training, multipliers = preparation.training, None
     with preparation.converting():
@@ -86,8 +92,9 @@ def convert(model: nn.Module, quant_config: Configuration | None = None, inplace
             training.remove()
             multipliers = training.fold() if training.has_begun else None
             preparation.training = None
-        assignment = assign(target, preparation.config)
-        quantize_layers(target, assignment, preparation.samples(), source=source, multipliers=multipliers)
+        samples = preparation.samples()
+        work = partial(quantize_layers, target, batches=samples, source=source, multipliers=multipliers)
+        preparation.in_blocks(target, work)
     preparation.detach(target)
     target.__dict__["qconfig"] = preparation.config.to_dict()
     attach_save(target)

@@ -34,8 +34,9 @@ class ScaleTraining:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a gradient has reached a scale."""
-        return any(alpha.grad is not None for sites, _ in self.blocks for alpha in sites.parameters())
+        """Whether a scale has a gradient, or has been moved; loops may clear gradients at the end of a step."""
+        scales = [alpha for sites, _ in self.blocks for alpha in sites.parameters()]
+        return any(alpha.grad is not None or not bool((alpha == 1).all()) for alpha in scales)
 
     def remove(self) -> None:
         """Put the float layers back, to be trained as before."""
