@@ -123,6 +123,16 @@ def test_blocks_that_share_layers_are_refused() -> None:
     assert "blocks.2.up" in caught.value.what and "blocks.0.up" in caught.value.what
 
 
+@pytest.mark.parametrize("is_module", [True, False])
+def test_layers_of_a_block_that_share_a_weight_are_refused(is_module: bool) -> None:
+    """One of them would stay as it was, or be scaled for the other."""
+    model = Plain(16, blocks=2)
+    model.blocks[1].other = model.blocks[1].up if is_module else nn.Linear(16, 32)
+    model.blocks[1].other.weight = model.blocks[1].up.weight
+    with pytest.raises(BitwrightError, match=r"BW313.*blocks\.1\.other has the weight of blocks\.1\.up"):
+        find_blocks(model)
+
+
 def test_a_module_is_put_where_its_name_says() -> None:
     model = Plain(16, blocks=2)
     model.chain = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(3, 3)]))

@@ -1,9 +1,10 @@
-"""Equalizing algorithms on every architecture and dtype, with tied embeddings, through the session that users call."""
+"""Every algorithm on every architecture and dtype, with tied embeddings, through the session that users call."""
 
 from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,24 @@ from bitwright.quantization.api import quantize as stream
 from tests.models.architectures import ARCHITECTURES, MIXTURE, build, sample_ids
 from tests.quantization.tiny import TEXT, save_model
 
-ALGORITHMS = {
+EQUALIZERS: dict[str, dict[str, Any]] = {
     "awq": {"grid": 4, "folding": False},
     "teq": {"steps": 2, "folding": False},
     "awq+gptq": {"grid": 4, "folding": False},
     "teq+gptq": {"steps": 2, "folding": False},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "gptq": {"act_order": False, "true_sequential": True},
+    "hqq": {},
+    "autoround": {"iters": 2},
+    "gptq+learned": {"code_steps": 2, "scale_steps": 2},
+}
+ALGORITHMS = EQUALIZERS | OTHERS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EVERY = list(product(ARCHITECTURES, ALGORITHMS, DTYPES))
-# Each architecture once, over all dtypes and algorithms; the others are slow together.
-FEW = [case for number, case in enumerate(EVERY) if number % 12 == number // 12 % 12]
-CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in FEW)]
+EVERY = [list(product(ARCHITECTURES, algorithms, DTYPES)) for algorithms in (EQUALIZERS, OTHERS)]
+# Each architecture once by either kind, over all dtypes and algorithms; the others are slow together.
+FEW = [case for cases in EVERY for number, case in enumerate(cases) if number % 12 == number // 12 % 12]
+CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in (*EVERY[0], *EVERY[1]) if case not in FEW)]
 
 
 def quantize(model: nn.Module, algorithm: str, scheme: str = "w6g16") -> nn.Module:
@@ -39,7 +47,7 @@ def quantize(model: nn.Module, algorithm: str, scheme: str = "w6g16") -> nn.Modu
 
 
 @pytest.mark.parametrize(("name", "algorithm", "dtype"), CASES)
-def test_every_architecture_is_equalized(name: str, algorithm: str, dtype: torch.dtype) -> None:
+def test_every_architecture_is_quantized(name: str, algorithm: str, dtype: torch.dtype) -> None:
     model = build(name, dtype=dtype, tied=True)
     quantized = quantize(model, algorithm)
     head = quantized.get_output_embeddings()

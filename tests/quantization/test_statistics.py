@@ -102,3 +102,33 @@ def test_sums_of_great_numbers_do_not_make_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     statistics, _ = observe(model, [torch.full((300, 4), 1e37)])
     assert torch.isfinite(statistics["0"].largest).all()
+
+
+class Accumulating(nn.Module):
+    """Two layers that read one tensor, which is changed in place between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden += self.first(hidden)
+        hidden += self.second(hidden)
+        return hidden
+
+
+@torch.no_grad()
+def test_what_is_changed_in_place_is_another_input() -> None:
+    torch.manual_seed(0)
+    model, sample = Accumulating(), torch.randn(20, 4)
+    statistics, sites = observe(model, [sample])
+    between = sample + model.first(sample)
+    assert sites == (("first",), ("second",))
+    torch.testing.assert_close(statistics["first"].gram, sample.T @ sample)
+    torch.testing.assert_close(statistics["second"].gram, between.T @ between)
+
+
+@torch.inference_mode()
+def test_tensors_without_versions_are_read_too() -> None:
+    assert observe(Accumulating(), [torch.randn(20, 4)])[0]["first"].tokens == 20

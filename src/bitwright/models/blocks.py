@@ -146,13 +146,14 @@ def _weight_count(module: nn.Module) -> int:
 
 
 def _refuse_shared_layers(blocks: Blocks) -> None:
-    first: dict[nn.Module, str] = {}
+    first: dict[int, str] = {}
     for block_name, block in zip(blocks.names(), blocks.modules, strict=True):
-        for name, layer in linears(block, block_name).items():
-            if first.setdefault(layer, name) != name:
+        for name, layer in block.named_modules(prefix=block_name, remove_duplicate=False):
+            weight = layer._parameters.get("weight") if is_linear(layer) else None
+            if weight is not None and first.setdefault(id(weight), name) != name:
                 raise BitwrightError(
                     "BW313",
-                    f"{name} is the same layer as {first[layer]}; blocks that share layers cannot be quantized yet",
+                    f"{name} has the weight of {first[id(weight)]}; layers that share one cannot be quantized yet",
                     why="each block is quantized by itself, and what fits one need not fit the other",
                     suggestion="quantize a model whose blocks have weights of their own",
                 )

@@ -126,13 +126,16 @@ class _Reader:
     statistics: dict[str, SiteStatistics] = field(default_factory=dict)
     seen: dict[str, str] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)  # in this forward pass
-    read: list[tuple[Tensor, str]] = field(default_factory=list)  # in this forward pass, and whose site it is
+    # In this forward pass, with its version then (what is changed in place is read anew), and whose site it is.
+    read: list[tuple[Tensor, int, str]] = field(default_factory=list)
 
     def look(self, name: str, activations: Tensor) -> None:
         """Layer ``name`` reads ``activations``."""
         if name not in self.leaders:
-            self.leaders[name] = next((other for tensor, other in self.read if tensor is activations), name)
-            self.read.append((activations, self.leaders[name]))
+            version = 0 if activations.is_inference() else activations._version
+            same = (other for tensor, at, other in self.read if tensor is activations and at == version)
+            self.leaders[name] = next(same, name)
+            self.read.append((activations, version, self.leaders[name]))
         self.seen[name] = self.leaders[name]
         self.reached.add(name)
         if self.leaders[name] != name:
