@@ -47,7 +47,7 @@ def test_rotation_leaves_the_logits_alone(name: str, tied: bool) -> None:
 
 @torch.no_grad()
 def test_biases_are_rotated_with_what_they_are_added_to() -> None:
-    model = build("llama", attention_bias=True, mlp_bias=True)
+    model = build("llama", attention_bias=True, mlp_bias=True).double()
     before = model(sample_ids(), use_cache=False).logits
     rotate_model(model, plan(model))
     torch.testing.assert_close(model(sample_ids(), use_cache=False).logits, before, atol=1e-4, rtol=0)

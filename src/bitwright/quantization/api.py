@@ -176,6 +176,12 @@ def quantize(
         return _run(source, name, plan, recipe, tokens, samples, request)
 
 
+def _refuse_broken(source: Source, plan: Plan) -> None:
+    """Look at the weights before anything is made, and before an old checkpoint is given up."""
+    refuse_nonfinite(source.original if isinstance(source, RotatedSource) else source)
+    refuse_other_products({name: source.model.get_submodule(name) for name in plan.schemes})
+
+
 def _run(
     source: Source,
     name: str,
@@ -197,9 +203,7 @@ def _run(
         request.sink(Event("notice", notice))
     check_companions(source)
     if not _resumes(request):
-        # Before anything is made, and before an old checkpoint is given up.
-        refuse_nonfinite(source.original if isinstance(source, RotatedSource) else source)
-        refuse_other_products({name: source.model.get_submodule(name) for name in plan.schemes})
+        _refuse_broken(source, plan)
     work = request.output / WORK_DIRECTORY
     make_directory(work)
     try:

@@ -115,7 +115,7 @@ def convert(prepared: Prepared) -> nn.Module:
     try:
         refuse_other_products(originals)
         source.load(name for unit in plan.units if unit.blocks[:1] in ((), (0,)) for name in unit.tensors)
-        captured = capture(model, plan.blocks, forwards) if forwards else None
+        captured = capture(model, plan.blocks, forwards) if forwards and plan.is_calibrated else None
         _convert_units(prepared, plan, captured, forwards, originals)
     except BaseException:
         for name, module in originals.items():
