@@ -223,7 +223,29 @@ def test_samples_that_are_alike_are_run_together_with_the_same_loss() -> None:
         return task.run_on(hidden, sample)
 
     BlockLoss(replace(task, alike=True, run_on=counted)).mean(range(5))
-    assert lengths == [1] * SAMPLES + [5]
+    assert lengths == [1] * SAMPLES + [2, 5]
+
+
+@pytest.mark.parametrize("is_loud", [True, False])
+def test_samples_whose_masks_are_for_one_are_run_alone(is_loud: bool) -> None:
+    """As those of Bloom, which have a row for each head of each sample."""
+    task = make_task()
+
+    def for_one(hidden: Tensor, sample: int) -> Tensor:
+        if len(hidden) > 1 and is_loud:
+            raise RuntimeError("the mask is of one sample")
+        return task.run_on(hidden, sample) * len(hidden)
+
+    loss = BlockLoss(replace(task, alike=True, run_on=for_one))
+    assert loss.mean(range(5)) == BlockLoss(task).mean(range(5))
+    assert not loss.joins
+
+
+def test_a_family_whose_masks_are_for_one_sample_learns() -> None:
+    prepared = bitwright.prepare(build_model("bloom"), scheme="w4g16", algorithm="autoround", options={"iters": 3})
+    for seed in range(3):
+        prepared(input_ids=torch.arange(12).remainder(7 + seed).view(1, 12))
+    assert torch.isfinite(bitwright.convert(prepared)(input_ids=torch.arange(6)[None]).logits).all()
 
 
 def test_the_stream_knows_which_samples_are_alike() -> None:
