@@ -8,6 +8,7 @@ import os
 os.cpu_count = lambda: 8  # its default of half the processors is refused on two: set before it is imported
 
 from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
+from gptqmodel.looper.named_module import NamedModule  # noqa: E402
 from gptqmodel.quantization.gptq import GPTQ  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -28,14 +29,18 @@ def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor]:
         raise Refusal(f"no {cell.code} weights by GPTQ")
     names, state = list(block_linears(model)), dict(model.state_dict())
     found: dict[str, Tensor] = {}
-    solve = GPTQ.quantize
+    begin, solve = GPTQ.__init__, GPTQ.quantize
+
+    def naming(self: GPTQ, module: NamedModule, *args: object, **options: object) -> None:
+        begin(self, module, *args, **options)
+        self.place = module.full_name  # its own name is the same in every block
 
     def recording(self: GPTQ, *args: object, **options: object) -> tuple[Tensor, ...]:
         result = solve(self, *args, **options)
-        found[self.name] = result[0].detach().clone()
+        found[self.place] = result[0].detach().clone()
         return result
 
-    GPTQ.quantize = recording
+    GPTQ.__init__, GPTQ.quantize = naming, recording
     config = QuantizeConfig(
         bits=cell.bits,
         group_size=cell.group or -1,
@@ -45,15 +50,7 @@ def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor]:
     )
     loaded = GPTQModel.load(cell.model, config, device="cpu", dtype=cell.dtype)
     loaded.quantize([{"input_ids": window.tolist()} for window in cell.tokens], batch_size=1, calibration_sort=None)
-    weights = {name: _find(found, name) for name in names}
-    return state | {f"{name}.weight": weight.reshape(state[f"{name}.weight"].shape) for name, weight in weights.items()}
-
-
-def _find(found: dict[str, Tensor], name: str) -> Tensor:
-    matches = [full for full in found if full == name or name.endswith(f".{full}")]
-    if len(matches) != 1:
-        raise KeyError(f"{name} among {sorted(found)[:5]}")
-    return found[matches[0]]
+    return state | {f"{name}.weight": found[name].reshape(state[f"{name}.weight"].shape) for name in names}
 
 
 def versions() -> str:
