@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitwright.core.settings import read_settings
+from bitwright.core.errors import ArgumentError
+from bitwright.core.settings import read_cache_limit, read_settings
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -29,3 +30,15 @@ def test_values_are_read_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert getattr(read_settings(), field)
         monkeypatch.setenv(name, "")
         assert not getattr(read_settings(), field)
+
+
+def test_the_limit_of_what_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, limit in (("", 4 << 30), ("0", 0), ("0.5", 1 << 29), ("20", 20 << 30)):
+        monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", text)
+        assert read_cache_limit() == limit
+    monkeypatch.delenv("BITWRIGHT_CACHE_LIMIT")
+    assert read_cache_limit() == 4 << 30
+    for text in ("-1", "nan", "inf", "4 GB", "all"):
+        monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", text)
+        with pytest.raises(ArgumentError, match=r"BW201.*BITWRIGHT_CACHE_LIMIT"):
+            read_cache_limit()

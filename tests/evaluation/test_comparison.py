@@ -129,14 +129,16 @@ def test_reference_logits_are_computed_once(
         assert (one.perplexity, one.kl_mean, one.top1) == (other.perplexity, other.kl_mean, other.top1)
 
 
-def test_over_budget_the_reference_runs_beside(
+def test_over_the_limit_the_reference_runs_beside(
     base: Path, quantized: dict[str, Path], text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept = evaluate([quantized["w4g32"]], reference=base, text=text).rows[0]
-    monkeypatch.setattr("bitwright.evaluation.reference_cache.BUDGET", 1)
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "0")
     monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path / "unused"))
-    beside = evaluate([quantized["w4g32"]], reference=base, text=text).rows[0]
-    assert beside.kl_mean == kept.kl_mean and not (tmp_path / "unused").exists()
+    with pytest.warns(Notice, match="logits are not kept") as said:
+        found = evaluate([quantized["w4g32"], quantized["w8g32"]], reference=base, text=text)
+    assert found.rows[0].kl_mean == kept.kl_mean and not (tmp_path / "unused").exists()
+    assert len(said) == len(found.notices) == 1
 
 
 def test_models_in_memory(base: Path, quantized: dict[str, Path], text: Path) -> None:

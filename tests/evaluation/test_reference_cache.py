@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +13,21 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from bitwright.core.errors import BitwrightError
 from bitwright.evaluation import reference_cache
-from bitwright.evaluation.reference_cache import CachedLogits, LogitCache, model_fingerprint, open_cache
+from bitwright.evaluation.reference_cache import HEADER, CachedLogits, LogitCache, model_fingerprint, open_cache
 from bitwright.evaluation.windows import TokenWindows, cut_text
 from bitwright.formats.checkpoint import open_checkpoint
 
 TEXT = cut_text(torch.randint(64, (70,), generator=torch.Generator().manual_seed(0)), seqlen=16, source="it")
 
 
-def opened(root: Path, *, text: TokenWindows = TEXT, budget: int = 1 << 30, **facts: object) -> LogitCache | None:
+SIZE = TEXT.predicted * 64 * 4 + len(TEXT.windows) * HEADER  # of one model's logits on it
+
+
+def opened(root: Path, *, text: TokenWindows = TEXT, limit: int = 1 << 30, **facts: object) -> LogitCache | None:
     known = {"model": "m", "vocabulary": 64, "dtype": torch.float32, "batch": 2} | facts
-    return open_cache(root, text=text, budget=budget, **known)  # type: ignore[arg-type]
+    return open_cache(root, text=text, limit=limit, **known)  # type: ignore[arg-type]
 
 
 def refuse() -> nn.Module:
@@ -100,48 +106,94 @@ def test_the_fingerprint_is_of_the_files(base: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
 
 
-def test_what_is_over_budget_is_not_kept(tmp_path: Path) -> None:
-    size = TEXT.predicted * 64 * 4
-    assert opened(tmp_path, budget=size - 1) is None and not tmp_path.joinpath("reference").exists()
-    assert opened(tmp_path, budget=size) is not None
+def test_what_is_over_the_limit_is_not_kept_and_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert opened(tmp_path, limit=SIZE - 1, on_failure=said.append) is None and not (tmp_path / "reference").exists()
+    assert len(said) == 1 and "BITWRIGHT_CACHE_LIMIT" in said[0] and "computed for each model" in said[0]
+    assert opened(tmp_path, limit=SIZE, on_failure=said.append) is not None and len(said) == 1
 
 
-def test_a_disk_without_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> LogitCache | None:
+        return open_cache(tmp_path, model="m", text=TEXT, vocabulary=64, dtype=torch.float32, batch=2)
+
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "0.00001")
+    assert SIZE > 0.00001 * 2**30 and found() is None
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "1")
+    assert found() is not None
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "much")
+    with pytest.raises(BitwrightError, match=r"BW201.*BITWRIGHT_CACHE_LIMIT.*much"):
+        found()
+
+
+def test_a_disk_without_room_is_left_alone_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": TEXT.predicted * 64 * 4})
-    monkeypatch.setattr(reference_cache.shutil, "disk_usage", lambda path: usage)
-    assert opened(tmp_path) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    said: list[str] = []
+    assert opened(tmp_path, on_failure=said.append) is None
+    assert len(said) == 1 and "are free" in said[0]
 
 
-def test_the_oldest_entries_make_room(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Four texts, a budget for little more than one: twice the budget holds two or three."""
-    size = TEXT.predicted * 64 * 4
-    directories = []
-    for age, name in enumerate("abcd"):
-        cache = opened(tmp_path, model=name, budget=int(1.3 * size))
+def fill(model: LlamaForCausalLM, cache: LogitCache | None) -> CachedLogits:
+    source = CachedLogits(lambda: model, TEXT, cache)
+    for numbers in TEXT.batches(2):
+        source(numbers)
+    return source
+
+
+def test_what_is_written_is_no_more_than_was_announced(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    cache = opened(tmp_path, limit=SIZE)
+    fill(model, cache)
+    assert cache is not None
+    assert TEXT.predicted * 64 * 4 < sum(file.stat().st_size for file in cache.directory.iterdir()) <= SIZE
+
+
+@pytest.mark.parametrize(("order", "left"), [("abcd", "cd"), ("abac", "ac")])
+def test_the_longest_unused_entries_make_room(model: LlamaForCausalLM, tmp_path: Path, order: str, left: str) -> None:
+    """Room for two texts and a half; one that is opened again is the newest again."""
+    directories: dict[str, Path] = {}
+    for age, name in enumerate(order):
+        cache = opened(tmp_path, model=name, limit=5 * SIZE // 2)
         assert cache is not None
-        source = CachedLogits(lambda: model, TEXT, cache)
-        for numbers in TEXT.batches(2):
-            source(numbers)
+        fill(model, cache)
+        directories[name] = cache.directory
         os.utime(cache.directory, (1000 + age, 1000 + age))
-        directories.append(cache.directory)
-    kept = [directory.exists() for directory in directories]
-    assert kept == [False, False, True, True]
+        del cache
+    assert {name for name, directory in directories.items() if directory.exists()} == set(left)
 
 
-def test_an_entry_in_use_is_not_the_oldest(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Three texts, room for two: the one that was opened again stays."""
-    size = TEXT.predicted * 64 * 4
-    directories = []
-    for age, name in enumerate("abac"):
-        cache = opened(tmp_path, model=name, budget=int(1.3 * size))
-        assert cache is not None
-        source = CachedLogits(lambda: model, TEXT, cache)
-        for numbers in TEXT.batches(2):
-            source(numbers)
-        if age < 2:
-            os.utime(cache.directory, (1000 + age, 1000 + age))
-        directories.append(cache.directory)
-    assert [directory.exists() for directory in directories] == [True, False, True, True]
+def test_what_this_process_reads_is_never_removed(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    first = opened(tmp_path, limit=SIZE)
+    fill(model, first)
+    said: list[str] = []
+    assert opened(tmp_path, model="n", limit=SIZE, on_failure=said.append) is None
+    assert len(said) == 1 and "in use" in said[0]
+    again = CachedLogits(refuse, TEXT, first)
+    for numbers in TEXT.batches(2):
+        again(numbers)
+    del again, first
+    assert opened(tmp_path, model="n", limit=SIZE) is not None
+
+
+def test_a_disk_that_fills_up_is_told_once_and_given_back(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    cache = opened(tmp_path)
+    assert cache is not None
+    source = CachedLogits(lambda: model, TEXT, cache, on_failure=said.append)
+    source([0, 1])
+    assert len(list(cache.directory.iterdir())) == 2
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        expected = source([2, 3])
+    assert torch.equal(source([2, 3]), expected) and source.computed == 6
+    assert len(said) == 1 and "No space left" in said[0]
+    assert not cache.directory.exists()
 
 
 def test_threads_and_instructions_change_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.scheme_names import parse
-from bitwright.kernels import native_library
+from bitwright.kernels import arena, native_library
+from bitwright.kernels.native_decoder import PackedFloats
 from bitwright.models.decoder import read_shape, refuse_architecture
 from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.direct_loading import open_direct
@@ -142,13 +143,19 @@ def test_what_it_cannot_read_is_left_to_others(tmp_path: Path) -> None:
     assert open_direct(tmp_path) is None
 
 
-def test_packing_takes_little_more_memory_than_what_is_packed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "least", "most"), [(None, 60e6, 80e6), ("w4g32", 20e6, 35e6)])
+def test_packing_takes_little_more_memory_than_what_is_packed(
+    tmp_path: Path, scheme: str | None, least: float, most: float
+) -> None:
     """Beside the packed weights, at no time more than the largest tensor: here a tied embedding of 16 MB."""
     fields: dict[str, Any] = {
         "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "tied": True,
         "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16,
     }  # fmt: skip
     directory = saved(tmp_path / "m", "llama", fields)
+    if scheme is not None:
+        quantize(directory, tmp_path / "q", scheme=scheme, algorithm="rtn")
+        directory = tmp_path / "q"
     program = (
         "import sys; from pathlib import Path; from bitwright.core.scheme_names import parse;"
         "from bitwright.models.direct_loading import open_direct;"
@@ -168,10 +175,37 @@ def test_packing_takes_little_more_memory_than_what_is_packed(tmp_path: Path) ->
         )
         peak, packed = map(int, found.stdout.split())
         peaks.append(peak)
-        assert 60e6 < packed < 80e6
+        assert least < packed < most
         if peak < packed + largest + pages:
             break
     assert packed / 2 < min(peaks) < packed + largest + pages, peaks
+
+
+@pytest.mark.parametrize("scheme", [None, "w4g32", "w8a8"])
+def test_codes_are_packed_where_they_stay(tmp_path: Path, scheme: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them only scales, norms and the like are copied; nothing takes room that nobody knows."""
+    directory = saved(tmp_path / "m", "qwen2", {})
+    if scheme is not None:
+        quantize(directory, tmp_path / "q", scheme=scheme, algorithm="rtn")
+        directory = tmp_path / "q"
+    copied: list[int] = []
+    keep = arena.Arena.keep
+
+    def note(self: arena.Arena, tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.nbytes)
+        return keep(self, tensor)
+
+    monkeypatch.setattr(arena.Arena, "keep", note)
+    monkeypatch.setattr(arena._shared, "room", None)
+    monkeypatch.setattr(arena, "SMALLEST", 0)  # else small operands would come from elsewhere
+    direct = open_direct(directory)
+    assert direct is not None
+    weights = direct.pack(parse("w8"))
+    codes = [dense.weight for dense in weights.denses()]
+    smallest = min(
+        each.codes.nbytes if isinstance(each, PackedFloats) else each.tensors["codes"].nbytes for each in codes
+    )
+    assert copied and max(copied) < smallest, (max(copied), smallest)
 
 
 def test_nothing_of_transformers_is_imported() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from bitwright.models.decoder_native import NativeDecoder
 from bitwright.models.decoder_weights import DecoderWeights
 from bitwright.models.direct_loading import open_direct
 from bitwright.models.loading import load
-from bitwright.models.packed_files import identify, load_packed, packed_path, save_packed
+from bitwright.models.packed_files import identify, load_packed, packed_bytes, packed_path, save_packed
 from bitwright.quantization.api import quantize
 from tests.models.architectures import build
 from tests.models.test_native_loading import logits
@@ -156,15 +157,65 @@ def test_many_write_at_once(tmp_path: Path) -> None:
 
 
 def test_what_killed_writers_leave_is_removed_in_time(tmp_path: Path) -> None:
-    weights, path = pack(checkpoint(tmp_path, None)), tmp_path / "kept" / "x.packed"
+    x, y = "0123456789abcdef" * 2, "f" * 32
+    weights, path = pack(checkpoint(tmp_path, None)), tmp_path / "kept" / f"{x}.packed"
     path.parent.mkdir()
-    names = ("x.123.part", ".x.123.part.tmp", "y.123.part", "x.124.part")
+    names = (f"{x}.123.part", f".{x}.123.part.tmp", f"{y}.123.part", f"{x}.124.part", "own.123.part")
     for name in names:
         (path.parent / name).write_bytes(b"half")
-        if name != "x.124.part":
+        if name != names[3]:
             os.utime(path.parent / name, (1, 1))
     save_packed(weights, path, {})
-    assert sorted(file.name for file in path.parent.iterdir()) == ["x.124.part", "x.packed", "y.123.part"]
+    assert {file.name for file in path.parent.iterdir()} == {names[3], names[4], path.name}
+
+
+def test_packed_weights_stay_within_the_limit_but_for_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three heads of one model are three files, and there is room for two."""
+    directory, kept = checkpoint(tmp_path, None), tmp_path / "kept"
+    kept.mkdir()
+    (kept / "own.packed").write_bytes(b"not ours")
+    heads = {name: None if name == "none" else parse(name) for name in ("none", "w8", "w4g32")}
+    paths = {
+        name: packed_path(kept, identify(open_checkpoint(directory), head and name)) for name, head in heads.items()
+    }
+    weights = pack(directory)
+    size = save_packed(weights, tmp_path / "x.packed", {})
+    assert 0 <= size - packed_bytes(weights) <= 8192
+    for age, name in enumerate(("none", "w8")):
+        with pytest.warns(Notice, match="next start") as said:
+            pack(directory, heads[name], kept)
+        assert "removed" not in str(said[0].message)
+        os.utime(paths[name], (1000 + age, 1000 + age))
+    pack(directory, heads["none"], kept)  # a start that maps it: the other one is older now
+    both = sum(paths[name].stat().st_size for name in ("none", "w8"))
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", str(both / 2**30))
+    with pytest.warns(Notice, match=r"1 that were used before are removed.*BITWRIGHT_CACHE_LIMIT"):
+        pack(directory, heads["w4g32"], kept)
+    assert {name for name, path in paths.items() if path.exists()} == {"none", "w4g32"}
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "0")
+    with pytest.warns(Notice, match="2 that were used before are removed"):
+        pack(directory, heads["w8"], kept)
+    assert {name for name, path in paths.items() if path.exists()} == {"w8"}
+    assert (kept / "own.packed").exists()
+    monkeypatch.setenv("BITWRIGHT_CACHE_LIMIT", "-1")
+    with pytest.raises(ArgumentError, match="BITWRIGHT_CACHE_LIMIT"):
+        pack(directory, None, kept)
+
+
+def test_a_full_disk_is_told_and_the_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = checkpoint(tmp_path, None)
+    expected = logits(NativeDecoder(load(directory)))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.warns(Notice, match=r"not kept: .*No space left"):
+        weights = pack(directory, None, tmp_path / "kept")
+    assert torch.equal(logits(NativeDecoder(weights)), expected)
+    assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_done_without(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Settings", "read_settings", "wait_passively"]
+from bitwright.core.errors import ArgumentError
+
+__all__ = ["CACHE_LIMIT", "Settings", "read_cache_limit", "read_settings", "wait_passively"]
+
+CACHE_LIMIT = 4.0  # GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,25 @@ def read_settings() -> Settings:
         isa=os.environ.get("BITWRIGHT_ISA") or None,
         invariant=bool(os.environ.get("BITWRIGHT_INVARIANT")),
     )
+
+
+def read_cache_limit() -> int:
+    """How many bytes reference logits may take on disk, and packed weights: each at most ``BITWRIGHT_CACHE_LIMIT`` GiB.
+
+    4 unless set; 0 keeps no logits.
+
+    Raises:
+        ArgumentError: BW201 if the variable is not such a number.
+    """
+    given = os.environ.get("BITWRIGHT_CACHE_LIMIT") or str(CACHE_LIMIT)
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        what = f"BITWRIGHT_CACHE_LIMIT is {given!r}"
+        raise ArgumentError("BW201", what, suggestion="a number of GiB, 0 or more: 0.5, 4, 20")
+    return int(limit * (1 << 30))
 
 
 def wait_passively() -> None:

@@ -274,7 +274,7 @@ class _Loader:
 
 
 def _reference_logits(session: _Session, beside: Subject, loader: _Loader) -> CachedLogits:
-    """The reference's logits, on disk if they come from files and fit the budget."""
+    """The reference's logits, on disk if they come from files and fit the limit."""
     cache = None
     if beside.checkpoint is not None and beside.directory is not None:
         stored = getattr(read_config(beside.checkpoint), "dtype", None) or torch.float32
@@ -285,6 +285,7 @@ def _reference_logits(session: _Session, beside: Subject, loader: _Loader) -> Ca
             vocabulary=beside.vocabulary,
             dtype=session.dtype or stored,
             batch=session.batch,
+            on_failure=session.notice,
         )
     return CachedLogits(loader, session.text, cache, on_failure=session.notice)
 

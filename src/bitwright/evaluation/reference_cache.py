@@ -1,4 +1,4 @@
-"""The reference's logits, computed once: kept on disk as they are, to the last bit, and within a budget.
+"""The reference's logits, computed once: kept on disk as they are, to the last bit, and within a limit.
 
 Divergences at eight bits are about 1e-5 nats. Logits rounded to sixteen bits would add as much, and a model would not
 agree with itself; so nothing is rounded, and what does not fit is computed again instead.
@@ -6,10 +6,8 @@ agree with itself; so nothing is rounded, and what does not fit is computed agai
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,26 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.settings import read_cache_limit
 from bitwright.evaluation.perplexity import read_windows
 from bitwright.evaluation.windows import TokenWindows
+from bitwright.formats.kept import Hold, hold_directory
 from bitwright.formats.safetensors_file import read_tensor, serialize
 from bitwright.formats.safetensors_index import read_index
-from bitwright.formats.storage import file_sha256, make_directory, remove_tree, renew_time, write_file
+from bitwright.formats.storage import file_sha256, make_directory, write_file
 from bitwright.kernels import native_library
 from bitwright.models.hf import VERSION
 
-__all__ = ["BUDGET", "CachedLogits", "LogitCache", "model_fingerprint", "open_cache"]
+__all__ = ["CachedLogits", "LogitCache", "model_fingerprint", "open_cache"]
 
-BUDGET = 2 << 30  # bytes of one text's logits; two such texts are kept
 TENSOR, CHECKSUM = "logits", "sha256"
-SAFETY = 1.1  # of free disk space over what is needed
+HEADER = 512  # bytes of a file beside the numbers, or fewer
 
 
 class LogitCache:
-    """Logits by window, one file each with a checksum, in a directory of their own; a damaged file counts as absent."""
+    """Logits by window, one file each with a checksum, in a directory of their own; a damaged file counts as absent.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Args:
+        hold: what keeps other processes from removing the directory.
+    """
+
+    def __init__(self, directory: Path, hold: Hold | None = None) -> None:
+        self.directory, self._hold = directory, hold
 
     def read(self, number: int, length: int) -> Tensor | None:
         """The logits of window ``number``, ``[length, vocabulary]``, if they are there."""
@@ -58,6 +61,11 @@ class LogitCache:
         make_directory(self.directory)
         logits = logits.detach().cpu().contiguous()
         write_file(self._path(number), serialize({TENSOR: logits}, {CHECKSUM: _sha256(logits)}))
+
+    def discard(self) -> None:
+        """Give the disk back, unless another process uses these files."""
+        if self._hold is not None:
+            self._hold.discard()
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.safetensors"
@@ -99,8 +107,9 @@ class CachedLogits:
         try:
             self.cache.write(number, logits)
         except BitwrightError as error:
+            self.cache.discard()
             self.cache = None
-            self.on_failure(f"the reference's logits are not kept ({error.what}); they are computed for each model")
+            self.on_failure(_said(error))
 
 
 def model_fingerprint(directory: Path, files: Sequence[str]) -> str:
@@ -119,19 +128,25 @@ def open_cache(
     vocabulary: int,
     dtype: torch.dtype,
     batch: int,
-    budget: int | None = None,
+    limit: int | None = None,
+    on_failure: Callable[[str], None] = lambda message: None,
 ) -> LogitCache | None:
-    """The cache of one model's logits on one text, or ``None`` if they are more than the budget or the disk holds.
+    """The cache of one model's logits on one text, or ``None`` if the limit or the disk does not hold them.
 
-    The entries that were opened longest ago are removed so that all together stay within twice the budget.
+    The entries that were used longest ago are removed so that all together stay within the limit; what a process uses
+    stays for as long as it does.
 
     Args:
         root: where caches are kept.
         model: the model's fingerprint.
-        budget: bytes; ``BUDGET`` unless given.
+        limit: bytes of all such caches; :func:`bitwright.core.settings.read_cache_limit` unless given.
+        on_failure: told why there is no cache.
+
+    Raises:
+        ArgumentError: BW201 if the limit that the environment gives is none.
     """
-    budget = BUDGET if budget is None else budget
-    size = text.predicted * vocabulary * dtype.itemsize
+    limit = read_cache_limit() if limit is None else limit
+    size = text.predicted * vocabulary * dtype.itemsize + len(text.windows) * HEADER
     key = _key(
         {
             "model": model,
@@ -145,19 +160,17 @@ def open_cache(
             "versions": [torch.__version__, VERSION],
         }
     )
-    directory = root / "reference" / key
-    if size > budget:
-        return None
-    if directory.is_dir():
-        with contextlib.suppress(BitwrightError):  # whoever may only read can use it all the same
-            renew_time(directory)
-        return LogitCache(directory)
     try:
-        make_directory(directory)
-        _make_room(directory.parent, keep=directory, allowed=2 * budget - size)
-        return LogitCache(directory) if shutil.disk_usage(directory).free > SAFETY * size else None
-    except (BitwrightError, OSError):
+        hold = hold_directory(root / "reference", key, size=size, limit=limit)
+    except (BitwrightError, OSError) as error:
+        on_failure(_said(error))
         return None
+    return LogitCache(hold.path, hold)
+
+
+def _said(error: BitwrightError | OSError) -> str:
+    reason = error.what if isinstance(error, BitwrightError) else error.strerror
+    return f"the reference's logits are not kept ({reason}); they are computed for each model"
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -166,15 +179,3 @@ def _sha256(tensor: Tensor) -> str:
 
 def _key(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _make_room(folder: Path, *, keep: Path, allowed: int) -> None:
-    """Remove the oldest entries of ``folder`` until the others hold at most ``allowed`` bytes."""
-    entries = [entry for entry in folder.iterdir() if entry.is_dir() and entry != keep]
-    entries.sort(key=lambda entry: entry.stat().st_mtime)
-    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
-    for entry in entries:
-        if sum(sizes.values()) <= allowed:
-            return
-        remove_tree(entry)
-        del sizes[entry]

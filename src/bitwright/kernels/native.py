@@ -19,13 +19,13 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import DYNAMIC_FP8, LayerScheme, QuantScheme
 from bitwright.kernels import native_library, reference
-from bitwright.kernels.native_memory import make_room
+from bitwright.kernels.arena import Room, shared_room
 from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["KERNEL", "pack", "record", "refuse", "run", "unpack"]
+__all__ = ["KERNEL", "codes_bytes", "pack", "record", "refuse", "run", "unpack"]
 
 PANEL = 64
 MOST_PADDING, SPARE_BYTES = 1.1, 16  # an operand of a larger multiple of what is stored is refused, tiny ones apart
@@ -78,8 +78,13 @@ def _operand_bits(scheme: QuantScheme, shape: tuple[int, int]) -> int:
     return -(-rows // PANEL) * PANEL * (slots * _container_bits(scheme) + -(-slots // group) * (scale_bits + zero_bits))
 
 
-def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
-    """The operand of ``tensor``, whose scheme is ``scheme.weight``.
+def codes_bytes(scheme: QuantScheme, shape: tuple[int, int]) -> int:
+    """What the codes of a layer take in its operand, if its columns keep their order."""
+    return _native.codes_bytes(shape[0], _layout(scheme, shape)[0], _container_bits(scheme))
+
+
+def pack(tensor: QuantizedTensor, scheme: LayerScheme, room: Room = shared_room) -> PackedWeight:
+    """The operand of ``tensor``, whose scheme is ``scheme.weight``; its codes lie in ``room``.
 
     Raises:
         ValueError: if the schemes differ.
@@ -95,7 +100,7 @@ def pack(tensor: QuantizedTensor, scheme: LayerScheme) -> PackedWeight:
         slots = tensors["order"].numel()
     bits = _container_bits(weight)
     codes = _to_unsigned(tensor.codes, weight).contiguous()
-    packed = make_room(_native.codes_bytes(tensor.shape[0], slots, bits))
+    packed = room(_native.codes_bytes(tensor.shape[0], slots, bits))
     order = tensors["order"].data_ptr() if "order" in tensors else 0
     _native.pack_codes(codes.data_ptr(), *tensor.shape, slots, bits, order, packed.data_ptr(), torch.get_num_threads())
     tensors["codes"] = packed

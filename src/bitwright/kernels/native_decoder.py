@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import native, native_library
-from bitwright.kernels.native_memory import make_room
+from bitwright.kernels.arena import Room, shared_room
 from bitwright.kernels.native_pages import Batch, Pages
 from bitwright.kernels.records import PackedWeight
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["Block", "Dense", "NativeStack", "PackedFloats", "StackShape", "look_up", "pack_floats", "resident_bytes"]
+__all__ = [
+    "Block",
+    "Dense",
+    "NativeStack",
+    "PackedFloats",
+    "StackShape",
+    "float_bytes",
+    "look_up",
+    "pack_floats",
+    "resident_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +80,24 @@ class StackShape:
     are_halves: bool
 
 
-def pack_floats(weight: Tensor) -> PackedFloats:
-    """The operand of a float weight ``[out, in]``, without loss: bfloat16 stays, float32 and float16 become float32."""
+def float_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """What the codes of a float weight ``[out, in]`` take in its operand."""
+    slots = -(-shape[1] // native.BLOCK) * native.BLOCK
+    return _native.codes_bytes(shape[0], slots, 16 if dtype == torch.bfloat16 else 32)
+
+
+def pack_floats(weight: Tensor, room: Room = shared_room) -> PackedFloats:
+    """The operand of a float weight ``[out, in]``, without loss: bfloat16 stays, float32 and float16 become float32.
+
+    Its codes lie in ``room``.
+    """
     rows, columns = weight.shape
     bits = 16 if weight.dtype == torch.bfloat16 else 32
     source = weight.detach().contiguous()
     if source.dtype not in native.DTYPES:
         raise ValueError(f"a weight of {weight.dtype}")
     slots = -(-columns // native.BLOCK) * native.BLOCK
-    codes = make_room(_native.codes_bytes(rows, slots, bits))
+    codes = room(float_bytes((rows, columns), weight.dtype))
     _native.pack_floats(
         source.data_ptr(), native.DTYPES[source.dtype], rows, columns, slots, bits, codes.data_ptr(),
         torch.get_num_threads(),

@@ -13,9 +13,9 @@ from bitwright.core.errors import ArgumentError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import LayerScheme
 from bitwright.kernels import native
-from bitwright.kernels.native_decoder import Block, Dense, PackedFloats, pack_floats, resident_bytes
+from bitwright.kernels.arena import Arena
+from bitwright.kernels.native_decoder import Block, Dense, PackedFloats, float_bytes, pack_floats, resident_bytes
 from bitwright.kernels.records import KernelSpec, PackedWeight
-from bitwright.models.arena import Arena
 from bitwright.models.decoder import DecoderShape
 from bitwright.models.quantized import QuantizedLinear
 
@@ -154,22 +154,25 @@ def pack_rows(rows: Rows, scheme: LayerScheme | None, arena: Arena) -> PackedWei
 
     Rows of an operand lie in panels, one after the other, so that operands of whole panels make up that of all rows.
     """
-    codes, position, others = torch.empty(0, dtype=torch.uint8), 0, list[dict[str, Tensor]]()
+    # Room for all of them before anything is read: what stays would make holes among what goes.
+    size = float_bytes(rows.shape, rows.dtype) if scheme is None else native.codes_bytes(scheme.weight, rows.shape)
+    codes, position, others = arena.room(size), 0, list[dict[str, Tensor]]()
     bits = 0
+
+    def room(size: int) -> Tensor:
+        nonlocal position
+        position += size
+        return codes[position - size : position]
+
     for first in range(0, rows.shape[0], ROWS):
         piece = rows.read(first, min(first + ROWS, rows.shape[0]))
         if scheme is None:
-            made = pack_floats(piece)
+            made = pack_floats(piece, room)
             tensors, bits = {"codes": made.codes, "scale": made.scale}, made.bits
         else:
             quantized = QuantizedTensor.quantize(piece.to(torch.float32), scheme.weight)
-            tensors = dict(native.pack(quantized, scheme).tensors)
-        part = tensors.pop("codes")
-        if not first:
-            panels = -(-piece.shape[0] // native.PANEL)
-            codes = arena.room(part.numel() // panels * -(-rows.shape[0] // native.PANEL))
-        codes[position : position + part.numel()] = part
-        position += part.numel()
+            tensors = dict(native.pack(quantized, scheme, room).tensors)
+        del tensors["codes"]
         others.append(tensors)
     joined = {name: arena.keep(torch.cat([tensors[name] for tensors in others])) for name in others[0]}
     if scheme is None:

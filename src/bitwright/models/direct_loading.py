@@ -17,14 +17,16 @@ from torch import Tensor
 
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.scheme import LayerScheme
+from bitwright.core.settings import read_cache_limit
 from bitwright.formats.checkpoint import Checkpoint, open_checkpoint
+from bitwright.formats.kept import make_room, note_use
 from bitwright.formats.safetensors_file import DTYPES, read_tensor
 from bitwright.kernels import native, native_library
+from bitwright.kernels.arena import Arena
 from bitwright.kernels.native_decoder import Dense
 from bitwright.kernels.native_pages import MOST_DIMENSION
 from bitwright.kernels.records import KernelSpec, PackedWeight
 from bitwright.kernels.table import select
-from bitwright.models.arena import Arena
 from bitwright.models.blocks import linear_shape
 from bitwright.models.decoder import read_shape
 from bitwright.models.decoder_weights import (
@@ -38,9 +40,9 @@ from bitwright.models.decoder_weights import (
     pack_decoder,
     pack_rows,
 )
-from bitwright.models.loading import FLOAT_DTYPES, Contents, build_layer, match_contents, read_generation_settings
+from bitwright.models.loading import FLOAT_DTYPES, Contents, match_contents, read_generation_settings, read_layer
 from bitwright.models.loading import read_parameter as read_whole
-from bitwright.models.packed_files import identify, load_packed, packed_path, save_packed
+from bitwright.models.packed_files import PACKED, identify, load_packed, packed_bytes, packed_path, save_packed
 from bitwright.models.plain_config import read_plain
 from bitwright.models.skeleton import Skeleton
 
@@ -65,27 +67,39 @@ class Direct:
                 tells of what is put there, and of what cannot be.
 
         Raises:
-            BitwrightError: what is wrong with the numbers in the files; BW201 if the head cannot be stored so.
+            BitwrightError: what is wrong with the numbers in the files; BW201 if the head cannot be stored so, or the
+                limit of what is kept is none.
         """
         checkpoint, name = self._contents.checkpoint, None if head is None else head.name
         identity = identify(checkpoint, name)
-        found = None if kept is None else load_packed(packed_path(kept, identity), identity)
+        if kept is None:
+            return self._pack(head)
+        path, limit = packed_path(kept, identity), read_cache_limit()
+        found = load_packed(path, identity)
         if found is not None:
+            note_use(path)
             return found
-        weights = pack_decoder(read_shape(self.model), FileSource(self.model, self._contents), head)
+        weights = self._pack(head)
         # Files that were changed in between would be known by times that they had not when they were read.
-        if kept is not None and identify(checkpoint, name) == identity:
-            _keep(weights, packed_path(kept, identity), identity)
+        if identify(checkpoint, name) == identity:
+            _keep(weights, path, identity, limit)
         return weights
 
+    def _pack(self, head: LayerScheme | None) -> DecoderWeights:
+        return pack_decoder(read_shape(self.model), FileSource(self.model, self._contents), head)
 
-def _keep(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]) -> None:
+
+def _keep(weights: DecoderWeights, path: Path, identity: Mapping[str, Any], limit: int) -> None:
+    """Write the file that was asked for, whatever its size; others make room for it within ``limit``."""
+    removed = make_room(path.parent, PACKED, allowed=max(0, limit - packed_bytes(weights)), keep=path)
     try:
         size = save_packed(weights, path, identity)
     except BitwrightError as error:
         said = f"the packed weights are not kept: {error.what}"
     else:
         said = f"the packed weights are kept for the next start, {size / 1e6:.0f} MB in {path}"
+    if removed:
+        said += f"; {removed} that were used before are removed, for BITWRIGHT_CACHE_LIMIT is {limit / 1e9:.1f} GB"
     warnings.warn(Notice(said), stacklevel=4)
 
 
@@ -145,11 +159,16 @@ class FileSource:
         if name not in self._contents.layers:
             weight = pack_rows(self._rows(f"{name}.weight"), None, self.arena)
             return Dense(weight=weight, bias=self.vector(f"{name}.bias"))
-        layer = build_layer(self._contents, name, None)
-        packed = layer.packed
-        tensors = {part: self.arena.keep(tensor) for part, tensor in packed.tensors.items()}
+        layer = self._contents.layers[name]
+        scheme, is_reordered = layer.whole.scheme, layer.record.reordered
+        # Before anything is read: what stays would make holes among what goes.
+        place = self.arena.room(0 if is_reordered else native.codes_bytes(scheme.weight, layer.record.shape))
+        tensor, input_scale = read_layer(self._contents, name)
+        packed = native.pack(tensor, scheme, lambda size: place if size == place.numel() else self.arena.room(size))
+        del tensor
+        tensors = {part: each if part == "codes" else self.arena.keep(each) for part, each in packed.tensors.items()}
         weight = PackedWeight(scheme=packed.scheme, shape=packed.shape, tensors=tensors)
-        return Dense(weight=weight, bias=self.vector(f"{name}.bias"), input_scale=layer.input_scale)
+        return Dense(weight=weight, bias=self.vector(f"{name}.bias"), input_scale=input_scale)
 
     def vector(self, name: str) -> Tensor | None:
         stored = self._contents.matched.get(name)

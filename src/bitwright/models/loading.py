@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.formats.checkpoint import Checkpoint, list_names, open_checkpoint
 from bitwright.formats.directory import find_file, read_object
@@ -39,6 +40,7 @@ __all__ = [
     "load_with_tokenizer",
     "match_contents",
     "read_generation_settings",
+    "read_layer",
     "read_parameter",
 ]
 
@@ -235,18 +237,23 @@ def _layer_tensors(checkpoint: Checkpoint, stored: str) -> Iterable[str]:
 
 def build_layer(contents: Contents, name: str, bias: object) -> QuantizedLinear:
     """One quantized layer, by its name in the model; its unpacked codes are gone when this returns."""
+    tensor, input_scale = read_layer(contents, name)
+    scheme = contents.layers[name].whole.scheme
+    built = QuantizedLinear.build(tensor, bias if isinstance(bias, Tensor) else None, scheme, input_scale=input_scale)
+    built.eval()
+    return built
+
+
+def read_layer(contents: Contents, name: str) -> tuple[QuantizedTensor, Tensor | None]:
+    """The weight of a quantized layer, by its name in the model, and what its inputs are multiplied by."""
     checkpoint, layer = contents.checkpoint, contents.layers[name]
     assert contents.reader is not None
     tensor, scale = contents.reader.read(layer), f"{layer.name}.input_scale"
-    input_scale: Tensor | None = None
-    if scale in checkpoint.tensors:  # the formats that have none refuse the name when they list the layers
-        input_scale = read_checked(checkpoint, scale, (torch.float32,), tensor.shape[1:])
-        check_finite(scale, input_scale)
-    built = QuantizedLinear.build(
-        tensor, bias if isinstance(bias, Tensor) else None, layer.whole.scheme, input_scale=input_scale
-    )
-    built.eval()
-    return built
+    if scale not in checkpoint.tensors:  # the formats that have none refuse the name when they list the layers
+        return tensor, None
+    input_scale = read_checked(checkpoint, scale, (torch.float32,), tensor.shape[1:])
+    check_finite(scale, input_scale)
+    return tensor, input_scale
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, matched: Mapping[str, str]) -> None:

@@ -32,12 +32,15 @@ from bitwright.kernels.records import PackedWeight
 from bitwright.models.decoder import DecoderShape
 from bitwright.models.decoder_weights import LAYERS, DecoderWeights
 
-__all__ = ["LAYOUT", "identify", "load_packed", "packed_path", "save_packed"]
+__all__ = ["LAYOUT", "PACKED", "identify", "load_packed", "packed_bytes", "packed_path", "save_packed"]
 
 MAGIC = b"BWPACK01"
 LAYOUT = 1  # of the header and of operands; to be raised whenever either changes
 SMALL, LARGE, WHOLE = 64, 4096, 1 << 16  # tensors of WHOLE bytes or more begin at pages
 HEADER_LIMIT = 64 << 20
+STEM = "[0-9a-f]" * 32  # of the name of every such file
+PACKED = f"{STEM}.packed"
+PARTS = (f"{STEM}.*.part", f".{STEM}.*.part.tmp")
 ABANDONED = 3600.0  # seconds; writing takes a few
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
@@ -85,6 +88,23 @@ def save_packed(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]
     Raises:
         BitwrightError: BW501 if it cannot be written.
     """
+    header, tensors, starts, end = _lay_out(weights, identity)
+    make_directory(path.parent)
+    own = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    _sweep(path)
+    write_file(own, _chunks(header, tensors, starts), size=len(header) + end)
+    move_file(own, path)
+    return path.stat().st_size
+
+
+def packed_bytes(weights: DecoderWeights) -> int:
+    """The size of the file of ``weights``, but for some KB of what it is to be told by."""
+    header, _, _, end = _lay_out(weights, {})
+    return len(header) + end
+
+
+def _lay_out(weights: DecoderWeights, identity: Mapping[str, Any]) -> tuple[bytes, list[Tensor], list[int], int]:
+    """The header, the tensors, where each begins behind the header, and where the last ends."""
     tensors: list[Tensor] = []
     record = {"identity": dict(identity), "weights": _describe(weights, tensors)}
     places, starts, end = list[dict[str, Any]](), list[int](), 0
@@ -96,18 +116,12 @@ def save_packed(weights: DecoderWeights, path: Path, identity: Mapping[str, Any]
         places.append({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "start": start})
     header = json.dumps(record | {"tensors": places, "size": end}).encode()
     begin = len(MAGIC) + 8 + 32 + len(header)
-    header += b" " * (-begin % LARGE)
-    make_directory(path.parent)
-    own = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    _sweep(path)
-    write_file(own, _chunks(header, tensors, starts), size=len(header) + end)
-    move_file(own, path)
-    return path.stat().st_size
+    return header + b" " * (-begin % LARGE), tensors, starts, end
 
 
 def _sweep(path: Path) -> None:
-    """Remove what writers of ``path`` left that were killed, once it is too old to be anybody's."""
-    for pattern in (f"{path.stem}.*.part", f".{path.stem}.*.part.tmp"):
+    """Remove what killed writers of packed weights left beside ``path``, once it is too old to be anybody's."""
+    for pattern in PARTS:
         for left in path.parent.glob(pattern):
             try:
                 if time.time() - left.stat().st_mtime > ABANDONED:
