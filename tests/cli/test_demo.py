@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -62,6 +63,18 @@ def test_the_command_shows_all_of_it(
     assert f"bitwright generate {result.models['w4g128']} " in out
     assert main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["comparison"]["rows"][0]["name"] == "w8g128"
+
+
+def test_no_room_for_a_temporary_directory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(prefix: str) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / prefix))
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", full)
+    assert main(("demo",)) == 5
+    err = capsys.readouterr().err
+    assert err.startswith("error[BW501]: ") and str(tmp_path) in err and "TMPDIR" in err
 
 
 def test_an_existing_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from bitwright.formats.storage import file_sha256
 from bitwright.kernels.gpu import library
 from bitwright.quantization import job
 from bitwright.quantization.events import Event
-from bitwright.quantization.plan import Unit
+from bitwright.quantization.units import Unit
 from tests.evaluation.conftest import save_model
 
 FINISHED = "model.safetensors.index.json"

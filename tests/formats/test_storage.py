@@ -155,7 +155,16 @@ def test_a_source_that_fails_leaves_nothing_and_says_so_itself(tmp_path: Path, e
 def test_a_full_disk_is_told_with_the_room_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 5 * 10**9, 5 * 10**9))
     Fault(monkeypatch, 3, errno.ENOSPC)
-    with pytest.raises(BitwrightError, match=r"free 2\.001 GB or more and run the same command again"):
+    with pytest.raises(BitwrightError, match=r"free 2\.001 GB or more and run the same command again") as caught:
+        write_file(tmp_path / "a", _chunks(), size=7 * 10**9 + 1)
+    assert caught.value.where == str(tmp_path / "a")
+    assert caught.value.why == "it takes 7000000001 bytes or more, and 5000000000 are free on its disk"
+
+
+def test_of_a_quota_the_free_space_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**13, 0, 10**13))
+    Fault(monkeypatch, 3, errno.EDQUOT)
+    with pytest.raises(BitwrightError, match=r"free 7\.001 GB or more"):
         write_file(tmp_path / "a", _chunks(), size=7 * 10**9 + 1)
 
 

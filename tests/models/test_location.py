@@ -130,6 +130,7 @@ HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of whichever library the client uses
         (HTTP_ERROR("cut off"), "BW504", "could not be fetched"),
         (TimeoutError(), "BW504", "could not be fetched"),
         (OSError(errno.ENOSPC, "No space left on device"), "BW501", "could not be stored"),
+        (RuntimeError("Data processing error: No space left on device (os error 28)"), "BW501", "could not be stored"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -139,6 +140,8 @@ def test_failures_of_the_hub(
     downloads(monkeypatch, failure)
     error = refusal("llama-1", code)
     assert says in error.what
+    if code == "BW501":
+        assert error.where == hub.HF_HUB_CACHE and "run the same command again" in error.suggestion
     if type(failure) is RepositoryNotFoundError:
         assert "llama-1b" in error.suggestion
 

@@ -59,6 +59,7 @@ def run(arguments: list[str]) -> int:
             # Not command.main(): that would end the process, and turn Ctrl-C and errors into its own messages.
             with command.make_context(name, list(arguments) or ["--help"], obj=arguments) as context:
                 command.invoke(context)
+            sys.stdout.flush()  # a full disk is told like any other failure
         except typer.Exit as ended:
             return ended.exit_code
         except SystemExit:

@@ -15,6 +15,7 @@ from bitwright.cli.evaluation import render_comparison
 from bitwright.cli.plots import Point, draw_png, draw_text
 from bitwright.cli.tables import format_duration
 from bitwright.cli.terminal import printable, side_by_side
+from bitwright.core.errors import BitwrightError
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison
@@ -68,7 +69,7 @@ def demo(output: str | Path | None = None, *, on_line: Callable[[str], None] = l
             on_line(event.message)
 
     started = time.perf_counter()
-    directory = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="bitwright-demo-"))
+    directory = Path(output) if output is not None else _temporary_directory()
     models = {scheme: directory / scheme for scheme in DEMO_SCHEMES}
     for scheme, path in models.items():
         report = quantize(DEMO, path, scheme=scheme)
@@ -92,6 +93,15 @@ def demo(output: str | Path | None = None, *, on_line: Callable[[str], None] = l
     title = "The embedded model, quantized"
     drawn = draw_png(_points(result), directory / "demo.png", title=title, x_title=X_TITLE, y_title=Y_TITLE)
     return result if drawn else replace(result, picture=None)
+
+
+def _temporary_directory() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="bitwright-demo-"))
+    except OSError as error:
+        what = f"cannot make a temporary directory: {error.strerror}"
+        advice = "name a directory with --output, or set TMPDIR to one on a disk with 20 MB of room"
+        raise BitwrightError("BW501", what, where=str(error.filename or ""), suggestion=advice) from None
 
 
 def run_demo(output: Path | None, *, as_json: bool) -> None:

@@ -34,10 +34,13 @@ def report_failure(failure: BaseException, arguments: Sequence[str], *, debug: b
     if debug:
         traceback.print_exception(failure)
     if isinstance(failure, BrokenPipeError):
-        # The reader (head, a pager) has gone: nothing is wrong, and a flush at exit must not complain either.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
+        _drop_output()  # the reader (head, a pager) has gone: nothing is wrong
         return 128 + signal.SIGPIPE
+    if isinstance(failure, OSError) and _is_full(failure):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
     if isinstance(failure, KeyboardInterrupt):
         failure = Interrupted(signal.SIGINT, "stopped")
     if isinstance(failure, Interrupted):
@@ -50,6 +53,16 @@ def report_failure(failure: BaseException, arguments: Sequence[str], *, debug: b
     what = f"error: {type(failure).__name__}: {failure}".rstrip(": ")
     _print_error(f"{what}\n  why: this is a defect of bitwright, not of your input\n  try: {_debug_command(arguments)}")
     return 1
+
+
+def _drop_output() -> None:
+    """Nothing more can be printed; a flush at exit must not complain either."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
+
+
+def _is_full(failure: OSError) -> bool:
+    return failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _print_error(text: str) -> None:
@@ -73,11 +86,10 @@ def _known(failure: BaseException, arguments: Sequence[str]) -> BitwrightError |
     ):
         levers = "fewer --samples, a smaller --seqlen, or a machine with more memory"
         return BitwrightError("BW503", "out of memory", why=str(failure), suggestion=levers)
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        where = str(failure.filename or "")
-        return BitwrightError(
-            "BW501", f"cannot write: {failure.strerror}", where=where, suggestion="make room and rerun"
-        )
+    if isinstance(failure, OSError) and _is_full(failure):
+        where = str(failure.filename or "standard output")  # what bitwright itself writes is known by name
+        advice = "free disk space there, and run the same command again"
+        return BitwrightError("BW501", f"cannot write: {failure.strerror}", where=where, suggestion=advice)
     return None
 
 

@@ -295,13 +295,17 @@ def _remove_if_present(path: Path) -> None:
 
 
 def _write_error(path: Path, error: OSError, needed: int) -> BitwrightError:
-    """BW501, with the room that is missing where the disk is full."""
+    """BW501; where the disk is full, with what is ``needed``, as far as that is known, and the room that is missing."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    suggestion = "make the directory writable, or choose another one, and run the same command again"
+    suggestion, why = "make the directory writable, or choose another one, and run the same command again", ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = 0
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-        missing = math.ceil(max(needed - free, 1 << 20) / 1e6) / 1000
-        suggestion = f"free {missing:.3f} GB or more and run the same command again"
-    return BitwrightError("BW501", f"cannot write {path.name}: {reason}", where=str(path), suggestion=suggestion)
+        missing = max(needed if error.errno == errno.EDQUOT else needed - free, 1 << 20)
+        why = (
+            f"it takes {needed} bytes or more, and {free} are free on its disk" if needed else f"{free} bytes are free"
+        )
+        suggestion = f"free {math.ceil(missing / 1e6) / 1000:.3f} GB or more and run the same command again"
+    what = f"cannot write {path.name}: {reason}"
+    return BitwrightError("BW501", what, where=str(path), why=why, suggestion=suggestion)

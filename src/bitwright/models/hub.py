@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from bitwright.core.errors import BitwrightError
@@ -41,12 +44,21 @@ def fetch_model(repository: str) -> Path:
 
 def _failed_download(repository: str, error: Exception) -> BitwrightError:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, OSError) and error.errno in DISK_FAILURES:
-        advice = "make room in the cache of the hub, or give the path of a local directory"
-        return BitwrightError("BW501", f"{repository!r} could not be stored", why=reason, suggestion=advice)
+    # Its compiled part tells of a full disk in words alone.
+    if (isinstance(error, OSError) and error.errno in DISK_FAILURES) or os.strerror(errno.ENOSPC) in reason:
+        what = f"{repository!r} could not be stored{_free_space()}"
+        advice = "free disk space and run the same command again (what is there is not fetched again), or set HF_HOME"
+        return BitwrightError("BW501", what, where=HF_HUB_CACHE, why=reason, suggestion=advice)
     return BitwrightError(
         "BW504",
         f"{repository!r} is not a directory here, and could not be fetched from the hub",
         why=reason,
         suggestion="connect to the network, give the path of a local directory, or use demo:",
     )
+
+
+def _free_space() -> str:
+    try:
+        return f": {shutil.disk_usage(HF_HUB_CACHE).free} bytes are free"
+    except OSError:
+        return ""

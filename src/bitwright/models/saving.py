@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -17,7 +18,7 @@ from bitwright.formats.checkpoint import CONFIG, INDEX, SINGLE, list_names
 from bitwright.formats.checksums import CHECKSUMS, serialize_checksums
 from bitwright.formats.records import Format, LayerRecord
 from bitwright.formats.safetensors_file import serialize
-from bitwright.formats.storage import make_directory, write_file
+from bitwright.formats.storage import make_directory, remove_file, write_file
 from bitwright.formats.table import get_format
 from bitwright.models.blocks import is_linear, output_head
 from bitwright.models.names import shared_names, state_names
@@ -50,7 +51,8 @@ def save(model: nn.Module, save_directory: str | Path, *, format: str | None = N
 
     Raises:
         BitwrightError: BW201 if the model has no quantized layers or no configuration, BW203 if the directory holds
-            weights already, BW205 if the format cannot store the model, BW501 if a file cannot be written.
+            weights already, BW205 if the format cannot store the model, BW501 if a file cannot be written, of which
+            nothing is left then.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     config = getattr(model, "config", None)
@@ -66,16 +68,35 @@ def save(model: nn.Module, save_directory: str | Path, *, format: str | None = N
     records, ignored = _records(layers), _ignored(model, layers)
     layout = _choose_format(model, layers, records, ignored, format)
     make_directory(directory)
-    hashes, weight_map = _write_shards(model, layers, layout, directory)
-    total = sum((directory / name).stat().st_size for name in hashes)
     files = {CONFIG: _json(_config(model, config, layers) | {"quantization_config": layout.config(records, ignored)})}
     settings: Any = getattr(model, "generation_config", None)
     if hasattr(settings, "to_json_string"):
         files[GENERATION_CONFIG] = [(settings.to_json_string() + "\n").encode()]
-    files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name, chunks in files.items():
-        hashes[name] = write_file(directory / name, chunks)
-    write_file(directory / CHECKSUMS, [serialize_checksums(hashes)])
+    with _all_or_nothing(directory) as hashes:
+        weight_map = _write_shards(model, layers, layout, directory, hashes)
+        total = sum((directory / name).stat().st_size for name in hashes)
+        files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        for name, chunks in files.items():
+            _write(directory, name, chunks, hashes)
+        _write(directory, CHECKSUMS, [serialize_checksums(hashes)], hashes)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(directory: Path) -> Iterator[dict[str, str]]:
+    """The sha256 of each file that is written, by its name; if anything fails, they are removed."""
+    hashes: dict[str, str] = {}
+    try:
+        yield hashes
+    except BaseException:
+        for name in hashes:
+            with contextlib.suppress(BitwrightError):
+                remove_file(directory / name)
+        raise
+
+
+def _write(directory: Path, name: str, chunks: Iterable[bytes | memoryview], hashes: dict[str, str]) -> None:
+    hashes[name] = ""  # from now on the file may be there
+    hashes[name] = write_file(directory / name, chunks)
 
 
 def _choose_format(
@@ -101,11 +122,10 @@ def _choose_format(
 
 
 def _write_shards(
-    model: nn.Module, layers: Mapping[str, QuantizedLinear], layout: Format, directory: Path
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Write all tensors; return the sha256 of each file, and which file each tensor is in."""
+    model: nn.Module, layers: Mapping[str, QuantizedLinear], layout: Format, directory: Path, hashes: dict[str, str]
+) -> dict[str, str]:
+    """Write all tensors; return which file each tensor is in."""
     groups = list(_groups(model, layers))
-    hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     state = model.state_dict(keep_vars=True)
     for number, names in enumerate(groups):
@@ -116,9 +136,9 @@ def _write_shards(
                 tensors |= _layer_tensors(name, layers[name], layout)
             else:
                 tensors[name] = state[name].detach()
-        hashes[file] = write_file(directory / file, serialize(tensors))
+        _write(directory, file, serialize(tensors), hashes)
         weight_map |= dict.fromkeys(tensors, file)
-    return hashes, weight_map
+    return weight_map
 
 
 def _layer_tensors(name: str, layer: QuantizedLinear, layout: Format) -> dict[str, Tensor]:
