@@ -60,7 +60,7 @@ PEERS = {
 }
 LLAMA = {"llama.cpp q8_0": 8.5, "llama.cpp q4_0": 4.5}  # bits a number
 LLAMA_BLOCK = 32
-DRIVER = Path(__file__).resolve().parent / "kv_peers" / "llama_cpp_driver.py"
+DRIVER = Path(__file__).resolve().parent / "decode_peers" / "llama_cpp_logits.py"
 PEER_WINDOWS = 2  # token by token, they are slow
 IN_CONTEXT = ("recall", "copy", "qa")  # kinds of probes whose answers stand in their prompts
 PASSAGES, PASSAGE, AGAIN = 100, 239, 16  # tokens of a passage, and how many of them are read again

@@ -1,6 +1,6 @@
-"""Writes a checkpoint of benchmarks.shapes as GGUF, rounded as llama.cpp rounds: CHECKPOINT OUT q4_0|q8_0.
+"""Writes a bf16 checkpoint of a Llama or Qwen2 as GGUF: CHECKPOINT OUT f32|q4_0|q8_0, rounded as llama.cpp rounds.
 
-The head is the embedding, in q8_0. Runs in the environment of llama-cpp.
+The head is the embedding, in q8_0 where weights are rounded. Runs in the environment of llama-cpp.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def write(directory: Path, target: Path, kind: str) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     kinds = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
     for key, tensor in _read(directory):
-        wanted = kinds["q8_0" if key == "model.embed_tokens.weight" else kind]
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 or kind == "f32":
             writer.add_tensor(_name(key), tensor)
         else:
+            wanted = kinds["q8_0" if key == "model.embed_tokens.weight" else kind]
             writer.add_tensor(_name(key), gguf.quantize(tensor, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,12 +54,12 @@ def write(directory: Path, target: Path, kind: str) -> None:
 
 def _read(directory: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Each bfloat16 tensor, as float32."""
-    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
-    for name in sorted(set(weight_map.values())):
-        data = np.memmap(directory / name, dtype=np.uint8, mode="r")
+    for path in sorted(directory.glob("model*.safetensors")):
+        data = np.memmap(path, dtype=np.uint8, mode="r")
         start = 8 + int(data[:8].view(np.uint64)[0])
         for key, fields in json.loads(bytes(data[8:start])).items():
             if key != "__metadata__":
+                assert fields["dtype"] == "BF16", f"{key} is {fields['dtype']}"
                 begin, end = (start + offset for offset in fields["data_offsets"])
                 words = data[begin:end].view(np.uint16).astype(np.uint32) << 16
                 yield key, words.view(np.float32).reshape(fields["shape"])
