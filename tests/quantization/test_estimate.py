@@ -9,7 +9,8 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.scheme_names import parse
 from bitwright.quantization import estimate as estimates
 from bitwright.quantization.calibration import CalibrationTokens
-from bitwright.quantization.estimate import HESSIANS, TUNED_BYTES, estimate, seconds_a_flop
+from bitwright.quantization.device_memory import device_bytes
+from bitwright.quantization.estimate import HESSIANS, TUNED_BYTES, activation_bytes, estimate, seconds_a_flop
 from bitwright.quantization.plan import Plan, make_plan
 from bitwright.quantization.sources import MemorySource
 from bitwright.quantization.stream import COMPARED_SAMPLES
@@ -50,9 +51,21 @@ def test_every_sample_is_kept_before_and_behind_a_block(source: MemorySource) ->
     hidden = SEQLEN * HIDDEN * ITEM
     assert peak(source, "gptq", 9) - peak(source, "gptq", 4) == 5 * 2 * hidden
     assert peak(source, "autoround", 9) - peak(source, "autoround", 4) == 5 * 4 * hidden  # the float model's, too
-    without = estimate(source, plan_of(source, "rtn"), None).peak_bytes
-    calibrated = estimate(source, plan_of(source, "rtn"), windows(3)).peak_bytes
-    assert calibrated - without >= (2 * 3 + COMPARED_SAMPLES) * hidden
+
+
+def test_every_part_of_the_activations_counts(source: MemorySource) -> None:
+    """No other part of the estimate differs here: no sums of products, nothing tuned, embeddings below a block."""
+    plan = plan_of(source, "rtn")
+    sizes = {unit.name: sum(torch.Size(source.shapes()[name]).numel() for name in unit.tensors) for unit in plan.units}
+    assert sizes["outer"] <= max(sizes.values())
+    without = estimate(source, plan, None).peak_bytes
+    states, inside = (2 * 3 + COMPARED_SAMPLES) * SEQLEN * HIDDEN * ITEM, SEQLEN * WIDE * 16
+    assert estimate(source, plan, windows(3)).peak_bytes - without == states + inside
+    assert activation_bytes(plan, windows(3), ITEM) == states + inside
+    assert activation_bytes(plan, windows(3), 2) == states // 2 + inside
+    on_device = device_bytes(source, plan, windows(3)) - device_bytes(source, plan, windows(1))
+    assert on_device == 2 * 2 * SEQLEN * HIDDEN * ITEM
+    assert device_bytes(source, plan, windows(1)) - device_bytes(source, plan, None) >= states - on_device + inside
 
 
 def test_sums_of_products_and_what_is_tuned_count(source: MemorySource) -> None:

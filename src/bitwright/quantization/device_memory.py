@@ -7,10 +7,10 @@ import torch
 from bitwright.core.errors import BitwrightError
 from bitwright.kernels.gpu import library
 from bitwright.quantization.calibration import CalibrationTokens
-from bitwright.quantization.estimate import TUNED_BYTES
-from bitwright.quantization.plan import Plan, Unit
+from bitwright.quantization.estimate import TUNED_BYTES, activation_bytes, float_bytes
+from bitwright.quantization.plan import Plan
 from bitwright.quantization.sources import Source
-from bitwright.quantization.stream import COMPARED_SAMPLES
+from bitwright.quantization.units import Unit
 
 __all__ = ["DEVICE_LEVERS", "check_device", "device_bytes"]
 
@@ -26,8 +26,7 @@ def device_bytes(source: Source, plan: Plan, tokens: CalibrationTokens | None) -
     The block at work is there as floats, as codes, packed and decoded; the next one as floats.
     """
     shapes = source.shapes()
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    element = max(1, plan.source_bytes // max(1, parameters))
+    element = float_bytes(source, plan)
 
     def size(unit: Unit) -> int:
         return sum(torch.Size(shapes[name]).numel() for name in unit.tensors)
@@ -38,12 +37,11 @@ def device_bytes(source: Source, plan: Plan, tokens: CalibrationTokens | None) -
     peak = largest * (2 * element + 2 + max(element, 4)) + COPIES * 4 * layer
     if tokens is None:
         return peak
-    samples, seqlen = tokens.windows.shape
+    seqlen = tokens.windows.shape[1]
     narrow, width = min(columns for _, columns in quantized), max(columns for _, columns in quantized)
     if any(method.algorithm.with_gram for method in plan.methods.values()):
         peak += 4 * (COPIES * width**2 + sum({columns: columns**2 for _, columns in quantized}.values()))
-    flows = 4 if plan.with_float_flow else 2
-    peak += seqlen * narrow * element * (flows * samples + COMPARED_SAMPLES) + seqlen * width * 16
+    peak += activation_bytes(plan, tokens, element)
     if any(method.algorithm.tune for method in plan.methods.values()):
         peak += TUNED_BYTES * largest + BATCH * KEPT * seqlen * narrow * 4
     outer = sum(size(unit) for unit in plan.units if not unit.is_block)

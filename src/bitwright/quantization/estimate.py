@@ -16,11 +16,20 @@ from bitwright.quantization.plan import Plan
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stream import COMPARED_SAMPLES
 
-__all__ = ["MEMORY_LEVERS", "Estimate", "check_resources", "estimate", "seconds_a_flop"]
+__all__ = [
+    "MEMORY_LEVERS",
+    "Estimate",
+    "activation_bytes",
+    "check_resources",
+    "estimate",
+    "float_bytes",
+    "seconds_a_flop",
+]
 
 PROGRAM_BYTES = 450 << 20  # the interpreter with torch and transformers
 SECONDS_A_WEIGHT = 4e-9  # of one thread: fit, encode, measure, pack
 PROBE = (512, 1024, 1024)  # a matrix product of about the size of the calibration's, to learn the machine's rate from
+INSIDE_BYTES = 16  # for each token and feature of the widest layer: one sample inside a block
 HESSIANS = 2  # of the largest width in float32, while a rounder works on it: the sums, and their factor
 TUNED_BYTES = 16  # for each weight of a block that is tuned: what is learned, its gradient, and both moments
 MEMORY_LEVERS = "fewer --samples, a shorter --seqlen, or a machine with more memory"
@@ -41,25 +50,41 @@ def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Es
     shapes = source.shapes()
     sizes = {unit.name: sum(torch.Size(shapes[name]).numel() for name in unit.tensors) for unit in plan.units}
     largest = max(size for unit, size in sizes.items() if any(u.name == unit and u.layers for u in plan.units))
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    element = max(1, plan.source_bytes // max(1, parameters))
+    element = float_bytes(source, plan)
     peak = PROGRAM_BYTES + largest * (element + 3)
     quantized = sum(out * columns for out, columns in plan.shapes.values())
     seconds = quantized * SECONDS_A_WEIGHT
     if tokens is not None:
         samples, seqlen = tokens.windows.shape
         widths = [plan.shapes[name][1] for name in plan.schemes]
-        flows = 4 if plan.with_float_flow else 2  # what enters a block, and what leaves it
-        peak += seqlen * min(widths) * element * (flows * samples + COMPARED_SAMPLES) + seqlen * max(widths) * 16
+        peak += activation_bytes(plan, tokens, element)
         peak += max(sizes.get("outer", 0) * element - largest * element, 0)  # the embeddings, while inputs are made
         if any(method.algorithm.with_gram for method in plan.methods.values()):
             peak += 4 * (sum(width**2 for width in set(widths)) + (HESSIANS - 1) * max(widths) ** 2)
         if any(method.algorithm.tune for method in plan.methods.values()):
             peak += TUNED_BYTES * largest
-        passes = flows * samples + _training(plan, samples)
+        passes = _flows(plan) * samples + _training(plan, samples)
         flops = 2 * quantized * seqlen * passes + _products(plan, samples * seqlen)
         seconds += flops * seconds_a_flop(torch.float32 if element == 4 else torch.bfloat16)
     return Estimate(int(peak), plan.output_bytes, seconds / torch.get_num_threads())
+
+
+def float_bytes(source: Source, plan: Plan) -> int:
+    """Of one number of the model before it is quantized."""
+    return max(1, plan.source_bytes // max(1, sum(torch.Size(shape).numel() for shape in source.shapes().values())))
+
+
+def activation_bytes(plan: Plan, tokens: CalibrationTokens, element: int) -> int:
+    """The hidden states of every sample on both sides of a block, those that are compared, and one sample inside it."""
+    samples, seqlen = tokens.windows.shape
+    widths = [plan.shapes[name][1] for name in plan.schemes]
+    states = _flows(plan) * samples + COMPARED_SAMPLES
+    return seqlen * (min(widths) * element * states + max(widths) * INSIDE_BYTES)
+
+
+def _flows(plan: Plan) -> int:
+    """What enters a block and what leaves it, of the rounded model and maybe of the float one."""
+    return 4 if plan.with_float_flow else 2
 
 
 def _training(plan: Plan, samples: int) -> float:

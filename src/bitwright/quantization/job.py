@@ -27,12 +27,13 @@ from bitwright.quantization.capture import Captured, capture, observe_head
 from bitwright.quantization.events import Event, EventSink, Stopped
 from bitwright.quantization.finishing import Finish, block_shard
 from bitwright.quantization.journal import Journal, UnitRecord
-from bitwright.quantization.plan import FINISH, Plan, Unit, head_note
+from bitwright.quantization.plan import FINISH, Plan, head_note
 from bitwright.quantization.report import versions
 from bitwright.quantization.rows import layer_error, layer_row
 from bitwright.quantization.sources import Source
 from bitwright.quantization.statistics import NonFiniteActivations, SiteStatistics
 from bitwright.quantization.stream import BlockResult, BlockWork, Flow, block_seed, quantize_block, round_layers
+from bitwright.quantization.units import Unit
 from bitwright.quantization.writer import tensor_bytes
 
 __all__ = ["Job", "fingerprint"]

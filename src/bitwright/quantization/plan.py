@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from bitwright.core.errors import BitwrightError
@@ -15,41 +13,20 @@ from bitwright.core.recipe import Choice, Recipe
 from bitwright.core.scheme import LayerScheme
 from bitwright.formats import compressed_tensors
 from bitwright.formats.records import Format, LayerRecord
-from bitwright.formats.table import FORMATS, get_format
-from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linear_weight, linears, output_head
+from bitwright.models.blocks import Blocks, find_blocks, is_linear, linear_shape, linears, output_head
 from bitwright.quantization.algorithms import Method, make_method, refuse_schemes
+from bitwright.quantization.layout import choose_format, fit_readers, list_records, output_bytes
 from bitwright.quantization.sources import Source
 from bitwright.quantization.stages import Finisher, Stage
+from bitwright.quantization.units import Unit, make_units
 
-__all__ = ["FINISH", "GroupFallback", "Plan", "Unit", "head_note", "make_plan"]
+__all__ = ["FINISH", "GroupFallback", "Plan", "head_note", "make_plan"]
 
 GroupFallback = Literal["error", "pad", "per-channel", "skip"]
 GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
-OUTER, HEAD = "outer", "head"  # names of the units that are not blocks
 FINISH = "finish"  # the pass over the whole model at the end, in the journal
 GPTQ_HEAD = ("the output head is quantized: GPTQModel loads that, transformers gives the head random weights",)
 USUAL_GROUPS = (256, 128, 64, 32, 16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """One step of the run and one shard of the output.
-
-    Attributes:
-        name: of a block, or ``outer`` (embeddings, norms, a head left alone) or ``head`` (a quantized output head).
-        tensors: all tensors of the float model that belong to it, by name.
-        layers: the layers among them that are quantized, with their schemes.
-        blocks: the numbers of the blocks in it: one, or several that are tuned together, or none.
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-    layers: Mapping[str, LayerScheme]
-    blocks: tuple[int, ...] = ()
-
-    @property
-    def is_block(self) -> bool:
-        return bool(self.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +48,7 @@ class Plan:
     @property
     def records(self) -> dict[str, LayerRecord]:
         """What the format is told of each layer."""
-        return _records(self.schemes, self.shapes, self.methods)
+        return list_records(self.schemes, self.shapes, self.methods)
 
     @property
     def is_calibrated(self) -> bool:
@@ -135,14 +112,14 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
     methods = _methods(recipe, choices, schemes)
     skipped = tuple(name for name in every_linear if name not in schemes)
-    chosen = _choose_format(_records(schemes, shapes, methods), skipped, layers, methods, format)
+    chosen = choose_format(list_records(schemes, shapes, methods), skipped, layers, methods, format)
     if chosen.name == compressed_tensors.FORMAT.name:
-        schemes, more = _fit_readers(schemes, layers)
+        schemes, more = fit_readers(schemes, layers)
         notices += more
     head_quantized = head is not None and head[0] in schemes
     untied = head_quantized and head is not None and f"{head[0]}.weight" not in source.shapes()
     together = _blocks_together(methods)
-    units = _units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
+    units = make_units(source, blocks, schemes, head[0] if head is not None and head_quantized else None, together)
     return Plan(
         units=units,
         blocks=blocks,
@@ -154,7 +131,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         untied=untied,
         notices=notices + (GPTQ_HEAD if head_quantized and chosen.name.startswith("gptq") else ()),
         source_bytes=source.byte_count(),
-        output_bytes=_output_bytes(source, schemes, shapes, chosen),
+        output_bytes=output_bytes(source, schemes, shapes, chosen),
     )
 
 
@@ -252,145 +229,3 @@ def _fit_groups(
     }
     notice = f"{len(unfit)} layers whose dimension the group size does not divide {outcome[fallback]}: {listed}"
     return {name: scheme for name, scheme in settled.items() if scheme is not None}, (notice,)
-
-
-def _records(
-    schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], methods: Mapping[str, Method]
-) -> dict[str, LayerRecord]:
-    """What a format is told of each layer."""
-    records = {}
-    for name, scheme in schemes.items():
-        method = methods[name]
-        moves = bool(getattr(method.options[method.algorithm.round.name], "reorders", False))
-        # Double quantization fixes all grids beforehand, so that columns may stay where they are.
-        is_reordered = moves and scheme.weight.group is not None and scheme.weight.scale_scheme is None
-        records[name] = LayerRecord(scheme, shapes[name], is_reordered)
-    return records
-
-
-def _choose_format(
-    records: Mapping[str, LayerRecord],
-    skipped: Sequence[str],
-    layers: Mapping[str, nn.Module],
-    methods: Mapping[str, Method],
-    wanted: str | None,
-) -> Format:
-    """The format asked for, or the most widely read one that can store every layer."""
-    for candidate in (get_format(wanted),) if wanted is not None else reversed(FORMATS):
-        reason = _unfolded(candidate, methods) or _refusal(candidate, records, skipped, layers)
-        if reason is None:
-            return candidate
-    raise BitwrightError(
-        "BW205",
-        f"the {candidate.name} format cannot store this model: {reason}",
-        suggestion="--format native stores every scheme",
-    )
-
-
-def _unfolded(candidate: Format, methods: Mapping[str, Method]) -> str | None:
-    """Scales of inputs that may stay outside the weights are known to the native format's readers alone."""
-    for name, method in methods.items():
-        stages = [stage.name for stage in method.algorithm.equalize]
-        if candidate.name != "native" and any(not getattr(method.options[stage], "folding", True) for stage in stages):
-            return f"{name}: {method.name} without folding may leave scales that its readers do not apply"
-    return None
-
-
-def _fit_readers(
-    schemes: Mapping[str, LayerScheme], layers: Mapping[str, nn.Module]
-) -> tuple[dict[str, LayerScheme], tuple[str, ...]]:
-    """Store the scales of bfloat16 layers in bfloat16: readers of compressed-tensors cast scales to the model's dtype.
-
-    Were they stored more finely, those readers would compute with other weights than the ones that were measured.
-    """
-    fitted = dict(schemes)
-    for name, scheme in schemes.items():
-        if linear_weight(layers[name]).dtype == torch.bfloat16:
-            fitted[name] = replace(scheme, weight=replace(scheme.weight, scale_dtype=torch.bfloat16))
-    if fitted == dict(schemes):
-        return fitted, ()
-    return fitted, ("scales are stored in bfloat16, the model's dtype, in which readers of compressed-tensors compute",)
-
-
-def _refusal(
-    candidate: Format, records: Mapping[str, LayerRecord], skipped: Sequence[str], layers: Mapping[str, nn.Module]
-) -> str | None:
-    for name, record in records.items():
-        if candidate.name != "native" and not isinstance(layers[name], nn.Linear):
-            return f"{name} is a {type(layers[name]).__name__}, which its readers do not replace"
-        reason = candidate.refuse(record.scheme, record.shape)
-        if reason is not None:
-            return f"{name}: {reason}"
-    return candidate.refuse_together(records, skipped)
-
-
-def _units(
-    source: Source, blocks: Blocks, schemes: Mapping[str, LayerScheme], head: str | None, together: int
-) -> tuple[Unit, ...]:
-    """The shards in order: what is outside the blocks, ``together`` blocks at a time, a quantized head."""
-    groups = [
-        tuple(range(len(blocks.modules)))[start : start + together] for start in range(0, len(blocks.modules), together)
-    ]
-    names = {_group_name(blocks, group): group for group in groups}
-    members: dict[str, list[str]] = {OUTER: [], **{name: [] for name in names}, HEAD: []}
-    owner = {blocks.names()[number]: name for name, group in names.items() for number in group}
-    for tensor in source.shapes():
-        block = next((owner[name] for name in _prefixes(tensor) if name in owner), None)
-        is_head = head is not None and tensor.startswith(head + ".")
-        members[HEAD if is_head else block or OUTER].append(tensor)
-    units = []
-    for name, tensors in members.items():
-        inside = [f"{blocks.names()[number]}." for number in names.get(name, ())]
-        is_member = partial(_is_member, inside=inside, is_head_unit=name == HEAD, head=head)
-        layers = {layer: scheme for layer, scheme in schemes.items() if is_member(layer)}
-        if tensors or layers:
-            units.append(Unit(name=name, tensors=tuple(tensors), layers=layers, blocks=names.get(name, ())))
-    return tuple(units)
-
-
-def _group_name(blocks: Blocks, group: tuple[int, ...]) -> str:
-    """``model.layers.3``, or ``model.layers.2-3`` of blocks that are worked on together."""
-    first = blocks.names()[group[0]]
-    return first if len(group) == 1 else f"{first}-{group[-1]}"
-
-
-def _is_member(layer: str, *, inside: Sequence[str], is_head_unit: bool, head: str | None) -> bool:
-    """Whether a quantized layer belongs to a unit; the model may have modules named as units are."""
-    if is_head_unit:
-        return layer == head
-    return layer != head and any(layer.startswith(prefix) for prefix in inside)
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _output_bytes(
-    source: Source, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, tuple[int, int]], chosen: Format
-) -> int:
-    """What the weights will take on disk, to within the headers."""
-    total = source.byte_count()
-    element = total / max(1, sum(_numel(shape) for shape in source.shapes().values()))
-    for name, scheme in schemes.items():
-        out, columns = shapes[name]
-        weight = scheme.weight
-        groups = 1 if weight.group is None else -(-shapes[name][weight.axis] // weight.group)
-        scales = groups * shapes[name][1 - weight.axis]
-        scale_bits = 8 if weight.scale_scheme else weight.scale_dtype.itemsize * 8
-        is_gptq = chosen.name.startswith("gptq")  # stores zero points of symmetric schemes, and each column's group
-        has_zeros = is_gptq or not weight.symmetric
-        zero_bits = 0 if not has_zeros else (weight.bits if weight.zero == "integer" else scale_bits)
-        # Beside 8-bit activations that format keeps one code a byte.
-        is_wide = scheme.activation is not None and chosen.name == compressed_tensors.FORMAT.name
-        stored = (out * columns * (8 if is_wide else weight.bits) + scales * (scale_bits + zero_bits)) / 8
-        stored += 4 * columns if is_gptq else 0
-        total += int(stored - (out * columns * element if f"{name}.weight" in source.shapes() else 0))
-    return total
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
