@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,16 +21,24 @@ __all__ = ["correlated_site", "hessian", "restate", "squared_error", "textbook_f
 
 
 def correlated_site(
-    width: int, *, tokens: int = 400, seed: int = 0, dtype: torch.dtype = torch.float32, gram: bool = True
+    width: int,
+    *,
+    tokens: int = 400,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    gram: bool = True,
+    dead: Sequence[int] = (),
 ) -> SiteStatistics:
-    """Statistics of inputs with a mean, strong and weak channels, and correlations between them."""
+    """Statistics of inputs with a mean, strong and weak channels, correlations between them, and ``dead`` channels."""
     generator = torch.Generator().manual_seed(seed)
     strength = torch.rand(width, generator=generator) * 3 + 0.02
     mixture = torch.randn(width, width, generator=generator) / width**0.5
     mean = torch.randn(width, generator=generator) * 0.3
     statistics = SiteStatistics(width, with_gram=gram)
     noise = torch.randn(tokens, width, generator=generator)
-    statistics.add(((noise * strength) @ mixture + mean).to(dtype))
+    inputs = ((noise * strength) @ mixture + mean).to(dtype)
+    inputs[:, list(dead)] = 0
+    statistics.add(inputs)
     return statistics
 
 

@@ -20,6 +20,7 @@ from bitwright.quantization.block_loss import BlockLoss
 from bitwright.quantization.capture import capture
 from bitwright.quantization.stages import BlockTask
 from bitwright.quantization.stream import Flow, _are_alike
+from tests.quantization.few_steps import few_steps
 from tests.quantization.tiny import Plain, PlainBlock, build_model
 
 WIDTH, TOKENS, SAMPLES = 16, 12, 10
@@ -226,14 +227,14 @@ def test_samples_that_are_alike_are_run_together_with_the_same_loss() -> None:
     assert lengths == [1] * SAMPLES + [2, 5]
 
 
-@pytest.mark.parametrize("is_loud", [True, False])
-def test_samples_whose_masks_are_for_one_are_run_alone(is_loud: bool) -> None:
-    """As those of Bloom, which have a row for each head of each sample."""
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, None])
+def test_samples_whose_masks_are_for_one_are_run_alone(kind: type[Exception] | None) -> None:
+    """As those of Bloom, which have a row for each head of each sample, and of XGLM, which are checked."""
     task = make_task()
 
     def for_one(hidden: Tensor, sample: int) -> Tensor:
-        if len(hidden) > 1 and is_loud:
-            raise RuntimeError("the mask is of one sample")
+        if len(hidden) > 1 and kind is not None:
+            raise kind("the mask is of one sample")
         return task.run_on(hidden, sample) * len(hidden)
 
     loss = BlockLoss(replace(task, alike=True, run_on=for_one))
@@ -241,8 +242,10 @@ def test_samples_whose_masks_are_for_one_are_run_alone(is_loud: bool) -> None:
     assert not loss.joins
 
 
-def test_a_family_whose_masks_are_for_one_sample_learns() -> None:
-    prepared = bitwright.prepare(build_model("bloom"), scheme="w4g16", algorithm="autoround", options={"iters": 3})
+@pytest.mark.parametrize("algorithm", ["autoround", "gptq+learned"])
+def test_a_family_whose_masks_are_for_one_sample_learns(algorithm: str) -> None:
+    options = few_steps(algorithm)
+    prepared = bitwright.prepare(build_model("bloom"), scheme="w4g16", algorithm=algorithm, options=options)
     for seed in range(3):
         prepared(input_ids=torch.arange(12).remainder(7 + seed).view(1, 12))
     assert torch.isfinite(bitwright.convert(prepared)(input_ids=torch.arange(6)[None]).logits).all()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitwright.core.errors import BitwrightError
 from bitwright.models.blocks import find_blocks
-from bitwright.quantization.capture import ChangedBetweenBlocks, capture
+from bitwright.quantization.capture import ChangedBetweenBlocks, capture, run_block
 from bitwright.quantization.session import Prepared, convert, prepare
 from tests.quantization.tiny import Plain, PlainBlock
 
@@ -62,6 +62,36 @@ def test_what_happens_between_blocks_is_not_left_out_in_silence(kind: str) -> No
 def test_without_calibration_it_does_not_matter(kind: str) -> None:
     prepare(Between(kind), scheme="w4g32")
     assert convert(prepared(kind, "rtn"))(torch.randn(2, 8)).shape == (2, 8)
+
+
+class Listed(PlainBlock):
+    """Returns a list, as blocks of the first GPT do."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return [super().forward(x)]
+
+
+@torch.no_grad()
+def test_blocks_may_return_lists() -> None:
+    torch.manual_seed(0)
+    model = Plain(32, blocks=0)
+    model.blocks = nn.ModuleList(Listed(32) for _ in range(3))
+    seen: list[Tensor] = []
+
+    def through(x: Tensor) -> Tensor:
+        x = model.embed(x)
+        for block in model.blocks:
+            x = block(x)[0]
+        seen.append(x)
+        return model.head(x)
+
+    given = torch.randn(5, 8)
+    through(given)
+    captured = capture(model, find_blocks(model), [lambda: through(given)])
+    hidden = captured.inputs[0]
+    for block, (call,) in zip(model.blocks, captured.calls, strict=True):
+        hidden = run_block(block, hidden, call)
+    assert torch.equal(hidden, seen[0])
 
 
 class Two(PlainBlock):

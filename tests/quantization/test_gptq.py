@@ -50,8 +50,10 @@ def weights(rows: int = 20, columns: int = 100, seed: int = 1) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def check_same(scheme: QuantScheme, options: GptqOptions, *, seed: int = 0) -> QuantizedTensor:
-    weight, site = weights(), correlated_site(100, seed=seed)
+def check_same(
+    scheme: QuantScheme, options: GptqOptions, *, seed: int = 0, dead: tuple[int, ...] = ()
+) -> QuantizedTensor:
+    weight, site = weights(), correlated_site(100, seed=seed, dead=dead)
     rounded = round_by_error_feedback(weight, site, scheme, options)
     codes, values = restate(weight, site, scheme, options)
     assert "rounded_by" not in rounded.notes
@@ -74,6 +76,12 @@ def test_codes_are_those_of_the_paper_column_by_column(scheme: QuantScheme, orde
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_blocks_change_nothing(order: dict[str, bool], block_size: int) -> None:
     check_same(QuantScheme(bits=3, group=48), GptqOptions(block_size=block_size, **order))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_dead_inputs_leave_those_beside_them_alone(order: dict[str, bool]) -> None:
+    """They are no part of the mean that damping is a fraction of, and spread no errors."""
+    check_same(QuantScheme(bits=3, group=32), GptqOptions(damp=0.1, **order), dead=tuple(range(0, 90, 2)))
 
 
 @pytest.mark.parametrize("search", ["plain", "importance"])

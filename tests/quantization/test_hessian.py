@@ -149,11 +149,12 @@ def test_a_matrix_that_is_not_positive_definite_is_noticed() -> None:
         assert not factor_upper(torch.full((4, 4), broken))
 
 
+@pytest.mark.parametrize("dead", [(), (0, 7, 8, 63, 89)], ids=["all live", "some dead"])
 @pytest.mark.parametrize("order", [{}, {"act_order": True}, {"group_aware": True}], ids=str)
-def test_the_error_is_that_of_the_outputs(order: dict[str, bool]) -> None:
+def test_the_error_is_that_of_the_outputs(order: dict[str, bool], dead: tuple[int, ...]) -> None:
     flags = {"act_order": False, "group_aware": False, "static_groups": False} | order
     for width in (90, 600):
-        site = correlated_site(width, tokens=width * 2)
+        site = correlated_site(width, tokens=width * 2, dead=dead)
         arranged = arrange(importance_of(site), parse("w4g32").weight, **flags)
         factor = factor_hessian(site, arranged, 0.01)
         assert factor is not None
