@@ -162,6 +162,28 @@ def test_a_norm_is_judged_by_what_it_does(shift: float, is_read_again: bool, fol
         assert "b.up" in up.refusal
 
 
+class GatedNorm(nn.LayerNorm):
+    """A norm that also takes what its output is multiplied by."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * torch.sigmoid(gate)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@torch.no_grad()
+def test_a_norm_that_reads_more_than_one_tensor_takes_no_scale(by_name: bool) -> None:
+    block = nn.Module()
+    block.norm, block.up = GatedNorm(8), nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+
+    def run() -> Tensor:
+        made: Tensor = block.up(block.norm(x, gate=x) if by_name else block.norm(x, x))
+        return made
+
+    (site,) = find_sites(block, "b", ["b.up"], run)
+    assert site.fold is None and "nothing before b.up" in site.refusal
+
+
 def test_the_smallest_module_around_layers() -> None:
     assert enclosing(["a.b.c"]) == "a.b.c"
     assert enclosing(["a.b.c", "a.b.d"]) == "a.b"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 import bitwright
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.grid import FitOptions
+from bitwright.core.scheme import QuantScheme
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight
+from bitwright.models.folding import share_scale
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.sites import Site
+from bitwright.quantization import awq
 from bitwright.quantization.awq import (
     AwqOptions,
     AwqScaleOptions,
@@ -24,7 +29,7 @@ from bitwright.quantization.awq import (
     scale_by_activation,
 )
 from bitwright.quantization.awq_clip import CLIP_RATIOS, apply_ratios, search_ratios
-from bitwright.quantization.smoothing import fake_quantize, judged_samples, open_bench, task_sites
+from bitwright.quantization.smoothing import SiteBench, fake_quantize, judged_samples, open_bench, task_sites
 from bitwright.quantization.stages import BlockTask
 from tests.models.architectures import build, sample_ids
 from tests.quantization.tasks import make_task
@@ -96,6 +101,41 @@ def test_the_scale_of_one_layer_is_the_true_minimum_of_the_grid() -> None:
     multipliers = scale_by_activation(task, AwqScaleOptions(folding=False))
     torch.testing.assert_close(1 / multipliers[name].double(), scale, rtol=1e-5, atol=0)
     torch.testing.assert_close(linear_weight(task.layers[name]).double(), weight * scale, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"range": "full"}, {"range": "either", "search": True}], ids=str)
+@torch.no_grad()
+def test_candidates_are_rounded_as_the_rounder_will(options: dict[str, Any]) -> None:
+    task = make_task(build("gpt2"), SAMPLES, "w3g32")
+    name = next(each for each in task.layers if each.endswith("mlp.c_proj"))
+    x, weight = inputs_of(task, name).float(), linear_weight(task.layers[name]).clone()
+    scales, losses = list(candidate_scales(x.abs().mean(0), weight.abs().mean(0), 20)), []
+    form, fit = task.linears[name].weight, AwqScaleOptions(**options).fit
+    for scale in scales:
+        error = fake_quantize(weight * scale, form, fit) / scale - weight
+        losses.append(float((x @ error.T).double().square().sum()))
+    multipliers = scale_by_activation(task, AwqScaleOptions(folding=False, **options))
+    chosen = min(range(len(losses)), key=lambda each: float((1 / multipliers[name] - scales[each]).abs().max()))
+    torch.testing.assert_close(1 / multipliers[name], scales[chosen], rtol=1e-4, atol=0)
+    assert losses[chosen] <= min(losses) * (1 + 1e-5)
+
+
+@torch.no_grad()
+def test_channels_that_one_row_makes_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query heads that share a value head: what candidates are made from is shared, so that each of them can fold."""
+    task, given = make_task(build("llama"), SAMPLES, "w3g32"), []
+
+    def note(activations: Tensor, weights: Tensor, grid: int) -> Iterator[Tensor]:
+        given.append((activations, weights))
+        return candidate_scales(activations, weights, grid)
+
+    sites = task_sites(task)
+    monkeypatch.setattr(awq, "candidate_scales", note)
+    scale_by_activation(task, AwqScaleOptions())
+    assert len(given) == len(sites) == 4 and sites[1].fold is not None and sites[1].fold.rows.unique().numel() == 32
+    for site, vectors in zip(sites, given, strict=True):
+        for vector in vectors:
+            torch.testing.assert_close(share_scale(site.fold, vector), vector)
 
 
 @torch.no_grad()
@@ -208,6 +248,33 @@ def test_clipped_ranges_are_the_best_of_each_group() -> None:
     assert (ratios < 1).any() and (ratios <= 1).all()
     clipped = apply_ratios(weight.clone(), ratios, scheme)
     assert torch.equal(clipped[:, :16][ratios[:, 0] == 1], weight[:, :16][ratios[:, 0] == 1])
+
+
+@torch.no_grad()
+def test_what_is_clipped_is_judged_by_what_the_whole_site_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose own search errs is left alone; one that gains counts when the next is judged."""
+    task = make_task(build("llama"), SAMPLES, "w3g32")
+    before = {name: linear_weight(layer).clone() for name, layer in task.layers.items()}
+    good = {name: name.endswith(("q_proj", "up_proj")) for name in before}
+    found: list[Tensor] = []
+
+    def search(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
+        name = next(name for name, own in before.items() if torch.equal(own, weight))
+        found.append(search_ratios(weight, tokens, scheme, options))
+        return found[-1] if good[name] else torch.full_like(found[-1], 0.1)
+
+    monkeypatch.setattr(awq, "search_ratios", search)
+    judged: list[tuple[Tensor, ...]] = []
+    loss = SiteBench.loss
+    monkeypatch.setattr(
+        SiteBench, "loss", lambda bench, tried: judged.append(tuple(tried.values())) or loss(bench, tried)
+    )
+    clip_and_scale(task, AwqOptions(scale=False))
+    changed = {name for name, layer in task.layers.items() if not torch.equal(linear_weight(layer), before[name])}
+    assert changed and all(good[name] for name in changed) and len(found) == 7
+    start, by_query, by_key = judged[:3]  # of the queries', keys' and values' site
+    assert "self_attn.q_proj" in " ".join(changed) and not torch.equal(by_query[0], start[0])
+    assert torch.equal(by_key[0], by_query[0]) and not torch.equal(by_key[1], start[1])
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.grid import Parameters
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.core.scheme_names import parse
 from bitwright.quantization import fp8, gptq
 from bitwright.quantization import hessian as hessian_module
 from bitwright.quantization.gptq import GptqOptions, round_by_error_feedback
+from bitwright.quantization.gptq_grids import join
 from bitwright.quantization.statistics import SiteStatistics
 from tests.quantization.gptq_restatement import correlated_site, hessian, restate, squared_error
 
@@ -82,6 +84,16 @@ def test_blocks_change_nothing(order: dict[str, bool], block_size: int) -> None:
 def test_dead_inputs_leave_those_beside_them_alone(order: dict[str, bool]) -> None:
     """They are no part of the mean that damping is a fraction of, and spread no errors."""
     check_same(QuantScheme(bits=3, group=32), GptqOptions(damp=0.1, **order), dead=tuple(range(0, 90, 2)))
+
+
+def test_scales_of_one_group_below_half_precision_keep_their_digits() -> None:
+    """Where one group needs float32, all get it, whichever was fitted first."""
+    coarse, fine = torch.full((3, 1), 0.5, dtype=torch.float16), torch.full((3, 1), 1e-9)
+    for parts in ([coarse, fine], [fine, coarse], [coarse, fine, coarse]):
+        joined = join([Parameters(part, part) for part in parts], dim=1)
+        assert joined.zero is not None and joined.scale.dtype == joined.zero.dtype == torch.float32
+        assert torch.equal(joined.scale, torch.cat([part.float() for part in parts], dim=1))
+    assert join([Parameters(coarse, None)] * 2, dim=0).scale.dtype == torch.float16
 
 
 @pytest.mark.parametrize("search", ["plain", "importance"])

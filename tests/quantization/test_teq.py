@@ -145,6 +145,19 @@ def test_the_folded_block_is_the_trained_one(name: str) -> None:  # W32
         assert float(error) < 1e-4 * float(plain.abs().max()) < float(noise)
 
 
+def test_the_learning_rate_rises_then_falls_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def note(optimizer: torch.optim.Adam) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", note)
+    train_scales(make_task(build("llama"), SAMPLES[:1], "w3g32"), TeqOptions(steps=10, warmup=0.4, lr=0.01))
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, *(0.01 * left / 6 for left in (5, 4, 3, 2, 1))])
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_it_never_loses_and_the_seed_decides(batch: int) -> None:
     """Also with a learning rate that leads nowhere, when a step sees all samples and when it sees one."""

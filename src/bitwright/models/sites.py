@@ -112,8 +112,9 @@ def _watch(block: nn.Module, name: str, modules: Mapping[str, nn.Module], run: C
             trace.order.append(reader)
             trace.alive.append(arguments[0])
 
-    def written(norm: str, arguments: tuple[Tensor, ...], output: object) -> None:
-        if isinstance(output, Tensor) and norm not in trace.samples:
+    def written(norm: str, arguments: tuple[Tensor, ...], keywords: Mapping[str, object], output: object) -> None:
+        is_plain = len(arguments) == 1 and not keywords  # a gated norm reads more than what it normalizes
+        if is_plain and isinstance(output, Tensor) and norm not in trace.samples:
             trace.writes[(output.data_ptr(), output.numel())] = norm
             trace.samples[norm] = arguments[0].detach()[..., :8, :].clone()
             trace.order.append(norm)
@@ -125,7 +126,8 @@ def _watch(block: nn.Module, name: str, modules: Mapping[str, nn.Module], run: C
     ]
     for path, module in block.named_modules(prefix=name):
         if is_norm(module):
-            hooks.append(module.register_forward_hook(lambda _, a, output, norm=path: written(norm, a, output)))
+            note = lambda _, a, k, output, norm=path: written(norm, a, k, output)  # noqa: E731
+            hooks.append(module.register_forward_hook(note, with_kwargs=True))
     try:
         trace.alive.append(run())
     finally:

@@ -143,7 +143,7 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     first = _Recorder(names[0], blocks.modules[0], as_tuple=False, is_last=True)
     _run_with(model, names[:1], [first], forwards[0])
     hidden, call = first.seen[0]
-    as_tuple = isinstance(_call(blocks.modules[0], hidden, call), tuple)
+    as_tuple = isinstance(_call(blocks.modules[0], hidden, call), tuple | list)
     recorders: list[_Recorder] = []
     for name, block in zip(names, blocks.modules, strict=True):
         before, is_last = recorders[-1] if recorders else None, len(recorders) == len(names) - 1
