@@ -15,9 +15,11 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import find_blocks
+from bitwright.quantization import autoround
 from bitwright.quantization.autoround import AutoRoundOptions, learn_rounding
 from bitwright.quantization.block_loss import BlockLoss
 from bitwright.quantization.capture import capture
+from bitwright.quantization.fake_quant import OffsetWeight
 from bitwright.quantization.stages import BlockTask
 from bitwright.quantization.stream import Flow, _are_alike
 from tests.quantization.few_steps import few_steps
@@ -182,6 +184,52 @@ def differs(*changed: dict[str, Any], scheme: str = "w2g16-asym") -> bool:
 )
 def test_every_option_does_something(options: dict[str, Any]) -> None:
     assert differs({}, options)
+
+
+def test_the_last_iterate_is_kept_only_if_that_is_asked_for() -> None:
+    task, start = make_task(), round_to_nearest(make_task())
+    options: dict[str, Any] = {"iters": 20, "batch_size": SAMPLES, "lr": 0.02, "lr_scheduler": "constant"}
+    best, last = (
+        dict(learn_rounding(task, start, AutoRoundOptions(**options, not_use_best_mse=flag))) for flag in (False, True)
+    )
+    assert error_of(task, best) < error_of(task, last) < error_of(task, start)
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+def test_it_stops_after_so_many_steps_without_a_better_iterate(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    genuine = BlockLoss.backward
+
+    def backward(loss: BlockLoss, batch: Any) -> float:
+        calls.append(1)
+        genuine(loss, batch)
+        return 1.0
+
+    monkeypatch.setattr(BlockLoss, "backward", backward)
+    learn_rounding(make_task(), round_to_nearest(make_task()), AutoRoundOptions(iters=20, dynamic_max_gap=gap))
+    assert len(calls) == 1 + gap
+
+
+def test_samples_may_be_taken_one_after_the_other() -> None:
+    batches = autoround._batches(5, AutoRoundOptions(batch_size=2, sampler="sequential"), torch.Generator())
+    assert [next(batches) for _ in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
+
+
+def test_offsets_and_ranges_stay_within_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[OffsetWeight] = []
+
+    def note(*arguments: Any) -> OffsetWeight:
+        made.append(OffsetWeight(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(autoround, "OffsetWeight", note)
+    options = AutoRoundOptions(iters=12, lr=0.3, lr_scheduler="constant")
+    learn_rounding(make_task(), round_to_nearest(make_task()), options)
+    assert len(made) == 2
+    for weight in made:
+        assert float(weight.offset.min()) == -0.5 and float(weight.offset.max()) == 0.5
+        for bound in (weight.low, weight.high):
+            assert float(bound.min()) >= 0 and float(bound.max()) == 1
 
 
 def test_the_full_range_is_for_symmetric_schemes() -> None:

@@ -56,9 +56,9 @@ def restated(group: list[float], scale: float, zero: float, top: int, options: H
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("size", "kappa"), [(1.0, 1.01), (40.0, 1.01), (10.0, 1.2)])
+@pytest.mark.parametrize(("size", "kappa"), [(1.0, 1.01), (40.0, 1.01), (10.0, 1.2), (1.5, 1.2)])
 def test_the_zero_point_is_the_best_iterate_of_the_equations(bits: int, size: float, kappa: float) -> None:
-    """``size`` makes errors fall on both sides of the threshold, 10^(-1/1.3) = 0.17, below which E is zero."""
+    """``size`` makes errors fall on both sides of the threshold, 10^(-1/1.3) = 0.17 at first, below which E is zero."""
     scheme = replace(FLOAT_ZERO, bits=bits)
     weight, options = size * heavy_tailed(6, 48), HqqOptions(kappa=kappa)
     tensor = solve_half_quadratic(weight, None, scheme, options)
@@ -115,6 +115,17 @@ def test_the_scale_is_moved_by_least_squares_where_the_zero_point_cannot() -> No
     is_moved = (found.scale.double() - moved).abs() < 1e-5 * moved
     is_kept = found.scale.double() == scale
     assert (is_moved | is_kept).all() and is_moved.any()
+
+
+def test_scales_do_not_move_below_what_half_precision_holds() -> None:
+    limits = torch.finfo(torch.float16)
+    weight = heavy_tailed(16, 64)
+    weight *= limits.tiny * 7 * 1.02 / weight.view(16, 4, 16).abs().amax(-1).repeat_interleave(16, 1)
+    found = quantize(weight, replace(SYMMETRIC, scale_dtype=torch.float16))
+    assert isinstance(found.scale, Tensor) and found.scale.dtype == torch.float16
+    assert float(found.scale.abs().min()) >= limits.tiny
+    smaller = quantize(weight, SYMMETRIC).scale
+    assert isinstance(smaller, Tensor) and float(smaller.min()) < limits.tiny  # where there is room for it
 
 
 @pytest.mark.parametrize("scheme", [FLOAT_ZERO, SYMMETRIC], ids=lambda scheme: scheme.name)

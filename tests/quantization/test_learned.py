@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.quantization.learned import LearnedOptions, learn_from_codes
 from bitwright.quantization.stages import BlockTask
+from bitwright.quantization.tuning import Adam
 from tests.quantization.test_autoround import error_of, make_task, round_to_nearest
 
 ALL = {"code_lr": 0.02, "code_steps": 40, "scale_steps": 30, "batch": 4, "check_every": 5}
@@ -81,6 +85,28 @@ def test_norms_move_only_if_they_may() -> None:
         assert torch.equal(before, task.block.norm.weight) != norms
         assert task.block.up.weight.requires_grad
         assert task.block.norm.weight.requires_grad
+
+
+def test_norms_wait_until_codes_have_settled() -> None:
+    task = make_task()
+    before, start = task.block.norm.weight.detach().clone(), shifted(task)
+    found = learn_from_codes(task, start, LearnedOptions(code_steps=20, scale_steps=0, lr=0.01))
+    assert any(not torch.equal(found[name].codes, start[name].codes) for name in start)
+    assert torch.equal(before, task.block.norm.weight)
+
+
+def test_codes_wait_as_long_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    update = Adam.update
+
+    def note(adam: Adam, values: Any, gradients: Any, rates_: Mapping[str, float]) -> None:
+        rates.append(rates_["position"])
+        update(adam, values, gradients, rates_)
+
+    monkeypatch.setattr(Adam, "update", note)
+    task = make_task()
+    learn_from_codes(task, shifted(task), LearnedOptions(code_steps=10, scale_steps=0, code_wait=0.3))
+    assert rates[:3] == [0.0] * 3 and min(rates[3:9]) > 0
 
 
 def test_the_seed_settles_everything() -> None:
