@@ -10,6 +10,7 @@ import bitwright
 from bitwright.core.errors import BitwrightError
 from bitwright.core.scheme_names import parse
 from bitwright.quantization.choice import CANDIDATES, ChoiceOptions, choose_rounder, output_error
+from bitwright.quantization.gptq import GptqOptions, round_by_error_feedback
 from bitwright.quantization.stages import Rounded
 from bitwright.quantization.statistics import SiteStatistics
 from tests.quantization.tiny import Plain
@@ -51,6 +52,25 @@ def test_only_what_is_asked_for_is_tried() -> None:
     assert chosen.notes == {"rounder": "rtn", "gain": 1.0}
     with pytest.raises(BitwrightError, match="candidates is 'rtn,best'"):
         ChoiceOptions(candidates="rtn,best")
+
+
+def test_damping_reaches_those_that_need_it() -> None:
+    statistics, _ = make_site()
+    weight, scheme = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)), parse("w2g16-asym").weight
+    codes = {}
+    for damp in (0.01, 0.9):
+        chosen = choose_rounder(weight, statistics, scheme, ChoiceOptions(candidates="gptq", damp=damp))
+        alone = round_by_error_feedback(weight, statistics, scheme, GptqOptions(act_order=False, damp=damp))
+        codes[damp] = chosen.tensor.codes
+        assert torch.equal(codes[damp], alone.tensor.codes)
+    assert not torch.equal(codes[0.01], codes[0.9])
+
+
+def test_the_first_of_equals_wins() -> None:
+    statistics = SiteStatistics(32, with_gram=True)
+    statistics.add(torch.eye(32))  # inputs that have nothing to do with each other: no error can be made up for
+    chosen = choose_rounder(torch.randn(8, 32), statistics, parse("w3g16").weight, ChoiceOptions(candidates="rtn,gptq"))
+    assert chosen.notes["rounder"] == "rtn"
 
 
 def test_without_tokens_it_says_so() -> None:

@@ -106,6 +106,18 @@ def test_codes_do_not_depend_on_how_texts_are_put_into_batches(algorithm: str) -
     assert torch.equal(*made)
 
 
+@torch.no_grad()
+def test_a_tuner_works_on_what_was_rounded_in_sequence() -> None:
+    """The float layers are back in the block when its turn comes."""
+    x, model = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), Plain(32)
+    errors = {}
+    for algorithm in ("gptq", "gptq+learned"):
+        prepared = prepare(model, scheme="w2g16-asym", algorithm=algorithm, options={"true_sequential": True})
+        prepared(x)
+        errors[algorithm] = float((convert(prepared)(x) - model(x)).square().mean())
+    assert errors["gptq+learned"] < 0.8 * errors["gptq"]
+
+
 class Twins(nn.Module):
     """Two layers that read one input."""
 
