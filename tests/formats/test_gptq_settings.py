@@ -93,6 +93,22 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "rules",
+    [
+        {r".*layers\.0": {"bits": 8}, r"layers\.0": {"bits": 2}},  # the beginning of a name is enough, its middle not
+        {r"+:^model\.layers\.0\.a$": {"bits": 8}, r"^model\.layers\.0\.a$": {"bits": 2}},
+        {r"^model\.layers\.0\.a$": {"bits": 8}, r"-:.*\.a": {}},
+    ],
+)
+def test_rules_are_looked_for_from_the_beginning_of_a_name(tmp_path: Path, rules: dict[str, Any]) -> None:
+    """As GPTQModel does, whose patterns are matched and not searched for."""
+    layers = {A: random_layer("w8g32", (32, 64)), "model.norms.0.layers": random_layer("w4g32", (32, 64))}
+    base = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "dynamic": rules}
+    read = decode_all(write(tmp_path, layers, base))
+    assert all(same_tensor(read[name], tensor) for name, (tensor, _) in layers.items())
+
+
+@pytest.mark.parametrize(
     ("modules", "accepted"),
     [
         ([["a"], ["b"]], True), (["a", "b"], True), (None, True), ([["a"]], False), ("ab", False), ([[1]], False),

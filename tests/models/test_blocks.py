@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.core.errors import BitwrightError
@@ -131,6 +132,12 @@ def test_layers_of_a_block_that_share_a_weight_are_refused(is_module: bool) -> N
     model.blocks[1].other.weight = model.blocks[1].up.weight
     with pytest.raises(BitwrightError, match=r"BW313.*blocks\.1\.other has the weight of blocks\.1\.up"):
         find_blocks(model)
+
+
+def test_the_first_mambas_are_refused_by_name() -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    with pytest.raises(BitwrightError, match=r"BW313.*backbone\.layers\.0\.mixer is a state space"):
+        find_blocks(MambaForCausalLM(config))
 
 
 def test_a_module_is_put_where_its_name_says() -> None:

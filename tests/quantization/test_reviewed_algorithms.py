@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bitwright.models.blocks import linear_weight
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.api import quantize
+from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.plan import make_plan
 from bitwright.quantization.rtn import RTN, RtnOptions
 from bitwright.quantization.session import convert, prepare
@@ -104,6 +106,37 @@ def test_codes_do_not_depend_on_how_texts_are_put_into_batches(algorithm: str) -
         layers = [module for module in convert(prepared).modules() if isinstance(module, QuantizedLinear)]
         made.append(torch.cat([layer.unpack().codes.flatten() for layer in layers]))
     assert torch.equal(*made)
+
+
+@torch.no_grad()
+def test_inputs_are_multiplied_while_sites_are_rounded_in_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By powers of two, which change no bit: the codes are those without, and two equalizers multiply by both."""
+
+    def double(task: BlockTask, options: RtnOptions) -> Mapping[str, Tensor]:
+        name = next(name for name in task.layers if name.endswith("up"))
+        linear_weight(task.layers[name]).div_(2)
+        return {name: torch.full((32,), 2.0)}
+
+    stages = tuple(Stage(name, NoOptions, double) for name in ("once", "twice"))
+    monkeypatch.setitem(ALGORITHMS, "doubled", Algorithm(equalize=stages, round=GPTQ, calibrated=True, with_gram=True))
+    x, made = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), {}
+    for algorithm in ("gptq", "doubled"):
+        prepared = prepare(Plain(32), scheme="w2g16-sf32", algorithm=algorithm, options={"true_sequential": True})
+        prepared(x)
+        made[algorithm] = convert(prepared)
+    for name, module in made["gptq"].named_modules():
+        if isinstance(module, QuantizedLinear):
+            other = made["doubled"].get_submodule(name)
+            assert isinstance(other, QuantizedLinear)
+            assert torch.equal(module.unpack().codes, other.unpack().codes), name
+            assert (other.input_scale is None) == name.endswith("down")
+            assert other.input_scale is None or torch.equal(other.input_scale, torch.full((32,), 4.0))
+    assert torch.equal(made["gptq"](x), made["doubled"](x))
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing to choose."""
 
 
 @torch.no_grad()

@@ -77,8 +77,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     """The outermost ModuleList whose members all contain linear layers; the one with most weights if several.
 
     Raises:
-        BitwrightError: BW313 if there is none, if blocks share layers, or if they hold weight matrices in no Linear or
-            Conv1D (fused mixtures of experts), which would silently stay unquantized.
+        BitwrightError: BW313 if there is none, if layers share weights, if blocks hold weight matrices in no Linear or
+            Conv1D (fused mixtures of experts), which would silently stay unquantized, or state spaces of the first
+            Mamba, whose layers are not run as such.
     """
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -98,6 +99,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     _refuse_shared_layers(blocks)
     for block_name, block in zip(blocks.names(), blocks.modules, strict=True):
         _refuse_fused_matrices(block_name, block)
+        _refuse_state_spaces(block_name, block)
     return blocks
 
 
@@ -157,6 +159,18 @@ def _refuse_shared_layers(blocks: Blocks) -> None:
                     why="each block is quantized by itself, and what fits one need not fit the other",
                     suggestion="quantize a model whose blocks have weights of their own",
                 )
+
+
+def _refuse_state_spaces(block_name: str, block: nn.Module) -> None:
+    """Mamba's mixers take the weight of their last small layer and never run it: nothing could stand in its place."""
+    for name, module in block.named_modules(prefix=block_name):
+        layer = getattr(module, "dt_proj", None)
+        if isinstance(layer, nn.Module) and is_linear(layer) and isinstance(getattr(module, "A_log", None), Tensor):
+            raise BitwrightError(
+                "BW313",
+                f"{name} is a state space whose weights are read and not run; such models cannot be quantized yet",
+                suggestion="quantize a transformer, or a Mamba of the second kind",
+            )
 
 
 def _refuse_fused_matrices(block_name: str, block: nn.Module) -> None:
