@@ -53,10 +53,13 @@ def _present(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's own cache of reference logits."""
-    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "bitwright-cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, and no fixture of a module, reads or fills the user's own cache of reference logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "bitwright-cache"))
+        patch.delenv("BITWRIGHT_CACHE_LIMIT", raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
