@@ -28,6 +28,7 @@ from bitwright.models.paged_cache import PAGE
 __all__ = ["Ask", "Growth", "alone", "mixed_requests", "pages_needed", "soak", "under_pressure"]
 
 Ask = tuple[list[int], dict[str, Any]]
+LEAST_ROUNDS = 3  # however slow the machine is: fewer show no growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def soak(model: PreTrainedModel, *, seconds: float, vocabulary: int, count: int 
     wrong = lost = answered = 0
     with Engine(model, max_batch=count, cache_tokens=room, step_tokens=256) as engine:
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(resident) < LEAST_ROUNDS:
             cancelled = set(random.Random(len(resident)).sample(range(count), count // 5))
             answers = under_pressure(engine, requests, len(resident), cancelled)
             for answer, alike in zip(answers, expected, strict=True):

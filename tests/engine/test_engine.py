@@ -116,6 +116,7 @@ def test_conversations(engine: Engine) -> None:
         ("a", {"stop_ids": [2048]}, "BW201.*stop_ids.*2048"), ("a", {"max_tokens": 600}, "BW403.*600"),
         ([5] * 512, {}, "BW403.*512 tokens"), ([5] * 600, {}, "BW403.*600 tokens"),
         ([{"role": "user"}], {}, "BW201.*message has role"), ("\ud800", {}, "BW201.*Unicode"),
+        ([10**5000], {}, "BW201.*prompt has the token"), ("a", {"logit_bias": {10**5000: 1}}, "BW201.*logit_bias"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_refused_at_once(
@@ -301,7 +302,8 @@ def test_what_a_failed_request_computed_is_found_by_nobody(tiny: PreTrainedModel
         ({"reuse_seconds": -1}, "reuse_seconds"), ({"speculate": -1}, "speculate"), ({"kv_cache": "int3"}, "int3"),
         ({"step_tokens": 0}, "step_tokens"), ({"max_length": 0}, "max_length"), ({"kv_cache": "int2"}, "int2"),
         ({"cache_memory": 1 << 60}, "BW503"), ({"cache_tokens": 1 << 60}, "BW503"),
-        ({"max_length": 129}, "max_length.*at most 128"),
+        ({"max_length": 129}, "max_length.*at most 128"), ({"tokenizer": 5}, "tokenizer is a int"),
+        ({"invariant": 5}, "invariant"), ({"cache_tokens": 10**5000}, "cache_tokens"),
     ],
 )  # fmt: skip
 def test_wrong_engines(tiny: PreTrainedModel, fields: dict[str, Any], words: str) -> None:

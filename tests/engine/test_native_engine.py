@@ -84,6 +84,35 @@ def test_a_seed_is_the_same_token_natively(fields: dict[str, Any], monkeypatch: 
     assert native == [Sampler(options, [], seed).choose(logits)[0] for logits, seed in cases]
 
 
+@pytest.mark.parametrize(
+    ("fields", "accepted"),
+    [
+        ({"temperature": 1e39}, {0, 1, 2, 3}), ({"temperature": 1e300, "top_k": 1 << 40}, {0, 1, 2, 3}),
+        ({"temperature": 1e-300}, {1}), ({"temperature": 5e-324}, {1}), ({"temperature": 1.0, "top_p": 1e-50}, {1}),
+        ({"temperature": 0.1, "min_p": 1e-300, "top_p": 5e-324}, {1}), ({"repetition_penalty": 1e-300}, {0}),
+        ({"repetition_penalty": 1e300}, {1}), ({"temperature": 1.0, "repetition_penalty": 1e-50}, {0}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_native", [True, False])
+def test_numbers_that_float32_cannot_hold_mean_what_they_say(
+    fields: dict[str, Any], accepted: set[int], is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens are as likely at a huge temperature, and a share of the chance that is next to none leaves one."""
+    if not is_native:
+        monkeypatch.setattr(native_library, "_MISSING", "left aside")
+    logits = np.array([0.5, 2.0, -1.0, 0.0], dtype=np.float32)
+    found = {Sampler(RequestOptions(**fields), [0, 2], seed).choose(logits)[0] for seed in range(60)}
+    assert found == accepted
+
+
+def test_options_at_their_ends_fail_nobody() -> None:
+    ends = ({"temperature": 1e300}, {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 1.0, "top_k": 1 << 70})
+    for fields in (*ends, {"repetition_penalty": 1e300}, {"repetition_penalty": 1e-300, "temperature": 1.0}):
+        with Engine("demo:") as engine:
+            options: dict[str, Any] = {"max_tokens": 3, "ignore_end": True, "seed": 1, **fields}
+            assert len(engine.generate("Once", **options).tokens) == 3
+
+
 def test_an_output_head_in_8_bits() -> None:
     with Engine("demo:", head="w8") as engine, Engine("demo:") as plain:
         assert engine.statistics().weight_bytes < plain.statistics().weight_bytes

@@ -49,6 +49,38 @@ def test_a_character_comes_with_its_last_byte() -> None:
     assert pieces(BYTES, "A", "é😀!") == ["", "é", "", "", "", "😀", "!", ""]
 
 
+class Fallback:
+    """A tokenizer whose tokens are bytes, decoded as sentencepiece does: a run that is no text is as many faults."""
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        try:
+            return bytes(tokens).decode()
+        except UnicodeDecodeError:
+            return "�" * len(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, Fallback()], ids=["pieces", "fallback"])
+def test_a_character_that_the_prompt_began_is_shown_whole(tokenizer: Tokenizer) -> None:
+    text = "😀xy"
+    tokens = list(text.encode()) if isinstance(tokenizer, Fallback) else tokenizer.encode(text)
+    for cut in (1, 2, 3):
+        detokenizer = Detokenizer(tokenizer, tokens[:cut])
+        assert "".join(detokenizer.add(token) for token in tokens[cut:]) == text, cut
+
+
+def test_bytes_that_never_become_a_character_are_not_held_back_for_ever() -> None:
+    decoded: list[int] = []
+
+    class Counting(Fallback):
+        def decode(self, tokens: list[int], **_: object) -> str:
+            decoded.append(len(tokens))
+            return super().decode(tokens)
+
+    detokenizer = Detokenizer(Counting(), [65])  # type: ignore[arg-type]
+    found = [detokenizer.add(0x80) for _ in range(500)]
+    assert max(decoded) <= 64 and sum(map(bool, found)) == 500 // 32
+
+
 def test_finishing_twice_adds_nothing() -> None:
     detokenizer = Detokenizer(BYTES, BYTES.encode("A"))
     assert detokenizer.add(BYTES.encode("é")[0]) == ""

@@ -301,7 +301,7 @@ class Engine:
 def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None:
-            check_count(name, size, 1)
+            check_count(name, size, 1, (1 << 63) - 1)
 
 
 def _max_length(asked: int | None, context: int) -> int:
@@ -311,7 +311,7 @@ def _max_length(asked: int | None, context: int) -> int:
 
 
 def _check_reuse(reuse: int, seconds: float | None) -> None:
-    if check_count("reuse", reuse, 0) % PAGE:
+    if check_count("reuse", reuse, 0, (1 << 63) - 1) % PAGE:
         raise ArgumentError("BW201", f"reuse is {reuse}", suggestion=f"accepted: a multiple of {PAGE}, or 0")
     if seconds is not None:
         check_number("reuse_seconds", seconds, lambda x: x >= 0, "a finite number, 0 or more")

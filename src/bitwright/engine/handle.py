@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,9 +15,16 @@ from typing import Literal
 from bitwright.core.errors import BitwrightError
 from bitwright.engine.sampler import Logprobs
 
-__all__ = ["Completion", "Delta", "FinishReason", "RequestHandle", "Status"]
+__all__ = ["Completion", "Delta", "FinishReason", "RequestHandle", "Status", "refuse_copy"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+def refuse_copy(process: int) -> None:
+    """Raise BW209 in a process that was forked from ``process``, where the engine's thread is."""
+    if os.getpid() != process:
+        what = "the engine belongs to the process from which this one was forked"
+        raise BitwrightError("BW209", what, suggestion="make an engine in this process, after the fork")
 
 
 class Status(enum.Enum):
@@ -89,7 +97,7 @@ class RequestHandle:
 
     def __init__(self, number: int, cancel: Callable[[int], None]) -> None:
         self.number = number
-        self._cancel = cancel
+        self._cancel, self._process = cancel, os.getpid()
         self._changed = threading.Condition()
         self._status = Status.WAITING
         self._deltas: deque[Delta] = deque()
@@ -117,6 +125,7 @@ class RequestHandle:
         Raises:
             BitwrightError: what made the request fail, once all that came before is read.
         """
+        refuse_copy(self._process)
         with self._changed:
             self._changed.wait_for(lambda: self._deltas or self._status.is_end, timeout)
             return self._take()
@@ -128,6 +137,7 @@ class RequestHandle:
             BitwrightError: what made the request fail.
             TimeoutError: if it has not ended after ``timeout`` seconds; it goes on.
         """
+        refuse_copy(self._process)
         with self._changed:
             if not self._changed.wait_for(lambda: self._status.is_end, timeout):
                 raise TimeoutError(f"request {self.number} has not ended after {timeout} s")
@@ -164,6 +174,7 @@ class RequestHandle:
 
     async def _news(self, is_there: Callable[[], bool]) -> None:
         """Return when ``is_there``, which the engine's thread makes so."""
+        refuse_copy(self._process)
         loop = asyncio.get_running_loop()
         while True:
             event = asyncio.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitwright.core.errors import BitwrightError
-from bitwright.engine.handle import Completion, FinishReason, Status
+from bitwright.engine.handle import Completion, FinishReason, Status, refuse_copy
 from bitwright.engine.pages import PageAllocator
 from bitwright.engine.pressure import Pressure
 from bitwright.engine.request import Request
@@ -20,6 +21,8 @@ from bitwright.engine.scheduler import Scheduler, Work
 from bitwright.engine.statistics import Counters, Statistics
 
 __all__ = ["EngineLoop"]
+
+NUMERIC = 6  # exit status of errors about numbers, which are those of some request
 
 
 class EngineLoop:
@@ -31,7 +34,7 @@ class EngineLoop:
     def __init__(self, runner: Runner, allocator: PageAllocator, scheduler: Scheduler) -> None:
         self._runner, self._allocator, self._scheduler = runner, allocator, scheduler
         self._counters, self._pressure = Counters(), Pressure(runner, scheduler)
-        self._changed = threading.Condition()
+        self._changed, self._process = threading.Condition(), os.getpid()
         self._arrived: list[Request] = []
         self._open: dict[int, Request] = {}  # all that have not ended, wherever they are
         self._is_closing = False
@@ -53,13 +56,16 @@ class EngineLoop:
 
     def cancel(self, number: int) -> None:
         """Have a request end before the next step, if it has not ended."""
+        if os.getpid() != self._process:  # a lock may have been forked while somebody held it
+            return
         with self._changed:
             if number in self._open:
                 self._open[number].is_cancelled = True
                 self._changed.notify_all()
 
     def refuse_if_ended(self) -> None:
-        """Raise BW209 if the engine is closed, BW505 if it has failed."""
+        """Raise BW209 if the engine is closed, or another process's, BW505 if it has failed."""
+        refuse_copy(self._process)
         if self._error is not None:
             known = self._error
             raise BitwrightError(known.code, known.what, why=known.why, suggestion=known.suggestion) from known
@@ -67,7 +73,9 @@ class EngineLoop:
             raise _closed()
 
     def close(self) -> None:
-        """End all requests, and the thread; a second call does nothing."""
+        """End all requests, and the thread; a second call does nothing, and one in a forked process neither."""
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -76,6 +84,7 @@ class EngineLoop:
 
     def statistics(self, decoder: str) -> Statistics:
         """What has been done so far."""
+        refuse_copy(self._process)
         with self._changed:
             counters, scheduler = self._counters, self._scheduler
             return Statistics(
@@ -120,7 +129,6 @@ class EngineLoop:
             self._changed.wait_for(lambda: self._is_closing or self._arrived or self._scheduler.requests)
             for request in self._arrived:
                 self._scheduler.add(request)
-                self._counters.prompt_tokens += request.prompt_length
             self._arrived.clear()
             if self._is_closing:
                 return False
@@ -132,9 +140,9 @@ class EngineLoop:
         """Plan, run, choose, hand over. A step that memory runs out in is only made smaller."""
         began = time.perf_counter()
         with self._changed:
-            begun = {request for request in self._scheduler.waiting if request.reused is None}
+            new = [request for request in self._scheduler.waiting if request.reused is None]
             works = self._scheduler.plan()
-            self._counters.reused_tokens += sum(request.reused or 0 for request in begun)
+            self._counters.begin([request for request in new if request.reused is not None])
         if not works:
             return
         try:
@@ -143,12 +151,31 @@ class EngineLoop:
             with self._changed:
                 self._pressure.relieve(works, error)
             return
+        except BitwrightError as error:
+            if error.exit_status != NUMERIC:
+                raise
+            works, logits = self._run_apart(works)
         with self._changed:
             self._pressure.ease()
             for work, rows in zip(works, logits, strict=True):
                 self._advance(work, rows)
             self._counters.steps += 1
             self._counters.busy_seconds += time.perf_counter() - began
+
+    def _run_apart(self, works: Sequence[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
+        """Each work by itself, where numbers of one of them end a step of all: its request fails alone."""
+        sound, logits = list[Work](), list[NDArray[np.float32]]()
+        for work in works:
+            try:
+                logits += self._runner.run([work])
+            except BitwrightError as error:
+                if error.exit_status != NUMERIC:
+                    raise
+                with self._changed:
+                    self._fail(work.request, error)
+            else:
+                sound.append(work)
+        return sound, logits
 
     def _advance(self, work: Work, rows: NDArray[np.float32]) -> None:
         """Bring a request on by what a step computed for it."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from bitwright.core.errors import ArgumentError
 
-__all__ = ["RequestOptions", "check_count", "check_number"]
+__all__ = ["RequestOptions", "check_count", "check_number", "is_finite", "show"]
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 64
+MOST_TOKENS = 1 << 31  # more than any context holds
+MOST_SHOWN = 200  # characters of a wrong value that an error shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            check_count("max_tokens", self.max_tokens, 1)
+            check_count("max_tokens", self.max_tokens, 1, MOST_TOKENS)
         check_number("temperature", self.temperature, lambda x: x >= 0, "a finite number, 0 or more")
         check_count("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
@@ -81,18 +83,19 @@ class RequestOptions:
             is_list = isinstance(values, tuple | list) and len(values) <= MOST_STOPS
             if not is_list or not all(type(value) is kind and value not in ("", None) for value in values):
                 accepted = "texts that are not empty" if kind is str else "tokens"
-                what = f"{name} is {values!r}"
-                raise ArgumentError("BW201", what[:200], suggestion=f"accepted: at most {MOST_STOPS} {accepted}")
+                what = f"{name} is {show(values)}"
+                raise ArgumentError("BW201", what, suggestion=f"accepted: at most {MOST_STOPS} {accepted}")
             object.__setattr__(self, name, tuple(values))
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
-            raise ArgumentError("BW201", f"logit_bias is {self.logit_bias!r}", suggestion="accepted: {token: number}")
+            what = f"logit_bias is {show(self.logit_bias)}"
+            raise ArgumentError("BW201", what, suggestion="accepted: {token: number}")
         for token, bias in self.logit_bias.items():
             check_count("a token of logit_bias", token, 0)
             # Minus infinity forbids a token; plus infinity, or NaN, leaves no probabilities.
             if bias != -math.inf:
-                check_number(f"logit_bias[{token}]", bias, lambda x: abs(x) <= 1e6, "a number, or minus infinity")
+                check_number(f"logit_bias[{show(token)}]", bias, lambda x: abs(x) <= 1e6, "a number, or minus infinity")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
@@ -105,7 +108,7 @@ def check_count(name: str, value: object, least: int, most: int | None = None) -
     if type(value) is int and value >= least and (most is None or value <= most):
         return value
     accepted = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
-    raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=f"accepted: {accepted}")
+    raise ArgumentError("BW201", f"{name} is {show(value)}", suggestion=f"accepted: {accepted}")
 
 
 def check_number(name: str, value: object, accepts: Callable[[float], bool], accepted: str) -> None:
@@ -114,6 +117,22 @@ def check_number(name: str, value: object, accepts: Callable[[float], bool], acc
     Raises:
         ArgumentError: BW201, with ``accepted``.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accepts(float(value)):  # type: ignore[arg-type]
-        raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=f"accepted: {accepted}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
+    if not is_number or not accepts(float(value)):  # type: ignore[arg-type]
+        raise ArgumentError("BW201", f"{name} is {show(value)}", suggestion=f"accepted: {accepted}")
+
+
+def is_finite(value: float) -> bool:
+    """Whether ``value`` is finite, and as a float still is."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
+
+
+def show(value: object) -> str:
+    """``value`` as an error shows it."""
+    try:
+        return repr(value)[:MOST_SHOWN]
+    except ValueError:  # Python does not write whole numbers of thousands of digits
+        return "a number of thousands of digits"

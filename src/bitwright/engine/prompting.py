@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from bitwright.core.errors import ArgumentError, BitwrightError
-from bitwright.engine.options import RequestOptions
+from bitwright.engine.options import RequestOptions, show
 from bitwright.engine.scheduler import pages_of
 from bitwright.models.limits import room
 from bitwright.models.paged_cache import PAGE
@@ -52,7 +52,7 @@ def _message(message: object) -> tuple[str, str]:
 
 def _token(token: object) -> int:
     if type(token) is not int:
-        raise ArgumentError("BW201", f"the prompt has the token {str(token)[:40]!r}", suggestion="whole numbers")
+        raise ArgumentError("BW201", f"the prompt has the token {show(token)}", suggestion="whole numbers")
     return token
 
 
@@ -72,7 +72,8 @@ def check_tokens(tokens: Sequence[int], options: RequestOptions, vocabulary: int
     for field, values in (("the prompt", tokens), ("logit_bias", options.logit_bias), ("stop_ids", options.stop_ids)):
         wrong = next((token for token in values if not 0 <= token < vocabulary), None)
         if wrong is not None:
-            raise ArgumentError("BW201", f"{field} has the token {wrong}", suggestion=f"from 0 to {vocabulary - 1}")
+            what = f"{field} has the token {show(wrong)}"
+            raise ArgumentError("BW201", what, suggestion=f"from 0 to {vocabulary - 1}")
 
 
 def room_of(prompt: int, max_tokens: int | None, max_length: int, pages: int) -> int:

@@ -85,12 +85,11 @@ class Request:
         is_end = token in self.ends
         piece = "" if is_end else self.text.add(token)
         reason: FinishReason | None = None
+        if is_end or self.generated >= self.limit:
+            piece += self.text.finish()  # in which a stop text may come to light
+            reason = "length"
         if is_end or self.text.stopped_by is not None:
             reason = "stop"
-        elif self.generated >= self.limit:
-            reason = "length"
-        if reason is not None:
-            piece += self.text.finish()
         self.shown.append(piece)
         status = Status.PREFILLED if self.generated == 1 else Status.GENERATING
         self.handle.put(Delta((token,), piece, () if logprobs is None else (logprobs,)), status)

@@ -67,6 +67,7 @@ def open_model(
         BitwrightError: as :func:`choose_decoder` and :func:`bitwright.load`.
     """
     _check_name(decoder)
+    _check_kinds(tokenizer, invariant)
     if isinstance(model, str | Path) and decoder in ("auto", "native"):
         directory = resolve_model(model)
         direct = open_direct(directory)
@@ -128,6 +129,14 @@ def _ends(model: Any, tokenizer: Tokenizer | None) -> frozenset[int]:
 def _check_name(decoder: str) -> None:
     if decoder not in DECODERS:
         raise ArgumentError("BW201", f"decoder is {decoder!r}", suggestion=f"accepted: {', '.join(DECODERS)}")
+
+
+def _check_kinds(tokenizer: object, invariant: object) -> None:
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        what = f"tokenizer is a {type(tokenizer).__name__}"
+        raise ArgumentError("BW201", what, suggestion="accepted: a tokenizer of transformers")
+    if type(invariant) is not bool:
+        raise ArgumentError("BW201", f"invariant is {invariant!r}", suggestion="True or False")
 
 
 def choose_decoder(

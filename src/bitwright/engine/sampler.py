@@ -23,6 +23,7 @@ __all__ = ["Logprobs", "Sampler"]
 
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]
+LARGEST = 1e30  # logit that a penalty makes, which float32 can hold, and differences of which
 FIRST = 1024  # of the likeliest tokens, among which a top_p nearly always ends
 
 
@@ -82,9 +83,10 @@ class Sampler:
         options, logits = self._options, logits.copy()
         if options.repetition_penalty != 1:
             seen = np.fromiter(self._in_prompt | self._answer.keys(), dtype=np.int64)
-            values = logits[seen]
-            penalty = np.float32(options.repetition_penalty)
-            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+            values, penalty = logits[seen].astype(np.float64), options.repetition_penalty
+            with np.errstate(over="ignore", under="ignore"):
+                penalized = np.where(values > 0, values / penalty, values * penalty)
+            logits[seen] = penalized.clip(-LARGEST, LARGEST)
         if self._answer and (options.presence_penalty or options.frequency_penalty):
             tokens = np.fromiter(self._answer.keys(), dtype=np.int64)
             counts = np.fromiter(self._answer.values(), dtype=np.float32)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bitwright.engine.handle import Completion
+from bitwright.engine.request import Request
 
 __all__ = ["Counters", "Statistics"]
 
@@ -70,6 +72,11 @@ class Counters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Add requests that are computed for the first time."""
+        self.prompt_tokens += sum(request.prompt_length for request in requests)
+        self.reused_tokens += sum(request.reused or 0 for request in requests)
 
     def count(self, completion: Completion) -> None:
         """Add a request that has ended without an error."""

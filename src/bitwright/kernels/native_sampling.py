@@ -13,6 +13,8 @@ if native_library.missing() is None:
 
 __all__ = ["choose"]
 
+HOTTEST, LEAST = 1e30, 1e-30  # temperature and share of the chance, beyond which nothing changes
+
 
 def choose(
     logits: Tensor, *, uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
@@ -39,13 +41,15 @@ def choose(
     ranges = {
         "uniform": (uniform, 0 <= uniform < 1, "0 or more, below 1"),
         "temperature": (temperature, 0 <= temperature < float("inf"), "a finite number, 0 or more"),
-        "top_k": (top_k, type(top_k) is int and 0 <= top_k < 1 << 31, "a whole number, 0 or more"),
+        "top_k": (top_k, type(top_k) is int and top_k >= 0, "a whole number, 0 or more"),
         "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         "min_p": (min_p, 0 <= min_p <= 1, "0 to 1"),
     }
     for name, (value, is_valid, accepted) in ranges.items():
         if not is_valid:
             raise ArgumentError("BW201", f"{name} is {value!r}", suggestion=accepted)
+    # In float32 a huge temperature would be infinite, and a tiny share none.
+    temperature, top_p, top_k = min(temperature, HOTTEST), max(top_p, LEAST), min(top_k, logits.numel())
     token = _native.sample(logits.data_ptr(), logits.numel(), temperature, top_k, top_p, min_p, uniform)
     if token < 0:
         advice = "the weights or the activations are broken; evaluate the model it was made from"

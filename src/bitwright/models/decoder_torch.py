@@ -185,8 +185,8 @@ def _attend_exactly(q: Tensor, step: Step, cache: PagedCache, layer: int, shape:
         tile[slots] = q[start:stop]
         queries = tile.view(TILE, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3)
         queries = queries.reshape(shape.kv_heads, group * TILE, shape.head_dim) * shape.head_dim**-0.5
-        table = step.pages[sequence].tolist()
-        out = _attend_pages(queries, table, block, cache, layer, shape.windows[layer])
+        table, length = step.pages[sequence].tolist(), int(step.lengths[sequence])
+        out = _attend_pages(queries, table, block, length, cache, layer, shape.windows[layer])
         out = out.view(shape.kv_heads, group, TILE, shape.head_dim).permute(2, 0, 1, 3)
         mixed[start:stop] = out.reshape(TILE, shape.heads, shape.head_dim)[slots]
     return mixed.flatten(1)
@@ -202,8 +202,10 @@ def _same_tiles(step: Step) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-def _attend_pages(queries: Tensor, table: list[int], block: int, cache: PagedCache, layer: int, window: int) -> Tensor:
-    """Attention of one tile over its context, page after page, with a running maximum.
+def _attend_pages(
+    queries: Tensor, table: list[int], block: int, length: int, cache: PagedCache, layer: int, window: int
+) -> Tensor:
+    """Attention of one tile over its context of ``length`` tokens, page after page, with a running maximum.
 
     Milakov, Gimelshein 2018, algorithm 3. ``queries``: float32 ``[kv_heads, group x TILE, head_dim]``, scaled.
     """
@@ -215,6 +217,8 @@ def _attend_pages(queries: Tensor, table: list[int], block: int, cache: PagedCac
     last = block * TILE // PAGE
     first = max(0, block * TILE - window + 1) // PAGE if window else 0
     pages = cache.read(layer, table[first : last + 1])
+    # Whoever had the page before may have left numbers that are not finite: not even zero times such is nothing.
+    pages[1][-1, :, max(0, length - last * PAGE) :] = 0
     for number, keys, values in zip(range(first, last + 1), *pages, strict=True):
         scores = queries @ keys.transpose(1, 2)
         if number == last or window:

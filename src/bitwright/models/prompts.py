@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer", "encode_chat", "encode_messages", "encode_prompt"]
 
+MOST_PENDING = 32  # tokens that are held back; a character has four bytes at most, and bytes without end are none
 INCOMPLETE = "�"  # what a decoder shows for bytes that are not, or not yet, a character
 
 
@@ -108,21 +109,26 @@ class Detokenizer:
     """The text of generated tokens, in pieces that end between characters.
 
     What a token adds to the text depends on those before it: on the prompt's last at first, later on those of the
-    piece before. Tokens are held back while their bytes end within a character.
+    piece before. Tokens are held back while their bytes end within a character, so long as they may become one. A
+    character that the prompt has begun is shown whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._before = list(prompt)
-        self._pending: list[int] = []
+        self._before, self._pending = list(prompt), list[int]()
+        self._text_before = self._decode(self._before)
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes: empty while a character is incomplete."""
         self._pending.append(token)
         text = self._text()
-        if not text or text.endswith(INCOMPLETE):
+        if not text or (text.endswith(INCOMPLETE) and len(self._pending) < MOST_PENDING):
             return ""
-        self._before, self._pending = self._pending, []
+        # A piece that ends what was begun before it is no text without that.
+        is_rest = self._text_before.endswith(INCOMPLETE) and not text.endswith(INCOMPLETE)
+        begun = self._before if is_rest else []
+        self._before, self._pending = begun + self._pending, []
+        self._text_before = self._decode(self._before)
         return text
 
     def finish(self) -> str:
@@ -132,8 +138,10 @@ class Detokenizer:
         return text.rstrip(INCOMPLETE)
 
     def _text(self) -> str:
-        before = self._decode(self._before)
-        return self._decode(self._before + self._pending)[len(before) :]
+        before, whole = self._text_before, self._decode(self._before + self._pending)
+        if not whole.startswith(before):  # bytes at the end of the prompt are a character now
+            before = before.rstrip(INCOMPLETE)
+        return whole[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -147,7 +147,8 @@ def test_limits(started: Started) -> None:
         {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 3.0}, {"presence_penalty": 5}, {"frequency_penalty": -3},
         {"temperature": float("nan")}, {"temperature": -1}, {"seed": -1}, {"num_beams": 2}, {"max_length": 0},
         {"stop_words_ids": [[]]}, {"stop_words_ids": 5}, {"do_sample": "yes"}, {"unheard_of": 1}, {"eos_token_id": "a"},
-        {"top_logprobs": -1}, {"min_length": 5}, {"response_format": "json"},
+        {"top_logprobs": -1}, {"min_length": 5}, {"response_format": "json"}, {"temperature": 10**400},
+        {"top_k": -(10**5000)}, {"stop_words_ids": [[5, 1 << 40]]},
     ],
 )  # fmt: skip
 def test_wrong_fields(started: Started, fields: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from bitwright.compat.dashinfer.allspark.names import AsStatus, Refusal
 from bitwright.core.errors import ArgumentError, Notice
-from bitwright.engine.options import RequestOptions
+from bitwright.engine.options import RequestOptions, is_finite, show
 from bitwright.models.hf import Tokenizer
 
 __all__ = ["GenerationConfigBuilder", "read_generation"]
@@ -23,7 +22,7 @@ class _Field:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _number(accepts: Callable[[float], bool], accepted: str) -> _Field:
@@ -69,7 +68,7 @@ FIELDS: dict[str, _Field] = {
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(each) is int and each >= 0 for each in value)
+    return isinstance(value, list) and bool(value) and all(type(each) is int and 0 <= each < 1 << 31 for each in value)
 
 
 class GenerationConfigBuilder:
@@ -111,7 +110,7 @@ def read_generation(
         if field is None:
             raise Refusal(AsStatus.ALLSPARK_PARAM_ERROR, f"there is no field {name!r}; known: {', '.join(FIELDS)}")
         if not field.accepts(value):
-            raise Refusal(AsStatus.ALLSPARK_PARAM_ERROR, f"{name} is {value!r}; accepted: {field.accepted}")
+            raise Refusal(AsStatus.ALLSPARK_PARAM_ERROR, f"{name} is {show(value)}; accepted: {field.accepted}")
     if "response_format" in fields:
         warnings.warn("response_format is not supported: the answer is plain text", Notice, stacklevel=4)
     return RequestOptions(max_tokens=_room(fields.get("max_length", limit), prompt, limit), **_rest(fields, tokenizer))
