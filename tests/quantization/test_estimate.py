@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme_names import parse
 from bitwright.quantization import estimate as estimates
 from bitwright.quantization.calibration import CalibrationTokens
 from bitwright.quantization.device_memory import device_bytes
-from bitwright.quantization.estimate import HESSIANS, TUNED_BYTES, activation_bytes, estimate, seconds_a_flop
+from bitwright.quantization.estimate import (
+    HESSIANS,
+    TUNED_BYTES,
+    activation_bytes,
+    check_resources,
+    estimate,
+    seconds_a_flop,
+)
 from bitwright.quantization.plan import Plan, make_plan
 from bitwright.quantization.sources import MemorySource
 from bitwright.quantization.stream import COMPARED_SAMPLES
@@ -93,3 +104,31 @@ def test_the_time_grows_with_what_training_repeats(source: MemorySource) -> None
 def test_the_machines_own_rate_is_measured() -> None:
     rate = 1 / seconds_a_flop(torch.float32)
     assert 1e7 < rate < 1e13
+
+
+def test_the_disk_holds_the_checkpoint_and_the_inputs_of_two_blocks(
+    source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = SEQLEN * HIDDEN * ITEM
+    for algorithm, flows in (("gptq", 2), ("autoround", 4)):
+        assert estimate(source, plan_of(source, algorithm), windows(9)).work_bytes == flows * 9 * hidden
+    assert estimate(source, plan_of(source, "rtn"), None).work_bytes == 0
+    plan = plan_of(source, "gptq")
+    needed = estimate(source, plan, windows(9))
+    room = int(plan.output_bytes * 1.01) + needed.work_bytes + (1 << 20)
+
+    def check(free: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            check_resources(tmp_path, plan, needed)
+
+    check(room)
+    with pytest.raises(BitwrightError, match=r"BW501.*are free") as caught:
+        check(room - 1)
+    assert caught.value.where == str(tmp_path) and "inputs of blocks" in caught.value.why
+    (tmp_path / ".bitwright").mkdir()
+    (tmp_path / ".bitwright" / "inputs-00001.safetensors").write_bytes(b"x" * 1000)
+    check(room - 1000)  # what an earlier run has left is there already
+    with pytest.raises(BitwrightError, match="BW501"):
+        check(room - 1001)

@@ -11,6 +11,7 @@ import torch
 
 from bitwright.core.errors import BitwrightError
 from bitwright.core.memory import machine_memory
+from bitwright.formats.checkpoint import WORK_DIRECTORY
 from bitwright.quantization.calibration import CalibrationTokens
 from bitwright.quantization.plan import Plan
 from bitwright.quantization.sources import Source
@@ -37,11 +38,15 @@ MEMORY_LEVERS = "fewer --samples, a shorter --seqlen, or a machine with more mem
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """``peak_bytes`` of resident memory; ``seconds`` of a large model: small ones take more, and not for arithmetic."""
+    """``peak_bytes`` of resident memory; ``seconds`` of a large model: small ones take more, and not for arithmetic.
+
+    ``work_bytes``: what is on the output's disk beside the checkpoint, until it is done: inputs of two blocks.
+    """
 
     peak_bytes: int
     output_bytes: int
     seconds: float
+    work_bytes: int = 0
 
 
 def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Estimate:
@@ -53,11 +58,12 @@ def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Es
     element = float_bytes(source, plan)
     peak = PROGRAM_BYTES + largest * (element + 3)
     quantized = sum(out * columns for out, columns in plan.shapes.values())
-    seconds = quantized * SECONDS_A_WEIGHT
+    seconds, work = quantized * SECONDS_A_WEIGHT, 0
     if tokens is not None:
         samples, seqlen = tokens.windows.shape
         widths = [plan.shapes[name][1] for name in plan.schemes]
         peak += activation_bytes(plan, tokens, element)
+        work = seqlen * min(widths) * element * _flows(plan) * samples
         peak += max(sizes.get("outer", 0) * element - largest * element, 0)  # the embeddings, while inputs are made
         if any(method.algorithm.with_gram for method in plan.methods.values()):
             peak += 4 * (sum(width**2 for width in set(widths)) + (HESSIANS - 1) * max(widths) ** 2)
@@ -66,7 +72,7 @@ def estimate(source: Source, plan: Plan, tokens: CalibrationTokens | None) -> Es
         passes = _flows(plan) * samples + _training(plan, samples)
         flops = 2 * quantized * seqlen * passes + _products(plan, samples * seqlen)
         seconds += flops * seconds_a_flop(torch.float32 if element == 4 else torch.bfloat16)
-    return Estimate(int(peak), plan.output_bytes, seconds / torch.get_num_threads())
+    return Estimate(int(peak), plan.output_bytes, seconds / torch.get_num_threads(), work)
 
 
 def float_bytes(source: Source, plan: Plan) -> int:
@@ -123,13 +129,15 @@ def check_resources(output: Path, plan: Plan, needed: Estimate) -> None:
         BitwrightError: BW501 if the disk is too small, BW503 if the memory is.
     """
     written = sum(entry.stat().st_size for entry in output.glob("model-*.safetensors"))
-    room = int((plan.output_bytes - written) * 1.01) + (1 << 20)
+    kept = sum(entry.stat().st_size for entry in (output / WORK_DIRECTORY).glob("inputs-*.safetensors"))
+    room = int((plan.output_bytes - written) * 1.01) + max(0, needed.work_bytes - kept) + (1 << 20)
     free = shutil.disk_usage(output).free
     if free < room:
         raise BitwrightError(
             "BW501",
             f"the checkpoint needs {room / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free",
             where=str(output.resolve()),
+            why=f"with {needed.work_bytes / 1e9:.2f} GB for inputs of blocks, which are removed at the end",
             suggestion=f"free {(room - free) / 1e9:.2f} GB, or choose an output directory on another disk",
         )
     available = machine_memory()[1]
