@@ -95,7 +95,7 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rules",
     [
-        {r".*layers\.0": {"bits": 8}, r"layers\.0": {"bits": 2}},  # the beginning of a name is enough, its middle not
+        {r"layers\.0": {"bits": 2}, r".*layers\.0": {"bits": 8}},  # the beginning of a name is enough, its middle not
         {r"+:^model\.layers\.0\.a$": {"bits": 8}, r"^model\.layers\.0\.a$": {"bits": 2}},
         {r"^model\.layers\.0\.a$": {"bits": 8}, r"-:.*\.a": {}},
     ],

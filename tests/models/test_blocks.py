@@ -134,6 +134,13 @@ def test_layers_of_a_block_that_share_a_weight_are_refused(is_module: bool) -> N
         find_blocks(model)
 
 
+def test_a_list_of_linear_layers_is_no_list_of_blocks() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    with pytest.raises(BitwrightError, match=r"BW313.*no ModuleList of blocks"):
+        find_blocks(model)
+
+
 def test_the_first_mambas_are_refused_by_name() -> None:
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     with pytest.raises(BitwrightError, match=r"BW313.*backbone\.layers\.0\.mixer is a state space"):

@@ -232,6 +232,17 @@ def test_offsets_and_ranges_stay_within_their_bounds(monkeypatch: pytest.MonkeyP
             assert float(bound.min()) >= 0 and float(bound.max()) == 1
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_step_leads_beyond_the_bounds(sign: float) -> None:
+    task = make_task()
+    weight = OffsetWeight(task.block.up.weight, parse("w2g16-asym").weight)
+    for _ in range(3):
+        autoround._move(weight, sign * torch.ones(weight.rows.shape), 1.0, AutoRoundOptions(iters=2))
+        for bound in (weight.low, weight.high):
+            assert float(bound.min()) >= 0 and float(bound.max()) <= 1
+        assert float(weight.offset.abs().max()) == 0.5
+
+
 def test_the_full_range_is_for_symmetric_schemes() -> None:
     assert differs({}, {"full_range": True}, scheme="w2g16")
     with pytest.raises(BitwrightError, match=r"w2g16-asym, the scheme of blocks\.0\.up: range is 'full'"):

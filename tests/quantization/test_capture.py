@@ -12,7 +12,14 @@ from bitwright.quantization.capture import ChangedBetweenBlocks, capture, run_bl
 from bitwright.quantization.session import Prepared, convert, prepare
 from tests.quantization.tiny import Plain, PlainBlock
 
-BETWEEN = ["residual", "activation", "in place", "another order", "twice", "left out"]
+BETWEEN = ["residual", "activation", "in place", "another order", "twice", "left out", "side by side", "two streams"]
+
+
+class Streamed(PlainBlock):
+    """Takes what the block before it made in two places."""
+
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + 0.1 * stream
 
 
 class Between(Plain):
@@ -21,9 +28,13 @@ class Between(Plain):
     def __init__(self, kind: str) -> None:
         super().__init__(32)
         self.kind = kind
+        if kind == "two streams":
+            self.blocks = nn.ModuleList(Streamed(32) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
+        if self.kind == "side by side":
+            return self.head(sum(block(x) for block in self.blocks))
         for block in reversed(self.blocks) if self.kind == "another order" else self.blocks:
             if self.kind == "residual":
                 x = x + block(x)
@@ -31,6 +42,8 @@ class Between(Plain):
                 x = torch.relu(block(x))
             elif self.kind == "in place":
                 x = block(x).mul_(1.5)
+            elif self.kind == "two streams":
+                x = block(x, stream=x)
             elif self.kind == "twice":
                 x = block(block(x))
             elif self.kind != "left out" or block is not self.blocks[1]:
@@ -62,6 +75,27 @@ def test_what_happens_between_blocks_is_not_left_out_in_silence(kind: str) -> No
 def test_without_calibration_it_does_not_matter(kind: str) -> None:
     prepare(Between(kind), scheme="w4g32")
     assert convert(prepared(kind, "rtn"))(torch.randn(2, 8)).shape == (2, 8)
+
+
+class Parts(nn.Module):
+    """Blocks that are no more than dictionaries of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("first", "second")
+        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(8, 8) for name in names}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["second"](torch.relu(block["first"](x)))
+        return x
+
+
+@torch.no_grad()
+def test_blocks_that_are_not_run_as_a_whole_are_told() -> None:
+    model = Parts()
+    with pytest.raises(ChangedBetweenBlocks, match=r"BW313.*blocks\.0 is not run as a whole"):
+        capture(model, find_blocks(model), [lambda: model(torch.randn(5, 8))])
 
 
 class Listed(PlainBlock):

@@ -74,7 +74,8 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The outermost ModuleList whose members all contain linear layers; the one with most weights if several.
+    """The outermost ModuleList whose members all contain linear layers (and are none themselves); the one with most
+    weights if several.
 
     Raises:
         BitwrightError: BW313 if there is none, if layers share weights, if blocks hold weight matrices in no Linear or
@@ -86,7 +87,7 @@ def find_blocks(model: nn.Module) -> Blocks:
         inside_another = any(name.startswith(other + ".") for other in candidates)
         if not isinstance(module, nn.ModuleList) or not len(module) or inside_another:
             continue
-        if all(any(is_linear(child) for child in block.modules()) for block in module):
+        if all(linears(block, "") for block in module):
             candidates[name] = module
     if not candidates:
         raise BitwrightError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,32 +82,46 @@ class _Recorder(nn.Module):
         self.__dict__["before"] = before
         self.name, self.as_tuple, self.is_last = name, as_tuple, is_last
         self.is_checked = False
+        self.handed: tuple[Tensor, Tensor] | None = None  # what was passed on where that is checked, and a copy of it
         self.seen: list[tuple[Tensor, BlockCall]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)  # models read attributes of their blocks, such as layer types
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__dict__["block"][key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__dict__["block"])
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         name = None if arguments else _hidden_keyword(keywords)
         hidden, rest = (arguments[0], arguments[1:]) if name is None else (keywords.pop(name, None), ())
         if not isinstance(hidden, Tensor):
             raise _no_tensor(self.__dict__["block"], hidden, "is given")
-        hidden = self._checked(hidden) if self.is_checked else hidden
+        hidden = self._checked(hidden, (*rest, *keywords.values())) if self.is_checked else hidden
         # A cache would be filled again by every run of the block, each attending to what the runs before it left.
         kept = {key: False if key == "use_cache" else _without_cache(value) for key, value in keywords.items()}
         self.seen.append((hidden, BlockCall(tuple(map(_without_cache, rest)), kept, name)))
         if self.is_last:
             raise _Reached
-        hidden = hidden.clone() if self.is_checked else hidden  # or a change in place would not be seen
-        return (hidden,) if self.as_tuple else hidden
+        handed = hidden
+        if self.is_checked:  # other numbers than came in: so a block is told that is given the same as the one before
+            handed = -hidden if hidden.is_floating_point() else hidden.clone()
+            self.handed = handed, handed.clone()
+        return (handed,) if self.as_tuple else handed
 
-    def _checked(self, hidden: Tensor) -> Tensor:
-        """What the block before was given, which must be what has arrived here."""
+    def _checked(self, hidden: Tensor, others: Sequence[Any]) -> Tensor:
+        """What the first block was given, if what the one before passed on has arrived here, and in one place."""
         before: _Recorder | None = self.__dict__["before"]
-        given = before.seen[-1][0] if before is not None and before.seen else None
-        if self.seen or (before is not None and (given is None or not _is_same(given, hidden))):
+        if before is None and not self.seen:
+            return hidden
+        if before is None or self.seen or before.handed is None:
             raise ChangedBetweenBlocks(f"{self.name} is not given just what the block before it made")
-        return hidden if given is None else given
+        (passed, numbers), before.handed = before.handed, None
+        if not _is_same(numbers, hidden) or any(other is passed for other in others):
+            raise ChangedBetweenBlocks(f"{self.name} is not given just what the block before it made")
+        return before.seen[-1][0]
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -142,6 +156,8 @@ def capture(model: nn.Module, blocks: Blocks, forwards: Sequence[Callable[[], ob
     names = blocks.names()
     first = _Recorder(names[0], blocks.modules[0], as_tuple=False, is_last=True)
     _run_with(model, names[:1], [first], forwards[0])
+    if not first.seen:
+        raise ChangedBetweenBlocks(f"{names[0]} is not run as a whole, with its hidden states for an argument")
     hidden, call = first.seen[0]
     as_tuple = isinstance(_call(blocks.modules[0], hidden, call), tuple | list)
     recorders: list[_Recorder] = []

@@ -276,6 +276,30 @@ class Residual(Plain):
         return self.head(x)
 
 
+class Chain(nn.Module):
+    """Linear layers in a list, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(32, 48), nn.Linear(48, 48), nn.Linear(48, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_a_list_of_layers_is_no_list_of_blocks() -> None:
+    """AutoRound then has a block to learn by, instead of layers that it can only round to nearest."""
+    x = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    learned = quantize(Chain(), AutoRoundConfig(scheme="W2A16G16", iters=20), lambda model: model(x))
+    nearest = quantize(Chain(), RTNConfig(bits=2, group_size=16))
+    with torch.no_grad():
+        error = [float((made(x) - Chain()(x)).norm()) for made in (learned, nearest)]
+    assert len(layers(learned)) == 3 and error[0] < 0.8 * error[1]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_works_between_its_blocks_is_one_block(name: str) -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,7 @@ from bitwright.compat.neural_compressor.torch.quantization.rules import LayerRec
 from bitwright.compat.neural_compressor.torch.quantization.weight_only_linear import WeightOnlyLinear
 from bitwright.core.errors import BitwrightError
 from bitwright.core.recipe import Choice
-from bitwright.models.blocks import find_blocks, is_linear, linears, output_head, refuse_other_products, set_module
+from bitwright.models.blocks import find_blocks, linears, output_head, refuse_other_products, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import make_method, parse_options
 from bitwright.quantization.session import Prepared
@@ -189,4 +189,4 @@ def _choice(config: WeightOnlyConfig) -> Choice:
 def _has_blocks(model: nn.Module) -> bool:
     """Whether some list of modules has linear layers in each."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module))
-    return any(all(any(map(is_linear, block.modules())) for block in blocks) for blocks in lists)
+    return any(all(linears(block, "") for block in blocks) for blocks in lists)
