@@ -35,13 +35,14 @@ TURNS = 200_000  # of a word between two cores: where they lie changes what they
 # Our scheme: that of llama.cpp and OpenVINO, and the floor's. "a8": activations of 8 bits, as all of those round them.
 SCHEMES = {
     "w4g32-a8": ("q4_0", "int4", "w4g32"),
+    "w4g32-a8g32": ("q4_0", "int4", "w4g32"),  # a scale for 32 numbers of a token, as llama.cpp has
     "w4g32": ("q4_0", "int4", "w4g32"),
     "w4g128-a8": ("q4_0", "int4", "w4g128"),
     "w8a8": ("q8_0", "int8", "w8"),
     "w8": ("q8_0", "int8", "w8"),
 }
 PEERS = ("llama-cpp", "openvino", "onnxruntime-genai", "transformers")
-HEADS = {scheme: "w8a8" if scheme.endswith("a8") else "w8" for scheme in SCHEMES}
+HEADS = {scheme: "w8a8" if "a8" in scheme else "w8" for scheme in SCHEMES}
 
 
 @dataclass(kw_only=True)

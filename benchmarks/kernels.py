@@ -29,7 +29,7 @@ from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 from bitwright.kernels import _native, native, native_library
 
-SCHEMES = ("w4g128", "w4g128-a8", "w4g32-a8", "w8", "w8a8", "nf4g64", "w2g64", "w3g64")
+SCHEMES = ("w4g128", "w4g128-a8", "w4g32-a8", "w4g32-a8g32", "w8", "w8a8", "w8-a8g32", "nf4g64", "w2g64", "w3g64")
 TOKENS = (1, 4, 16, 128, 512)
 ROUTES = {"int8": (0, 1024), "bfloat16": (1, 512), "float32": (2, 256)}
 Run = Callable[[], object]

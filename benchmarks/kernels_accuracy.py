@@ -33,7 +33,7 @@ from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.session import quantize_module
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
-SCHEMES = ("w8", "w4g32", "nf4g32", "w8a8", "w4g32-a8")
+SCHEMES = ("w8", "w4g32", "nf4g32", "w8a8", "w8-a8g32", "w4g32-a8", "w4g32-a8g32")
 TOKENS = 256
 TEXT = Path(__file__).resolve().parents[1] / "src" / "bitwright" / "models" / "embedded" / "heldout.txt"
 

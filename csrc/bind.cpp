@@ -12,12 +12,12 @@ namespace {
 
 /* False: a token that is to be rounded is not finite. */
 bool linear(const Weight& weight, uintptr_t x, int32_t dtype, int64_t tokens, uintptr_t bias, int32_t activation_bits,
-            uintptr_t y, int32_t threads) {
+            int32_t activation_group, uintptr_t y, int32_t threads) {
     int status;
     {
         nb::gil_scoped_release release;
         status = bw_linear(&weight.record, address<const void>(x), dtype, tokens, address<const void>(bias),
-                           activation_bits, address<void>(y), threads);
+                           activation_bits, activation_group, address<void>(y), threads);
     }
     if (status == BW_NOT_FINITE) return false;
     check(status);
@@ -48,14 +48,15 @@ void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t sum, 
 
 /* False: a token that is to be rounded is not finite. */
 bool norm_linear(uintptr_t x, uintptr_t residual, uintptr_t norm_weight, uintptr_t sum, float epsilon, const Weight& weight,
-                 int64_t tokens, uintptr_t bias, int32_t activation_bits, uintptr_t y, int32_t threads) {
+                 int64_t tokens, uintptr_t bias, int32_t activation_bits, int32_t activation_group, uintptr_t y,
+                 int32_t threads) {
     bw_norm norm{address<const void>(x), address<const void>(residual), address<const void>(norm_weight),
                  address<void>(sum), nullptr, weight.record.columns, BW_FLOAT32, epsilon};
     int status;
     {
         nb::gil_scoped_release release;
         status = bw_norm_linear(&norm, &weight.record, tokens, address<const float>(bias), activation_bits,
-                                address<float>(y), threads);
+                                activation_group, address<float>(y), threads);
     }
     if (status == BW_NOT_FINITE) return false;
     check(status);

@@ -28,8 +28,8 @@ struct Batch {
 struct Dense {
     bw_dense record;
 
-    Dense(const Weight& weight, uintptr_t bias, uintptr_t input_scale, int32_t activation_bits)
-        : record{&weight.record, address<const float>(bias), address<const float>(input_scale), activation_bits, 0} {}
+    Dense(const Weight& weight, uintptr_t bias, uintptr_t input_scale, int32_t activation_bits, int32_t activation_group)
+        : record{&weight.record, address<const float>(bias), address<const float>(input_scale), activation_bits, activation_group} {}
 };
 
 struct Layer {
@@ -114,7 +114,7 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Batch>(m, "Batch")
         .def(nb::init<int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>());
     nb::class_<Dense>(m, "Dense")
-        .def(nb::init<const Weight&, uintptr_t, uintptr_t, int32_t>(), nb::keep_alive<1, 2>());
+        .def(nb::init<const Weight&, uintptr_t, uintptr_t, int32_t, int32_t>(), nb::keep_alive<1, 2>());
     nb::class_<Layer>(m, "Layer")
         .def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, const Dense&, const Dense&, const Dense&, const Dense&,
                       const Dense&, const Dense&, const Dense&, int64_t>(),

@@ -18,7 +18,7 @@ constexpr int64_t PIECE = 4096;  // numbers that are worth handing to another th
 
 bool fits(const bw_dense& d, int64_t rows, int64_t columns) {
     if (!d.weight || !is_sound(*d.weight) || d.weight->rows != rows || d.weight->columns != columns) return false;
-    return d.activation_bits == 16 || (d.activation_bits == 8 && d.weight->bits <= 8 && !d.weight->levels);
+    return can_read(*d.weight, d.activation_bits, d.activation_group);
 }
 
 bool fits(const bw_layer& l, const bw_decoder& d) {
@@ -131,7 +131,9 @@ struct Normed {
     Normed& operator=(const Normed&) = delete;
 };
 
-Product product_of(const bw_dense& d, float* y) { return {d.weight, d.bias, d.input_scale, d.activation_bits, y}; }
+Product product_of(const bw_dense& d, float* y) {
+    return {d.weight, d.bias, d.input_scale, d.activation_bits, d.activation_group, y};
+}
 
 /* Products of one input; what is not finite goes on as NaN, in its own rows. */
 bool apply(const Run& run, std::initializer_list<Product> products, const Input& input) {

@@ -15,9 +15,11 @@ enum bw_route { BW_ROUTE_INTEGER, BW_ROUTE_BFLOAT16, BW_ROUTE_FLOAT32, BW_ROUTE_
 typedef struct bw_tokens {
     enum bw_route route;
     int64_t count; /* on the wide route two for each token of x, its high halves first */
+    int64_t group; /* slots whose products are summed together: they share a scale of the weight, and of the token */
+    int64_t scale_group; /* slots of a token that share a scale: whole groups, or 0: all */
     uint32_t* words;
     void* sums;
-    float* scale; /* [token of x], integer and wide routes only */
+    float* scale; /* integer and wide routes only: [token of x], or with a scale_group [group][token] */
 } bw_tokens;
 
 typedef struct bw_linear_job {

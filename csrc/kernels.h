@@ -58,10 +58,12 @@ int bw_pack_floats(const void* numbers, int32_t dtype, int64_t rows, int64_t col
 int bw_look_up(const bw_weight* weight, const int64_t* ids, int64_t count, float* y, int32_t threads);
 
 /* y[tokens, rows] = x[tokens, columns] W^T + bias; x, y and bias have one dtype; rows are contiguous.
- * activation_bits 16: sums in float32 of the activations as they are; 8: each token rounded to int8 by itself (one
- * scale, half to even), sums in integers. BW_NOT_FINITE: a token that is to be rounded holds NaN or infinity. */
+ * activation_bits 16: sums in float32 of the activations as they are; 8: each token rounded to int8 by itself (half to
+ * even), sums in integers. activation_group, of 8 bits only: slots of a token that share a scale, a multiple of BW_BLOCK;
+ * one of it and the weight's group is a multiple of the other, unless the weight has one group; and the weight has no
+ * order. 0: a token has one scale. BW_NOT_FINITE: a token that is to be rounded holds NaN or infinity. */
 int bw_linear(const bw_weight* weight, const void* x, int32_t dtype, int64_t tokens, const void* bias,
-              int32_t activation_bits, void* y, int32_t threads);
+              int32_t activation_bits, int32_t activation_group, void* y, int32_t threads);
 
 /* A root mean square norm of rows [columns]: sum = x + residual if residual is not NULL (else sum is not used), and
  * y = sum / sqrt(mean(sum^2) + epsilon) * weight. All arrays have one dtype; y may be x, and sum may be residual. */
@@ -77,9 +79,9 @@ int bw_rms_norm(const bw_norm* norm, int64_t tokens, int32_t threads);
 
 /* y[tokens, rows] = norm(x) W^T + bias, float32: bw_rms_norm and bw_linear, bit for bit, in one pass over each token; the
  * normalized rows are nowhere stored (the norm's y is not used). Its sums, which may be NULL, must lie apart from x and
- * residual. activation_bits and BW_NOT_FINITE as in bw_linear. */
+ * residual. activation_bits, activation_group and BW_NOT_FINITE as in bw_linear. */
 int bw_norm_linear(const bw_norm* norm, const bw_weight* weight, int64_t tokens, const float* bias,
-                   int32_t activation_bits, float* y, int32_t threads);
+                   int32_t activation_bits, int32_t activation_group, float* y, int32_t threads);
 
 /* y = silu(gate) * up, of `count` numbers; y may be gate or up. */
 int bw_silu_multiply(const void* gate, const void* up, int32_t dtype, int64_t count, void* y, int32_t threads);
@@ -121,11 +123,11 @@ int bw_write_pages(const bw_pages* pages, const bw_batch* batch, const float* ke
 int bw_attend(const bw_pages* pages, const bw_batch* batch, const float* queries, int64_t heads, float scale,
               int64_t window, float* output, int32_t threads);
 
-/* A linear layer of a model: y = (x * input_scale) W^T + bias. activation_bits as in bw_linear. */
+/* A linear layer of a model: y = (x * input_scale) W^T + bias. activation_bits, activation_group as in bw_linear. */
 typedef struct bw_dense {
     const bw_weight* weight;
     const float *bias, *input_scale; /* [rows], [columns]; or NULL */
-    int32_t activation_bits, reserved;
+    int32_t activation_bits, activation_group;
 } bw_dense;
 
 /* A block: x += attention(norm(x)), x += down(silu(gate(norm(x))) * up(norm(x))). */

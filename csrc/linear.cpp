@@ -29,11 +29,18 @@ bw_route route_of(const Product& p, const Input& input) {
 /* How many rows of words a token becomes. */
 int rows_of(bw_route route) { return route == BW_ROUTE_WIDE ? 2 : 1; }
 
+/* Slots whose products are summed together. */
+int64_t group_of(const Product& p) {
+    bool are_parts = p.activation_group && p.activation_group < p.weight->group;
+    return are_parts ? p.activation_group : p.weight->group;
+}
+
 /* Whether two products read the same words. */
 bool read_alike(const Product& a, const Product& b, const Input& input) {
     const bw_weight &v = *a.weight, &w = *b.weight;
-    return v.columns == w.columns && v.slots == w.slots && v.group == w.group && !v.order && !w.order &&
-           a.input_scale == b.input_scale && route_of(a, input) == route_of(b, input) && !v.zero == !w.zero && v.center == w.center;
+    return v.columns == w.columns && v.slots == w.slots && group_of(a) == group_of(b) && !v.order && !w.order &&
+           a.activation_group == b.activation_group && a.input_scale == b.input_scale &&
+           route_of(a, input) == route_of(b, input) && !v.zero == !w.zero && v.center == w.center;
 }
 
 struct Preparation {
@@ -77,10 +84,10 @@ struct Room {
     Room(const Product& p, bw_route route, int64_t count) {
         int64_t per_word = route == BW_ROUTE_FLOAT32 ? 1 : route == BW_ROUTE_BFLOAT16 ? 2 : 4;
         count *= rows_of(route);
-        int64_t groups = (p.weight->slots + p.weight->group - 1) / p.weight->group;
+        int64_t group = group_of(p), groups = (p.weight->slots + group - 1) / group;
         words = padded(count * p.weight->slots / per_word * 4);
         sums = padded(groups * count * 4);
-        scales = padded(count * 4);
+        scales = p.activation_group ? sums : padded(count * 4);
     }
     size_t bytes() const { return words + sums + scales; }
     void place(bw_tokens& tokens, char* memory) const {
@@ -133,7 +140,8 @@ void Block::plan() {
         for (int j = i - 1; j >= 0; j--) source[i] = read_alike(products[j], products[i], *input) ? j : source[i];
         bw_route route = route_of(products[i], *input);
         char* y = static_cast<char*>(products[i].y) + first * w.rows * size_of(input->y_dtype);
-        jobs[i] = {&w, {route, tokens * rows_of(route), nullptr, nullptr, nullptr}, products[i].bias, y, input->y_dtype};
+        bw_tokens empty{route, tokens * rows_of(route), group_of(products[i]), products[i].activation_group, nullptr, nullptr, nullptr};
+        jobs[i] = {&w, empty, products[i].bias, y, input->y_dtype};
         ends[i] = total += panels_of(w);
         if (source[i] == i) words += Room(products[i], route, tokens).bytes();
         row = 3 * w.slots + w.columns > row ? 3 * w.slots + w.columns : row;
@@ -263,6 +271,14 @@ bool is_sound(const bw_weight& w) {
     return w.codes && w.scale && is_dtype(w.scale_dtype);
 }
 
+bool can_read(const bw_weight& w, int32_t bits, int32_t group) {
+    if (bits == 16) return group == 0;
+    if (bits != 8 || w.levels || w.bits > 8) return false;
+    if (group == 0) return true;
+    if (group < BW_BLOCK || group % BW_BLOCK || w.order) return false;
+    return w.group >= w.slots || group % w.group == 0 || w.group % group == 0;
+}
+
 int multiply(const Product* products, int count, const Input& input, int threads) {
     return run_blocks(products, count, input, false, threads);
 }
@@ -275,24 +291,24 @@ int multiply_gated(const Product& gate, const Product& up, const Input& input, i
 }  // namespace bitwright
 
 int bw_linear(const bw_weight* w, const void* x, int32_t dtype, int64_t tokens, const void* bias,
-              int32_t activation_bits, void* y, int32_t threads) {
+              int32_t activation_bits, int32_t activation_group, void* y, int32_t threads) {
     using namespace bitwright;
     if (!w || !is_sound(*w) || !is_dtype(dtype) || tokens < 0 || threads < 1) return BW_BAD_ARGUMENT;
-    if (activation_bits != 16 && (activation_bits != 8 || w->levels || w->bits > 8)) return BW_BAD_ARGUMENT;
+    if (!can_read(*w, activation_bits, activation_group)) return BW_BAD_ARGUMENT;
     if (tokens > 0 && (!x || !y)) return BW_BAD_ARGUMENT;
-    Product product{w, bias, nullptr, activation_bits, y};
+    Product product{w, bias, nullptr, activation_bits, activation_group, y};
     return multiply(&product, 1, {x, tokens, dtype, dtype, Precision::as_they_are}, threads < MAX_THREADS ? threads : MAX_THREADS);
 }
 
 int bw_norm_linear(const bw_norm* norm, const bw_weight* w, int64_t tokens, const float* bias, int32_t activation_bits,
-                   float* y, int32_t threads) {
+                   int32_t activation_group, float* y, int32_t threads) {
     using namespace bitwright;
     if (!norm || !w || !is_sound(*w) || norm->columns != w->columns || norm->dtype != BW_FLOAT32) return BW_BAD_ARGUMENT;
     if (tokens < 0 || threads < 1) return BW_BAD_ARGUMENT;
-    if (activation_bits != 16 && (activation_bits != 8 || w->levels || w->bits > 8)) return BW_BAD_ARGUMENT;
+    if (!can_read(*w, activation_bits, activation_group)) return BW_BAD_ARGUMENT;
     if (tokens > 0 && (!norm->x || !norm->weight || !y)) return BW_BAD_ARGUMENT;
     if (norm->sum && (norm->sum == norm->x || norm->sum == norm->residual)) return BW_BAD_ARGUMENT;
-    Product product{w, bias, nullptr, activation_bits, y};
+    Product product{w, bias, nullptr, activation_bits, activation_group, y};
     Input input{nullptr, tokens, BW_FLOAT32, BW_FLOAT32, Precision::as_they_are, norm};
     return multiply(&product, 1, input, threads < MAX_THREADS ? threads : MAX_THREADS);
 }

@@ -10,7 +10,7 @@ struct Product {
     const bw_weight* weight;
     const void* bias;         /* of y's dtype, or null */
     const float* input_scale; /* [columns], or null */
-    int32_t activation_bits;
+    int32_t activation_bits, activation_group;
     void* y;
 };
 
@@ -32,6 +32,8 @@ constexpr int MOST_PRODUCTS = 4;
 
 bool is_dtype(int32_t dtype);
 bool is_sound(const bw_weight& weight);
+/* Whether what the weight reads can be rounded so; see bw_linear. */
+bool can_read(const bw_weight& weight, int32_t activation_bits, int32_t activation_group);
 /* At most MOST_PRODUCTS. BW_NOT_FINITE: some tokens that were to be rounded are not finite; their results are NaN, the
  * others' as they should be. */
 int multiply(const Product* products, int count, const Input& input, int threads);

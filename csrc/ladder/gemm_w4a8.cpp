@@ -230,7 +230,7 @@ void half_panels(Problem& p) {
 void library(Problem& p) {
     bw_weight w{p.rows, p.columns, p.columns, GROUP, 4, 8, BW_FLOAT32, 0, p.panels.data(), p.panel_scale.data(),
                 nullptr, nullptr, nullptr, nullptr};
-    if (bw_linear(&w, p.x_float.data(), BW_FLOAT32, p.tokens, nullptr, 8, p.y.data(), 1) != BW_OK) std::exit(1);
+    if (bw_linear(&w, p.x_float.data(), BW_FLOAT32, p.tokens, nullptr, 8, 0, p.y.data(), 1) != BW_OK) std::exit(1);
 }
 
 void lay_out_weight(Problem& p) {

@@ -37,22 +37,41 @@ INLINE void add_block(const uint8_t* codes, const uint32_t* x, I (&sums)[TOKENS]
     });
 }
 
+/* Where the parameters of a panel's groups lie, one group after the other. Groups of tokens that have scales may be parts
+ * of one of the weight. */
+template <bool HAS_SCALES> struct WeightGroup {
+    int64_t first, passed, step, size; /* the number of its first parameter; of its slots, those that are done */
+
+    INLINE WeightGroup(const PanelPlace& at, int first_lane)
+        : first(at.panel * at.weight_groups * BW_PANEL + first_lane * BW_LANES), passed(0), step(at.job.tokens.group),
+          size(at.job.weight->group) {}
+    INLINE void pass() {
+        if constexpr (HAS_SCALES) {
+            passed += step;
+            if (passed < size) return;
+            passed = 0;
+        }
+        first += BW_PANEL;
+    }
+};
+
 /* All groups of LANES vectors of rows, from `first` on, times the TOKENS tokens from `token` on, into totals [token][64]. */
-template <int BITS, int LANES, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
+template <int BITS, int LANES, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER, bool HAS_SCALES>
 APART void sum_rows(const PanelPlace& at, int first, int64_t token, Ahead ahead, float* totals) {
     constexpr bool ARE_KEPT = LANES * TOKENS <= 12; /* totals, in registers */
     const bw_weight& w = *at.job.weight;
     const uint8_t* codes = at.codes + first * 64 * BITS;
     const int32_t* token_sums = (const int32_t*)at.job.tokens.sums + token;
-    const int64_t last = at.groups - 1, whole_blocks = w.group / BW_BLOCK, last_blocks = group_slots(w, last) / BW_BLOCK;
-    const int64_t count = at.job.tokens.count, stride = w.group / 4 * count;
-    const uint32_t* x = at.job.tokens.words + token * w.group / 4;
+    const float* token_scales = at.job.tokens.scale + token; /* with HAS_SCALES, of a group */
+    const int64_t group = at.job.tokens.group, last = at.groups - 1, whole_blocks = group / BW_BLOCK;
+    const int64_t last_blocks = group_slots(at.job, last) / BW_BLOCK, count = at.job.tokens.count, stride = group / 4 * count;
+    const uint32_t* x = at.job.tokens.words + token * group / 4;
     const uint32_t* last_x = group_words<Integer>(at.job, last) + token * last_blocks * (BW_BLOCK / 4);
-    int64_t scales = at.panel * at.groups * BW_PANEL + first * BW_LANES;
+    WeightGroup<HAS_SCALES> own_group(at, first);
     F total[TOKENS][LANES];
     UNROLL
     for (int i = 0; i < LANES * TOKENS; i++) total[i / LANES][i % LANES] = set_f(0.0f);
-    for (int64_t g = 0; g <= last; g++, x += stride, token_sums += count, scales += BW_PANEL) {
+    for (int64_t g = 0; g <= last; g++, x += stride, token_sums += count, own_group.pass()) {
         const uint32_t* words = g < last ? x : last_x;
         I sums[TOKENS][LANES];
         UNROLL
@@ -63,16 +82,17 @@ APART void sum_rows(const PanelPlace& at, int first, int64_t token, Ahead ahead,
         }
         UNROLL
         for (int lane = 0; lane < LANES; lane++) {
-            LaneParameters p = load_lane<HAS_ZERO, HAS_REMAINDER>(w, scales + lane * BW_LANES, true);
+            LaneParameters p = load_lane<HAS_ZERO, HAS_REMAINDER>(w, own_group.first + lane * BW_LANES, true);
             UNROLL
             for (int t = 0; t < TOKENS; t++) {
                 float* to = totals + t * BW_PANEL + (first + lane) * BW_LANES;
                 F before = ARE_KEPT ? total[t][lane] : g ? load_f(to) : set_f(0.0f);
-                F after = Integer::fold<HAS_ZERO, HAS_REMAINDER>(before, sums[t][lane], p, token_sums + t);
+                F after = Integer::fold<HAS_ZERO, HAS_REMAINDER, HAS_SCALES>(before, sums[t][lane], p, token_sums + t, token_scales + t);
                 if constexpr (ARE_KEPT) total[t][lane] = after;
                 else store_f(to, after);
             }
         }
+        if constexpr (HAS_SCALES) token_scales += count;
     }
     UNROLL
     for (int i = 0; i < LANES * TOKENS && ARE_KEPT; i++)
@@ -82,43 +102,45 @@ APART void sum_rows(const PanelPlace& at, int first, int64_t token, Ahead ahead,
 /* Groups of this size need their totals so rarely that all rows can be summed at once. */
 constexpr int64_t LARGE_GROUP = 256;
 
-INLINE bool are_halved(const bw_weight& w, int64_t tokens) { return tokens > 3 && w.group < LARGE_GROUP && w.group < w.slots; }
+INLINE bool are_halved(const bw_linear_job& job, int64_t tokens) {
+    return tokens > 3 && job.tokens.group < LARGE_GROUP && job.tokens.group < job.weight->slots;
+}
 
 /* One tile; `ahead` moves on. */
-template <int BITS, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER>
+template <int BITS, int TOKENS, bool HAS_ZERO, bool HAS_REMAINDER, bool HAS_SCALES>
 INLINE void sum_rows_of_tile(const PanelPlace& at, int64_t token, Ahead& ahead, float* totals) {
     int64_t bytes = at.job.weight->slots / BW_BLOCK * 64 * ahead.lines;
-    if (!are_halved(*at.job.weight, TOKENS)) {
-        sum_rows<BITS, 4, TOKENS, HAS_ZERO, HAS_REMAINDER>(at, 0, token, ahead, totals);
+    if (!are_halved(at.job, TOKENS)) {
+        sum_rows<BITS, 4, TOKENS, HAS_ZERO, HAS_REMAINDER, HAS_SCALES>(at, 0, token, ahead, totals);
         ahead.codes += bytes;
         return;
     }
     for (int first = 0; first < 4; first += 2, ahead.codes += bytes)
-        sum_rows<BITS, 2, TOKENS, HAS_ZERO, HAS_REMAINDER>(at, first, token, ahead, totals);
+        sum_rows<BITS, 2, TOKENS, HAS_ZERO, HAS_REMAINDER, HAS_SCALES>(at, first, token, ahead, totals);
 }
 
-template <int BITS, int TOKENS>
+template <int BITS, int TOKENS, bool HAS_SCALES>
 INLINE void sum_packed_tile(const PanelPlace& at, int64_t token, Ahead& ahead, float* totals) {
     const bw_weight& w = *at.job.weight;
-    if (!w.zero) return sum_rows_of_tile<BITS, TOKENS, false, false>(at, token, ahead, totals);
-    if (!w.remainder) return sum_rows_of_tile<BITS, TOKENS, true, false>(at, token, ahead, totals);
-    sum_rows_of_tile<BITS, TOKENS, true, true>(at, token, ahead, totals);
+    if (!w.zero) return sum_rows_of_tile<BITS, TOKENS, false, false, HAS_SCALES>(at, token, ahead, totals);
+    if (!w.remainder) return sum_rows_of_tile<BITS, TOKENS, true, false, HAS_SCALES>(at, token, ahead, totals);
+    sum_rows_of_tile<BITS, TOKENS, true, true, HAS_SCALES>(at, token, ahead, totals);
 }
 
 /* All groups of a panel times all tokens of the job. The panel is read anew for every tile, or half of one, and every time
  * a part of the next panel is asked for, so that memory is busy throughout. What is read once is asked for just before. */
-template <int BITS> void sum_packed_tiles(const PanelPlace& at, float* totals) {
+template <int BITS, bool HAS_SCALES> void sum_packed_tiles(const PanelPlace& at, float* totals) {
     int64_t tokens = at.job.tokens.count, width = bw_tile_width(tokens), tiles = (tokens + width - 1) / width;
-    int64_t passes = tiles * (are_halved(*at.job.weight, width) ? 2 : 1);
+    int64_t passes = tiles * (are_halved(at.job, width) ? 2 : 1);
     int64_t distance = passes == 1 ? BW_AHEAD : at.job.weight->slots / BW_BLOCK * 4 * 64 * BITS;
     Ahead ahead{at.codes + distance, (int)((4 * BITS + passes - 1) / passes), passes == 1};
     for (int64_t token = 0; token < tokens; token += width, totals += width * BW_PANEL)
         switch (tokens - token < width ? tokens - token : width) {
-            case 1: sum_packed_tile<BITS, 1>(at, token, ahead, totals); break;
-            case 2: sum_packed_tile<BITS, 2>(at, token, ahead, totals); break;
-            case 3: sum_packed_tile<BITS, 3>(at, token, ahead, totals); break;
-            case 4: sum_packed_tile<BITS, 4>(at, token, ahead, totals); break;
-            case 5: sum_packed_tile<BITS, 5>(at, token, ahead, totals); break;
-            default: sum_packed_tile<BITS, TILE_TOKENS>(at, token, ahead, totals);
+            case 1: sum_packed_tile<BITS, 1, HAS_SCALES>(at, token, ahead, totals); break;
+            case 2: sum_packed_tile<BITS, 2, HAS_SCALES>(at, token, ahead, totals); break;
+            case 3: sum_packed_tile<BITS, 3, HAS_SCALES>(at, token, ahead, totals); break;
+            case 4: sum_packed_tile<BITS, 4, HAS_SCALES>(at, token, ahead, totals); break;
+            case 5: sum_packed_tile<BITS, 5, HAS_SCALES>(at, token, ahead, totals); break;
+            default: sum_packed_tile<BITS, TILE_TOKENS, HAS_SCALES>(at, token, ahead, totals);
         }
 }

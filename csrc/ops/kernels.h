@@ -15,15 +15,24 @@
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
     constexpr bool IS_DIRECT = R::STEPS == 1 && (BITS == 8 || BITS == 4); /* for any number of tokens */
+    const bool has_scales = job->tokens.scale_group != 0; /* for parts of a token: in their own ways where others are direct */
     alignas(64) float totals[BW_TOKENS * BW_PANEL];
     alignas(64) uint32_t carried[BW_TOKENS * BW_PANEL];
     const bw_weight& w = *job->weight;
     const Levels levels = make_levels(w);
-    int64_t groups = (w.slots + w.group - 1) / w.group, tokens = job->tokens.count;
+    const int64_t size = job->tokens.group, groups = (w.slots + size - 1) / size, tokens = job->tokens.count;
+    const int64_t weight_groups = (w.slots + w.group - 1) / w.group;
     for (int64_t panel = first; panel < last; panel++) {
-        PanelPlace at{*job, panel, groups, w.codes + panel * (w.slots / BW_BLOCK) * 4 * 64 * BITS};
+        PanelPlace at{*job, panel, groups, weight_groups, w.codes + panel * (w.slots / BW_BLOCK) * 4 * 64 * BITS};
+        if constexpr (IS_DIRECT) {
+            if (has_scales) {
+                sum_packed_tiles<BITS, true>(at, totals);
+                write_panel(*job, panel, totals);
+                continue;
+            }
+        }
         if constexpr (IS_COMMON) {
-            if (tokens <= 2) {
+            if (tokens <= 2 && !has_scales) {
                 if (tokens == 1) sum_whole_panel<R, BITS, 1>(at, levels, totals);
                 else sum_whole_panel<R, BITS, 2>(at, levels, totals);
                 write_panel(*job, panel, totals);
@@ -31,13 +40,13 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
             }
         }
         if constexpr (IS_DIRECT) {
-            sum_packed_tiles<BITS>(at, totals);
+            sum_packed_tiles<BITS, false>(at, totals);
             write_panel(*job, panel, totals);
             continue;
         }
         memset(totals, 0, sizeof(float) * (size_t)(tokens * BW_PANEL));
         for (int64_t group = 0; group < groups; group++) {
-            int64_t whole = w.slots / w.group - group, small = R::SMALL / w.group < whole ? R::SMALL / w.group : whole;
+            int64_t whole = w.slots / size - group, small = R::SMALL / size < whole ? R::SMALL / size : whole;
             if (small < 2) sum_in_chunks<R, BITS>(at, group, levels, carried, totals);
             else {
                 sum_small_groups<R, BITS>(at, group, small, levels, totals);

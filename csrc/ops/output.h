@@ -17,7 +17,7 @@ INLINE void store_number(void* p, int64_t index, int32_t dtype, F value) {
     store_halves(to, to_bfloat16(value));
 }
 
-/* A token's totals of a panel: scaled (integer and wide routes), with the bias, in the dtype of y. */
+/* A token's totals of a panel: scaled (integer and wide routes, unless groups were), with the bias, in the dtype of y. */
 inline void write_totals(const bw_linear_job& job, int64_t panel, int64_t token, const float* totals) {
     int64_t rows = job.weight->rows, first = panel * BW_PANEL, count = rows - first < BW_PANEL ? rows - first : BW_PANEL;
     alignas(64) char part[BW_PANEL * 4], bias_part[BW_PANEL * 4];
@@ -30,7 +30,7 @@ inline void write_totals(const bw_linear_job& job, int64_t panel, int64_t token,
     }
     for (int lane = 0; lane < count; lane += BW_LANES) {
         F value = load_f(totals + lane);
-        if (job.tokens.scale) value = mul_f(value, set_f(job.tokens.scale[token]));
+        if (job.tokens.scale && !job.tokens.scale_group) value = mul_f(value, set_f(job.tokens.scale[token]));
         if (bias) value = add_f(value, load_number(bias, lane, job.dtype));
         store_number(count < BW_PANEL ? part : y, lane, job.dtype, value);
     }

@@ -81,15 +81,17 @@ struct Integer {
     template <bool IS_WIDE> static INLINE I dot(I sum, I w, uint32_t x) {
         return dot_bytes<IS_WIDE>(sum, w, (int32_t)x);
     }
-    /* A token's total and a group's sum to the new total. Every step rounds by itself, as the reference does: the
+    /* A token's total and a group's sum to the new total; HAS_SCALES: the token has a scale for the group. Every step rounds by itself, as the reference does: the
      * results are equal bit for bit. */
-    template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, I sum, const LaneParameters& p, const void* sums) {
+    template <bool HAS_ZERO, bool HAS_REMAINDER, bool HAS_SCALES>
+    static INLINE F fold(F total, I sum, const LaneParameters& p, const void* sums, const float* scales) {
         [[maybe_unused]] int32_t codes = *(const int32_t*)sums;
         if constexpr (HAS_ZERO) sum = sub_i(sum, mul_i(p.zero, set_i(codes)));
         F value = to_f(sum);
         if constexpr (HAS_REMAINDER) value = sub_f(value, mul_f(set_f((float)codes), p.offset));
-        return add_f(total, mul_f(value, p.scale));
+        value = mul_f(value, p.scale);
+        if constexpr (HAS_SCALES) value = mul_f(value, set_f(*scales));
+        return add_f(total, value);
     }
 };
 
@@ -131,8 +133,8 @@ struct Float32 {
     template <bool IS_WIDE> static INLINE F dot(F sum, I w, uint32_t x) {
         return multiply_add(bits_to_f(w), bits_to_f(set_i((int32_t)x)), sum);
     }
-    template <bool HAS_ZERO, bool HAS_REMAINDER>
-    static INLINE F fold(F total, F sum, const LaneParameters& p, const void* sums) {
+    template <bool HAS_ZERO, bool HAS_REMAINDER, bool HAS_SCALES>
+    static INLINE F fold(F total, F sum, const LaneParameters& p, const void* sums, const float*) {
         if constexpr (HAS_ZERO) sum = sub_f(sum, mul_f(p.offset, set_f(*(const float*)sums)));
         return multiply_add(sum, p.scale, total);
     }

@@ -45,6 +45,15 @@ inline float token_scale(const Extremes& e, const float* row, int64_t columns, f
     return scale < tiny ? tiny : scale;
 }
 
+/* The scale of the numbers [first, first + size) of a row, as far as there are columns. */
+inline float part_scale(const float* row, int64_t first, int64_t size, int64_t columns) {
+    int64_t count = size < columns - first ? size : columns - first;
+    if (count <= 0) return 0;
+    Extremes extremes;
+    for (int64_t c = 0; c + BW_LANES <= count; c += BW_LANES) extremes.add(load_f(row + first + c));
+    return token_scale(extremes, row + first, count, 127.0f);
+}
+
 /* The sum of lanes whose magnitudes together are below 2^24 (those of a group are): in float32 it is exact. */
 INLINE int32_t whole_sum(I lanes) { return (int32_t)lane_sum(to_f(lanes)); }
 
@@ -122,8 +131,9 @@ int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw
     int64_t longest = w->columns > w->slots ? w->columns : w->slots;
     const Extremes extremes = read_row(source, token, w->columns, w->slots, row);
     bool is_integer = tokens->route == BW_ROUTE_INTEGER, is_wide = tokens->route == BW_ROUTE_WIDE;
+    bool has_parts = tokens->scale_group != 0, is_finite = true;
     float scale = is_integer || is_wide ? token_scale(extremes, row, w->columns, is_wide ? (float)BW_MOST_WIDE : 127.0f) : 1.0f;
-    if (is_integer || is_wide) tokens->scale[token] = scale; /* if it is NaN, so are all of the token's results */
+    if ((is_integer || is_wide) && !has_parts) tokens->scale[token] = scale; /* if it is NaN, so are all of the token's results */
     const float* slots = row;
     if (w->order) {
         float* moved = row + longest;
@@ -134,8 +144,13 @@ int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw
     int64_t per_word = tokens->route == BW_ROUTE_FLOAT32 ? 1 : tokens->route == BW_ROUTE_BFLOAT16 ? 2 : 4;
     uint32_t* words = (uint32_t*)(row + longest + w->slots);
     const int32_t factor = w->zero ? 1 : -w->center; /* what products of codes have too much, if it is one number */
-    for (int64_t first = 0, group = 0; first < w->slots; first += w->group, group++) {
-        int64_t count = w->group < w->slots - first ? w->group : w->slots - first, at = group * tokens->count + token;
+    for (int64_t first = 0, group = 0; first < w->slots; first += tokens->group, group++) {
+        int64_t count = tokens->group < w->slots - first ? tokens->group : w->slots - first, at = group * tokens->count + token;
+        if (has_parts) {
+            if (first % tokens->scale_group == 0) scale = part_scale(row, first, tokens->scale_group, w->columns);
+            tokens->scale[at] = scale;
+        }
+        is_finite = is_finite && scale == scale;
         if (is_wide) {
             int32_t* sums = (int32_t*)tokens->sums + group * tokens->count + 2 * token;
             write_halves(slots + first, count, scale, words, words + count / 4, sums);
@@ -148,5 +163,5 @@ int prepare_token(const bw_weight* w, const bw_source* source, int64_t token, bw
         else ((float*)tokens->sums)[at] = write_floats(slots + first, count, per_word == 2, words);
         place.put(first / per_word, count / per_word, words);
     }
-    return is_integer && scale != scale ? BW_NOT_FINITE : BW_OK;
+    return is_integer && !is_finite ? BW_NOT_FINITE : BW_OK;
 }

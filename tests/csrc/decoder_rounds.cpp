@@ -84,8 +84,10 @@ struct Layer {
         zero = Bytes(static_cast<size_t>(cells));
         weight = {rows, columns, slots, group, bits, bits <= 8 ? 1 << (bits - 1) : 0, BW_FLOAT32, 0, codes.as<uint8_t>(),
                   scale.as<void>(), bits <= 8 && draw(0, 1) ? zero.as<uint8_t>() : nullptr, nullptr, nullptr, nullptr};
+        int32_t activation = bits <= 8 && draw(0, 1) ? 8 : 16;
+        int32_t part = activation == 16 || draw(0, 1) ? 0 : draw(0, 1) ? 32 : static_cast<int32_t>(2 * group);
         dense = {&weight, draw(0, 1) ? bias.as<float>() : nullptr, draw(0, 2) ? nullptr : input_scale.as<float>(),
-                 bits <= 8 && draw(0, 1) ? 8 : 16, 0};
+                 activation, part};
     }
 };
 
@@ -190,12 +192,13 @@ void decoder_round() {
     else if (!outputs.empty()) outputs[0] = draw32(0, 1) ? -1 : INT32_MAX;
     step.batch = sequences.batch();
     bw_decode_step(&decoder, &step, logits.as<float>(), 2);
-    switch (draw(0, 5)) {
+    switch (draw(0, 6)) {
         case 0: decoder.hidden++; break;
         case 1: decoder.heads = decoder.kv_heads + 1 + decoder.heads; break;
         case 2: decoder.vocabulary = INT64_MAX; break;
         case 3: decoder.dimension += 2; break;
         case 4: blocks[0].down.weight = nullptr; break;
+        case 5: blocks[0].output.activation_group = 40; break;
         default: blocks[0].query.activation_bits = 9;
     }
     require(bw_decode_step(&decoder, &step, logits.as<float>(), 1) == BW_BAD_ARGUMENT, "bw_decode_step of an unsound model");

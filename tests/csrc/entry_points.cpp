@@ -22,6 +22,25 @@ void mutate(Bytes& bytes) {
     }
 }
 
+/* A group of activations that goes with the weight's: a part of it, it, or several. */
+int32_t part_of(const bw_weight& w) {
+    int32_t group = static_cast<int32_t>(w.group);
+    if (w.group >= w.slots && draw(0, 1)) return 32 * static_cast<int32_t>(draw(1, 9));
+    return draw(0, 1) ? group * static_cast<int32_t>(draw(1, 4)) : group % 64 == 0 && draw(0, 1) ? group / 2 : 32;
+}
+
+/* Groups that are none, or that do not go with the weight's or with its order. */
+void refuse_parts(bw_weight w, const void* x, int32_t dtype, int64_t tokens, void* y) {
+    for (int32_t part : {-32, 1, 16, 33, INT32_MIN, INT32_MAX})
+        require(bw_linear(&w, x, dtype, tokens, nullptr, 8, part, y, 1) == BW_BAD_ARGUMENT, "bw_linear of no group");
+    bool is_part = w.group >= w.slots || w.group % 96 == 0 || 96 % w.group == 0;
+    int status = w.order || is_part ? BW_BAD_ARGUMENT : bw_linear(&w, x, dtype, tokens, nullptr, 8, 96, y, 1);
+    require(status == BW_BAD_ARGUMENT, "bw_linear of groups that do not go together");
+    std::vector<int32_t> order(static_cast<size_t>(w.slots));
+    if (!w.order) w.order = order.data();
+    require(bw_linear(&w, x, dtype, tokens, nullptr, 8, 32, y, 1) == BW_BAD_ARGUMENT, "bw_linear of groups in an order");
+}
+
 void linear_round() {
     int64_t rows = draw(1, 140), columns = draw(1, 150), tokens = draw(0, 14), size[] = {4, 2, 2};
     int64_t group = 32 * draw(1, 4), slots = (columns + 31) / 32 * 32 + 32 * draw(0, 1);
@@ -39,19 +58,23 @@ void linear_round() {
                 has_zero && draw(0, 1) ? remainder.as<float>() : nullptr, has_order ? order.as<int32_t>() : nullptr,
                 has_levels ? levels.as<float>() : nullptr};
     int32_t activation = !has_levels && draw(0, 1) ? 8 : 16, threads = static_cast<int32_t>(draw(1, 3));
-    int status = bw_linear(&w, x.as<void>(), dtype, tokens, draw(0, 1) ? bias.as<void>() : nullptr, activation,
+    int32_t part = activation == 8 && !has_order && draw(0, 1) ? part_of(w) : 0;
+    int status = bw_linear(&w, x.as<void>(), dtype, tokens, draw(0, 1) ? bias.as<void>() : nullptr, activation, part,
                            y.as<void>(), threads);
     require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of sound arguments");
     Bytes row(static_cast<size_t>(columns * 4)), back(static_cast<size_t>(rows * columns));
     for (long i = 0; i < mutations; i++) {
         for (Bytes* each : {&codes, &scale, &zero, &remainder, &levels, &order, &x}) mutate(*each);
-        status = bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, activation, y.as<void>(), threads);
+        status = bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, activation, part, y.as<void>(), threads);
         require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_linear of mutated buffers");
         int64_t id = draw(0, rows - 1);
         require(bw_look_up(&w, &id, 1, row.as<float>(), 1) == BW_OK, "bw_look_up in mutated buffers");
         require(bw_unpack_codes(codes.as<uint8_t>(), rows, columns, slots, bits, w.order, back.as<uint8_t>(), 1) == BW_OK,
                 "bw_unpack_codes of mutated buffers");
     }
+    if (activation == 8) refuse_parts(w, x.as<void>(), dtype, tokens, y.as<void>());
+    require(bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, 16, 32, y.as<void>(), threads) == BW_BAD_ARGUMENT,
+            "bw_linear of exact activations in groups");
     switch (draw(0, 9)) { /* now one that is not sound; most of these are, some may be by chance */
         case 0: w.rows = -w.rows; break;
         case 1: w.slots = draw(0, 1) ? w.slots + 1 : -32; break;
@@ -64,7 +87,7 @@ void linear_round() {
         case 8: threads = 0; break;
         default: tokens = -1;
     }
-    require(bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, 16, y.as<void>(), threads) == BW_BAD_ARGUMENT,
+    require(bw_linear(&w, x.as<void>(), dtype, tokens, nullptr, 16, 0, y.as<void>(), threads) == BW_BAD_ARGUMENT,
             "bw_linear of an unsound argument");
 }
 
@@ -72,6 +95,7 @@ void linear_round() {
 void normed_round() {
     int64_t rows = draw(1, 70), columns = draw(1, 100), tokens = draw(0, 9), slots = (columns + 31) / 32 * 32;
     int32_t bits = static_cast<int32_t>(draw(2, 8)), activation = draw(0, 1) ? 8 : 16;
+    int32_t part = activation == 8 && draw(0, 1) ? 32 * static_cast<int32_t>(draw(1, 5)) : 0;
     size_t numbers = static_cast<size_t>(tokens * columns * 4);
     Bytes codes(bw_codes_bytes(rows, slots, bits)), scale(static_cast<size_t>((rows + 63) / 64 * 256));
     Bytes x(numbers), residual(numbers), sum(numbers), weight(static_cast<size_t>(columns * 4));
@@ -81,15 +105,16 @@ void normed_round() {
     bw_norm norm{x.as<void>(), draw(0, 1) ? residual.as<void>() : nullptr, weight.as<void>(),
                  draw(0, 1) ? sum.as<void>() : nullptr, nullptr, columns, BW_FLOAT32, 1e-6f};
     auto run = [&] {
-        return bw_norm_linear(&norm, &w, tokens, draw(0, 1) ? bias.as<float>() : nullptr, activation, y.as<float>(),
+        return bw_norm_linear(&norm, &w, tokens, draw(0, 1) ? bias.as<float>() : nullptr, activation, part, y.as<float>(),
                               static_cast<int32_t>(draw(1, 3)));
     };
     int status = run();
     require(status == BW_OK || (activation == 8 && status == BW_NOT_FINITE), "bw_norm_linear");
-    switch (draw(0, 3)) {
+    switch (draw(0, 4)) {
         case 0: norm.columns++; break;
         case 1: norm.dtype = BW_BFLOAT16; break;
         case 2: tokens = -1; break;
+        case 3: part = activation == 8 ? 40 : 32; break;
         default: activation = 4;
     }
     require(run() == BW_BAD_ARGUMENT, "bw_norm_linear of an unsound argument");

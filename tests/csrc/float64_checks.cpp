@@ -55,14 +55,17 @@ struct Tokens {
     const void* data() const { return dtype == BW_BFLOAT16 ? static_cast<const void*>(halves.data()) : values.data(); }
 };
 
-/* A token rounded to int8 as bw_linear promises. */
-std::vector<double> rounded(const float* x, int64_t columns) {
-    float most = 0;
-    for (int64_t c = 0; c < columns; c++) most = std::max(most, std::abs(x[c]));
-    float scale = most / 127;
+/* A token rounded to int8 as bw_linear promises, with a scale for each `part` numbers. */
+std::vector<double> rounded(const float* x, int64_t columns, int64_t part) {
     std::vector<double> found;
-    for (int64_t c = 0; c < columns; c++)
-        found.push_back(std::min(127.0, std::max(-128.0, double(std::nearbyint(x[c] / scale)))) * scale);
+    for (int64_t first = 0; first < columns; first += part) {
+        int64_t end = std::min(columns, first + part);
+        float most = 0;
+        for (int64_t c = first; c < end; c++) most = std::max(most, std::abs(x[c]));
+        float scale = most / 127;
+        for (int64_t c = first; c < end; c++)
+            found.push_back(std::min(127.0, std::max(-128.0, double(std::nearbyint(x[c] / scale)))) * scale);
+    }
     return found;
 }
 
@@ -81,15 +84,16 @@ void check_linear() {
                 has_zero ? zero.data() : nullptr, has_remainder ? remainder.data() : nullptr, nullptr,
                 has_levels ? levels.data() : nullptr};
     int32_t activation = !has_levels && draw(0, 1) ? 8 : 16;
+    int32_t part = activation == 16 || draw(0, 1) ? 0 : draw(0, 1) ? 32 : static_cast<int32_t>(group * draw(1, 2));
     Tokens x(tokens * columns, activation == 16 && draw(0, 1));
     std::vector<float> y(static_cast<size_t>(tokens * rows));
     std::vector<uint16_t> y_halves(y.size());
     bool are_halves = x.dtype == BW_BFLOAT16;
     void* to = are_halves ? static_cast<void*>(y_halves.data()) : y.data();
-    require(bw_linear(&w, x.data(), x.dtype, tokens, are_halves ? nullptr : bias.data(), activation, to, 2) == BW_OK, "bw_linear");
+    require(bw_linear(&w, x.data(), x.dtype, tokens, are_halves ? nullptr : bias.data(), activation, part, to, 2) == BW_OK, "bw_linear");
     for (int64_t t = 0; t < tokens; t++) {
         std::vector<double> own(x.values.begin() + t * columns, x.values.begin() + (t + 1) * columns);
-        if (activation == 8) own = rounded(&x.values[static_cast<size_t>(t * columns)], columns);
+        if (activation == 8) own = rounded(&x.values[static_cast<size_t>(t * columns)], columns, part ? part : columns);
         for (int64_t r = 0; r < rows; r++) {
             double sum = are_halves ? 0 : bias[static_cast<size_t>(r)], size = std::abs(sum);
             for (int64_t c = 0; c < columns; c++) {
@@ -173,9 +177,10 @@ void check_norm_linear(bw_norm norm) {
     for (auto& code : codes) code = static_cast<uint8_t>(draw(0, 255));
     std::vector<float> scale = numbers((rows + 63) / 64 * 64), y(static_cast<size_t>(rows)), expected(y.size());
     bw_weight w{rows, columns, slots, slots, 8, 128, BW_FLOAT32, 0, codes.data(), scale.data(), nullptr, nullptr, nullptr, nullptr};
-    for (int32_t activation : {8, 16}) {
-        require(bw_norm_linear(&norm, &w, 1, nullptr, activation, y.data(), 2) == BW_OK, "bw_norm_linear");
-        require(bw_linear(&w, norm.y, BW_FLOAT32, 1, nullptr, activation, expected.data(), 2) == BW_OK, "bw_linear");
+    for (int32_t part : {-1, 0, 32}) { /* -1: exact activations */
+        int32_t activation = part < 0 ? 16 : 8, size = part < 0 ? 0 : part;
+        require(bw_norm_linear(&norm, &w, 1, nullptr, activation, size, y.data(), 2) == BW_OK, "bw_norm_linear");
+        require(bw_linear(&w, norm.y, BW_FLOAT32, 1, nullptr, activation, size, expected.data(), 2) == BW_OK, "bw_linear");
         for (size_t r = 0; r < y.size(); r++) near(y[r], expected[r], 0, "bw_norm_linear");
     }
 }

@@ -27,6 +27,7 @@ KINDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("8-bit cache, speculation", {"kv_cache": "int8", "speculate": 5}, None),
     ("quantized, rotated 4-bit cache", {"kv_cache": "int4-rotated"}, "w4g64"),
     ("8-bit activations, one token at a time", {"step_tokens": 7}, "w8a8"),
+    ("8-bit activations in groups", {}, "w4g32-a8g32"),
 ]
 
 

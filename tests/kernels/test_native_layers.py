@@ -53,7 +53,9 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 LINEAR_SHAPES = [(64, 64), (13, 70), (5, 9), (9, 1), (130, 896)]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4g32-a8", "w4g32-asym-a8", "w4g32", "w8", "nf4g32"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w4g32-a8", "w4g32-asym-a8", "w4g32-a8g64", "w8-a8g32", "w4g32", "w8", "nf4g32"]
+)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES)
 def test_norm_linear_equals_its_two_steps_and_float64(name: str, shape: tuple[int, int]) -> None:
     scheme = parse(name)

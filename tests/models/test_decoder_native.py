@@ -52,11 +52,11 @@ def test_quantized_layers(isa: str, scheme: str) -> None:
     decoder_laws.agrees_with_transformers(NativeDecoder(model), model, 1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4g32-a8", "w4g32-asym-a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4g32-a8", "w4g32-asym-a8", "w4g32-a8g32", "w8-a8g32", "w3g32-asym-a8g64"])
 def test_rounded_activations(scheme: str) -> None:
-    """A last bit may bring a number to the other side of a boundary: one step of its 127th."""
+    """A last bit may bring a number to the other side of a boundary: one step of its 127th, more in later layers."""
     model = quantized("qwen2", scheme)
-    decoder_laws.agrees_with_transformers(NativeDecoder(model), model, 0.02)
+    decoder_laws.agrees_with_transformers(NativeDecoder(model), model, 0.04)
 
 
 def decoders() -> list[tuple[str, PreTrainedModel]]:
@@ -66,11 +66,12 @@ def decoders() -> list[tuple[str, PreTrainedModel]]:
         ("qwen3, bfloat16", build("qwen3", dtype=torch.bfloat16)),
         ("qwen2, w4g32", quantized("qwen2", "w4g32", dtype=torch.bfloat16)),
         ("qwen2, w8a8", quantized("qwen2", "w8a8")),
+        ("qwen2, w4g32-a8g32", quantized("qwen2", "w4g32-a8g32")),
         ("the embedded model", load("demo:")),
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_a_row_depends_on_its_text_alone(number: int) -> None:
     decoder = NativeDecoder(decoders()[number][1])
     before = torch.get_num_threads()

@@ -67,7 +67,7 @@ def test_it_is_the_decoder_of_the_loaded_model(tmp_path: Path, name: str, fields
     assert end_tokens(direct.model) == end_tokens(load(directory))
 
 
-@pytest.mark.parametrize("scheme", ["w4g32", "w8a8", "nf4g32", "w4g32-asym-a8"])
+@pytest.mark.parametrize("scheme", ["w4g32", "w8a8", "nf4g32", "w4g32-asym-a8", "w4g32-a8g32"])
 @pytest.mark.parametrize("format", ["native", None])
 def test_quantized_checkpoints(tmp_path: Path, scheme: str, format: str | None) -> None:
     if format is None and scheme == "nf4g32":

@@ -50,7 +50,7 @@ def pack(directory: Path, head: LayerScheme | None = None, kept: Path | None = N
 @pytest.mark.parametrize(("scheme", "head", "tied"), [
     (None, None, True), (None, "w8", True), (None, None, False), ("w4g32", "w8", False), ("w8a8", None, True),
     ("nf4g32", "w4g32", True), ("w4g32-asym", None, False), ("w3g32-asym-fz", "w8a8", False),
-    ("w4g32-dq(w8g256-sf32)", None, True),
+    ("w4g32-a8g32", "w8-a8g64", False), ("w4g32-dq(w8g256-sf32)", None, True),
 ])  # fmt: skip
 def test_the_second_start_is_the_first(tmp_path: Path, scheme: str | None, head: str | None, tied: bool) -> None:
     directory, own = checkpoint(tmp_path, scheme, tied=tied), None if head is None else parse(head)

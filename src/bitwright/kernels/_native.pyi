@@ -20,7 +20,16 @@ class Weight:
     ) -> None: ...
 
 def linear(
-    weight: Weight, x: int, dtype: int, tokens: int, bias: int, activation_bits: int, y: int, threads: int, /
+    weight: Weight,
+    x: int,
+    dtype: int,
+    tokens: int,
+    bias: int,
+    activation_bits: int,
+    activation_group: int,
+    y: int,
+    threads: int,
+    /,
 ) -> bool: ...
 def pack_codes(
     codes: int, rows: int, columns: int, slots: int, bits: int, order: int, packed: int, threads: int, /
@@ -44,6 +53,7 @@ def norm_linear(
     tokens: int,
     bias: int,
     activation_bits: int,
+    activation_group: int,
     y: int,
     threads: int,
     /,
@@ -100,7 +110,9 @@ class Batch:
     ) -> None: ...
 
 class Dense:
-    def __init__(self, weight: Weight, bias: int, input_scale: int, activation_bits: int, /) -> None: ...
+    def __init__(
+        self, weight: Weight, bias: int, input_scale: int, activation_bits: int, activation_group: int, /
+    ) -> None: ...
 
 class Layer:
     def __init__(

@@ -1,7 +1,8 @@
 """The native CPU kernel: packed integer and 16-level weights, exact or 8-bit activations, any number of tokens.
 
 Rows lie in panels of 64, columns in blocks of 32; groups begin at whole blocks (csrc/kernels.h). A row's result is the
-same in every batch and on any number of threads; with 8-bit activations it equals the reference kernel's bit for bit.
+same in every batch and on any number of threads; with 8-bit activations, of one scale a token or one for each group of
+its features, it equals the reference kernel's bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bitwright.kernels.records import Kernel, KernelSpec, PackedWeight
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["KERNEL", "codes_bytes", "pack", "record", "refuse", "run", "unpack"]
+__all__ = ["KERNEL", "codes_bytes", "pack", "record", "refuse", "rounding", "run", "unpack"]
 
 PANEL = 64
 MOST_PADDING, SPARE_BYTES = 1.1, 16  # an operand of a larger multiple of what is stored is refused, tiny ones apart
@@ -38,16 +39,16 @@ def refuse(spec: KernelSpec) -> str | None:
     """Why the layer cannot run here, or ``None``."""
     scheme = spec.scheme.weight
     columns = spec.shape[1]
-    group = min(scheme.group or columns, columns)
+    group, part = (min(size or columns, columns) for size in (scheme.group, spec.scheme.activation_group))
     reasons = (
         (native_library.missing() is not None, native_library.missing()),
         (spec.device.type != "cpu", f"runs on the CPU, not on {spec.device.type}"),
         (scheme.axis != 1, "groups along axis 0"),
         (scheme.code == "fp8_e4m3", "no fp8 weights"),
         (spec.scheme.activation == DYNAMIC_FP8, "no fp8 activations"),
-        (spec.scheme.activation_group is not None, "no activations with a scale for each group"),
         (min(spec.shape) < 1, "an empty weight"),
         (group < columns and group % BLOCK != 0, f"groups of {scheme.group}, not of a multiple of {BLOCK}"),
+        (part < columns and part % BLOCK != 0, f"activations in groups of {part}, not of a multiple of {BLOCK}"),
         (group > MAX_GROUP, f"more than {MAX_GROUP} numbers share a scale"),
     )
     found = next((reason for applies, reason in reasons if applies), None)
@@ -87,11 +88,13 @@ def pack(tensor: QuantizedTensor, scheme: LayerScheme, room: Room = shared_room)
     """The operand of ``tensor``, whose scheme is ``scheme.weight``; its codes lie in ``room``.
 
     Raises:
+        ArgumentError: BW202 for reordered columns beside groups of activations.
         ValueError: if the schemes differ.
     """
     weight = scheme.weight
     if tensor.scheme != weight:
         raise ValueError(f"a {weight.name} layer, but a {tensor.scheme.name} weight")
+    scheme.check_order(reordered=tensor.group_index is not None)
     tensors: dict[str, Tensor] = {}
     slots, _ = _layout(weight, tensor.shape)
     if tensor.group_index is not None:
@@ -156,7 +159,7 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
     is_finite = _native.linear(
         record(weight), tokens.data_ptr(), DTYPES[x.dtype], tokens.shape[0], 0 if bias is None else bias.data_ptr(),
-        16 if activation is None else 8, y.data_ptr(), torch.get_num_threads(),
+        *rounding(weight), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if not is_finite:
         suggestion = "the model overflows before this layer: load it with dtype float32"
@@ -165,6 +168,15 @@ def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 
 KERNEL = Kernel(name="native", refuse=refuse, pack=pack, unpack=unpack, run=run)
+
+
+def rounding(weight: PackedWeight) -> tuple[int, int]:
+    """How the library rounds what the layer reads: bits (16: it does not), and slots that share a scale (0: all)."""
+    size = weight.scheme.activation_group
+    if size is None:
+        return (16 if weight.scheme.activation is None else 8), 0
+    slots, group = _layout(weight.scheme.weight, weight.shape)
+    return 8, size if size < weight.shape[1] else -(-slots // group) * group
 
 
 def record(weight: PackedWeight) -> _native.Weight:

@@ -196,11 +196,11 @@ def _record(weight: PackedWeight | PackedFloats) -> _native.Weight:
 
 def _dense(dense: Dense) -> _native.Dense:
     weight = dense.weight
-    is_rounded = isinstance(weight, PackedWeight) and weight.scheme.activation is not None
+    rounding = native.rounding(weight) if isinstance(weight, PackedWeight) else (16, 0)
     rows, columns = weight.shape
     bias = 0 if dense.bias is None else _vector(dense.bias, rows)
     input_scale = 0 if dense.input_scale is None else _vector(dense.input_scale, columns)
-    return _native.Dense(_record(weight), bias, input_scale, 8 if is_rounded else 16)
+    return _native.Dense(_record(weight), bias, input_scale, *rounding)
 
 
 def _layer(block: Block, shape: StackShape) -> _native.Layer:

@@ -68,8 +68,7 @@ def norm_linear(
     is_finite = _native.norm_linear(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), norm_weight.data_ptr(),
         0 if residual is None else total.data_ptr(), epsilon, native.record(weight), x.numel() // columns,
-        0 if bias is None else bias.data_ptr(), 16 if weight.scheme.activation is None else 8, y.data_ptr(),
-        torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), *native.rounding(weight), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if not is_finite:
         suggestion = "the model overflows before this layer: load it with dtype float32"
