@@ -107,10 +107,6 @@ bw_weight operand(const Problem& p) {
             nullptr, nullptr, nullptr, nullptr};
 }
 
-template <class Tokens> void set_group(Tokens& tokens) {
-    if constexpr (requires { tokens.group; }) tokens.group = GROUP;
-}
-
 /* v3: the library, as its products call it: words where tiles of tokens read them, sums times what codes have too much. */
 void norm_library(Problem& p) {
     bw_weight w = operand(p);
@@ -119,7 +115,7 @@ void norm_library(Problem& p) {
     bw_tokens tokens{};
     tokens.route = BW_ROUTE_INTEGER;
     tokens.count = p.tokens;
-    set_group(tokens);
+    tokens.group = GROUP;
     tokens.words = p.words.data();
     tokens.sums = p.sums.data();
     tokens.scale = p.scale.data();
