@@ -208,6 +208,13 @@ def test_samples_and_their_length_are_limited() -> None:
     assert same(convert(one).state_dict(), convert(other).state_dict())
 
 
+def test_positions_for_all_rows_are_cut_with_them() -> None:
+    config, positions = AutoRoundConfig(iters=2, seqlen=8), torch.arange(32)[None]
+    made = quantize(build_model("llama"), config, lambda model: model(IDS, position_ids=positions))
+    other = quantize(build_model("llama"), config, lambda model: model(IDS))
+    assert same(made.state_dict(), other.state_dict())
+
+
 def test_blocks_are_tuned_together() -> None:
     """Four steps for two blocks at once are other steps than four for each."""
     one, two = (

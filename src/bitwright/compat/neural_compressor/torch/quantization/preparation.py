@@ -114,7 +114,8 @@ def _limited(batches: Sequence[Batch], samples: int, length: int) -> list[Batch]
         shape = tokens.shape
 
         def cut(value: Any, shape: Any = shape, rows: int = samples) -> Any:
-            return value[:rows, :length] if isinstance(value, Tensor) and value.shape == shape else value
+            is_long = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == shape[1]
+            return value[:rows, :length] if is_long and value.shape[0] in (1, shape[0]) else value
 
         kept.append((tuple(map(cut, arguments)), {name: cut(value) for name, value in keywords.items()}))
         samples -= shape[0]
