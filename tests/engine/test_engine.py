@@ -153,6 +153,16 @@ def test_cancelling(engine: Engine) -> None:
     assert engine.statistics().cache_used == 0
 
 
+def test_prompts_that_are_never_begun_are_not_counted(tiny: PreTrainedModel) -> None:
+    with Engine(tiny, max_batch=1) as engine:
+        first = engine.submit([1] * 30, max_tokens=90)
+        assert first.next(20) is not None
+        second = engine.submit([2] * 40, max_tokens=5)
+        second.cancel()
+        assert second.result(20).finish_reason == "cancelled" and second.result().tokens == ()
+        assert first.result(20) and engine.statistics().prompt_tokens == 30
+
+
 def _wait(is_so: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not is_so():

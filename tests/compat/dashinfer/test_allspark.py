@@ -279,6 +279,16 @@ def test_wrong_runtimes(change: Any, words: str) -> None:
         change(loader.create_reference_runtime_config_builder("a", TargetDevice.CPU, [0]))
 
 
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    loader, engine = allspark.HuggingFaceModel("demo:", "g", in_memory_serialize=True), allspark.Engine()
+    loader.load_model().serialize(engine)
+    runtime = loader.create_reference_runtime_config_builder("g", TargetDevice.CUDA, [3]).build()
+    assert engine.install_model(runtime) == OK
+    refused(lambda: engine.start_model("g"), PARAM, "no CUDA device 3; there are 1")
+
+
 def test_serialized_to_a_directory(tmp_path: Path) -> None:
     loader = allspark.HuggingFaceModel("demo:", "written", user_set_data_type="float32")
     config = {"quant_method": "instant_quant", "weight_format": "uint4"}

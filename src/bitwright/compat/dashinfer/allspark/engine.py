@@ -97,7 +97,7 @@ class Engine:
         if config.device is TargetDevice.CUDA:
             if torch.cuda.is_available():
                 module: Any = installed.model
-                module.to(f"cuda:{config.device_ids[0] if config.device_ids else 0}")
+                module.to(f"cuda:{_cuda_device(config)}")
             else:
                 warnings.warn("there is no CUDA device: the model runs on the CPU", Notice, stacklevel=4)
         context = context_length(installed.model.config) or config.max_length
@@ -213,6 +213,13 @@ class Engine:
         except BitwrightError as error:
             return _tell(_status_of(error), error.render())
         return AsStatus.ALLSPARK_SUCCESS
+
+
+def _cuda_device(config: RuntimeConfig) -> int:
+    number, count = config.device_ids[0] if config.device_ids else 0, torch.cuda.device_count()
+    if number >= count:
+        raise _wrong(f"there is no CUDA device {number}; there are {count}, from 0 on")
+    return number
 
 
 def _tokens(loader: object, text: object) -> list[int]:
