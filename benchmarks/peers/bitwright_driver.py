@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 import bitwright
-from benchmarks.peers.driving import Cell
+from benchmarks.peers.driving import Cell, Refusal
 from benchmarks.quality_runs.cells import VARIANTS
+from bitwright.core.errors import BitwrightError
 from bitwright.quantization.algorithms import ALGORITHMS
 
 __all__ = ["METHODS", "quantize", "scheme_name", "versions"]
@@ -19,9 +20,18 @@ METHODS = (*ALGORITHMS, *VARIANTS)
 SOURCES = ("core", "models", "quantization")
 
 
-def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor] | None:
+def quantize(model: nn.Module, cell: Cell) -> None:
     """Write a checkpoint from the same windows, which the text gives when it is cut in the same way."""
     del model  # the directory is streamed
+    try:
+        _write_checkpoint(cell)
+    except BitwrightError as error:
+        if error.exit_status == 2:  # the algorithm has no such scheme
+            raise Refusal(error.what) from error
+        raise
+
+
+def _write_checkpoint(cell: Cell) -> None:
     samples, seqlen = cell.tokens.shape
     algorithm, options = VARIANTS.get(cell.method, (cell.method, {}))
     bitwright.quantize(
@@ -39,7 +49,6 @@ def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor] | None:
         overwrite=True,
         restart=True,
     )
-    return None
 
 
 def scheme_name(cell: Cell) -> str:

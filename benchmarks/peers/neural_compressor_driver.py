@@ -45,7 +45,7 @@ TEQ_STEPS = 128  # one pass over the samples, one at a time
 
 def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor]:
     """One configuration on the given windows; the packed layers are unpacked by the library itself."""
-    names = list(block_linears(model))
+    names, known = list(block_linears(model)), set(model.state_dict())
     config = _config(model, cell)
     example = cell.tokens[:1]
     prepared = prepare(model, config, example_inputs=example)
@@ -57,6 +57,8 @@ def quantize(model: nn.Module, cell: Cell) -> dict[str, Tensor]:
                 prepared(window.unsqueeze(0))
     quantized = convert(prepared)
     state = {name: value for name, value in quantized.state_dict().items() if _is_whole(name, names)}
+    # Layers whose neighbours were scaled get a bias that they did not have, of zeros.
+    state = {name: value for name, value in state.items() if name in known or value.any()}
     for name in names:
         state[f"{name}.weight"] = _weight(quantized.get_submodule(name))
     return state
