@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "clock.h"
 
 namespace {
 
@@ -273,12 +274,6 @@ Problem make(int64_t rows, int64_t columns, int64_t tokens) {
     lay_out_weight(p);
     lay_out_tokens(p);
     return p;
-}
-
-double processor_seconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
 }
 
 bool is_near(const Problem& p, const std::vector<double>& expected) {

@@ -14,11 +14,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
 #include <random>
 #include <vector>
 
 #include "../isa_table.h"
+#include "clock.h"
 
 namespace {
 
@@ -316,18 +316,6 @@ Problem make(int64_t tokens, int64_t columns) {
         for (int64_t g = 0; g < p.groups(); g++)
             p.row_scale[r * p.groups() + g] = p.panel_scale[(r / 64 * p.groups() + g) * 64 + r % 64] = 0.01f + 0.001f * float(generator() % 20);
     return p;
-}
-
-double processor_seconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
-}
-
-double seconds_of(auto body) {
-    double start = processor_seconds();
-    body();
-    return processor_seconds() - start;
 }
 
 void climb(Problem& p, const Operation& operation) {

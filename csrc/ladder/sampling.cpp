@@ -12,13 +12,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <functional>
 #include <numeric>
 #include <random>
 #include <vector>
 
 #include "../kernels.h"
+#include "clock.h"
 
 namespace {
 
@@ -141,18 +141,6 @@ double error_of(const Problem& p, int64_t token, double uniform) {
     if (p.exact[token] == 0) return 1;
     double before = std::accumulate(p.exact.begin(), p.exact.begin() + token, 0.0) / p.mass, part = p.exact[token] / p.mass;
     return std::max({0.0, before - uniform, uniform - before - part});
-}
-
-double processor_seconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
-}
-
-double seconds_of(auto body) {
-    double start = processor_seconds();
-    body();
-    return processor_seconds() - start;
 }
 
 void climb(Problem& p, const char* name, const bw_sampling& s, std::mt19937& generator) {
