@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["machine_memory", "no_collections", "read_ahead", "read_system_file", "trim_memory", "use_huge_pages"]
+__all__ = [
+    "machine_memory",
+    "map_memory",
+    "no_collections",
+    "read_ahead",
+    "read_system_file",
+    "trim_memory",
+    "use_huge_pages",
+]
 
 AHEAD = 8 << 20  # bytes asked for at a time
 HUGE_PAGE = 2 << 20  # on x86-64, and on arm64 with pages of 4 KiB
@@ -71,6 +79,18 @@ def read_ahead(directory: Path) -> threading.Thread | None:
     thread = threading.Thread(target=_read_files, args=(paths, machine_memory()[1] // 2), daemon=True)
     thread.start()
     return thread
+
+
+def map_memory(size: int) -> mmap.mmap:
+    """``size`` zeros of their own, in large pages if the system has them, that take memory where they are written to.
+
+    Raises:
+        OSError, ValueError: if there is no such memory.
+    """
+    piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a system without large pages
+        piece.madvise(mmap.MADV_HUGEPAGE)
+    return piece
 
 
 def use_huge_pages(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ is freed between them would leave holes. A piece is given back when the last ope
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import weakref
@@ -14,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from bitwright.core.memory import map_memory
 
 __all__ = ["Arena", "Room", "shared_room"]
 
@@ -45,7 +46,7 @@ class Arena:
             piece, start = self._piece(), -(-self._used // LINE) * LINE
             if piece is None or start + size > len(piece):
                 try:
-                    piece, start = _map(-(-size // PIECE) * PIECE), 0
+                    piece, start = map_memory(-(-size // PIECE) * PIECE), 0
                 except (OSError, ValueError):  # no such memory
                     return torch.empty(size, dtype=torch.uint8)
                 self._piece = weakref.ref(piece)
@@ -64,13 +65,6 @@ class Arena:
 def shared_room(size: int) -> Tensor:
     """Room for an operand of which nobody knows what it will stay with."""
     return torch.empty(size, dtype=torch.uint8) if size < SMALLEST else _shared.room(size)
-
-
-def _map(size: int) -> mmap.mmap:
-    piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a system without large pages
-        piece.madvise(mmap.MADV_HUGEPAGE)
-    return piece
 
 
 _shared = Arena(apart=True)

@@ -6,8 +6,6 @@ Which page belongs to whom is the engine's business; here lie the numbers, and h
 from __future__ import annotations
 
 import math
-import mmap
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from bitwright.core.errors import ArgumentError
 from bitwright.core.kv_codes import Coded, decode_kv, encode_kv, refuse_head
 from bitwright.core.kv_scheme import KVCode, KVScheme, code_bytes
-from bitwright.core.memory import use_huge_pages
+from bitwright.core.memory import map_memory
 
 __all__ = ["PAGE", "CacheShape", "PagedCache", "refuse_scheme"]
 
@@ -193,10 +191,7 @@ def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if count < MAPPED:
         return torch.zeros(size, dtype=dtype)
     try:
-        if sys.platform == "win32":
-            room = mmap.mmap(-1, count)
-        else:
-            room = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room = map_memory(count)
     except OSError as error:
         raise MemoryError(f"{count} bytes for a cache cannot be had: {error}") from error
-    return use_huge_pages(torch.frombuffer(room, dtype=torch.uint8)).view(dtype).view(size)
+    return torch.frombuffer(room, dtype=torch.uint8).view(dtype).view(size)
