@@ -29,18 +29,20 @@ float number_at(const void* p, int64_t index, int32_t dtype) {
     return from_half(static_cast<const uint16_t*>(p)[index], dtype);
 }
 
-/* The code of a slot, given the bytes of its row's lane in the vectors of its block. */
-int code_at(const uint8_t* block, int bits, int slot) {
-    int quad = slot / 4, byte = slot % 4, code = 0, vector = 0;
-    if (bits == 8) return block[64 * quad + byte];
-    for (int width = 4; width; width /= 2) {
+/* The codes of a row's 32 slots, four bytes a quad, given the bytes of its lane in the vectors of their block. */
+void read_codes(const uint8_t* block, int bits, uint32_t (&quads)[8]) {
+    for (int q = 0; q < 8; q++) quads[q] = 0;
+    if (bits == 8)
+        for (int q = 0; q < 8; q++) std::memcpy(&quads[q], block + 64 * q, 4);
+    for (int width = 4; width && bits < 8; width /= 2) {
         if (!(bits & width)) continue;
-        int per_vector = 8 / width;
-        int part = block[64 * (vector + quad / per_vector) + byte] >> quad % per_vector * width & ((1 << width) - 1);
-        code = code << width | part;
-        vector += width;
+        uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+        for (int q = 0; q < 8; block += 64) {
+            uint32_t word;
+            std::memcpy(&word, block, 4);
+            for (int part = 0; part < 8; part += width, q++) quads[q] = quads[q] << width | (word >> part & mask);
+        }
     }
-    return code;
 }
 
 float float_at(const uint8_t* block, int bits, int slot) {
@@ -81,6 +83,26 @@ void pack_panels(void* context, int64_t first, int64_t last, int) {
         }
 }
 
+/* The 32 numbers of a block of a row, whose group's parameters are those number `at`. */
+void read_block(const bw_weight& w, const uint8_t* block, int64_t at, float (&values)[BW_BLOCK]) {
+    const float scale = number_at(w.scale, at, w.scale_dtype);
+    if (w.bits > 8) {
+        for (int s = 0; s < BW_BLOCK; s++) values[s] = float_at(block, w.bits, s) * scale;
+        return;
+    }
+    uint32_t quads[8];
+    uint8_t codes[BW_BLOCK];
+    read_codes(block, w.bits, quads);
+    std::memcpy(codes, quads, sizeof(quads));
+    if (w.levels) {
+        for (int s = 0; s < BW_BLOCK; s++) values[s] = w.levels[codes[s]] * scale;
+        return;
+    }
+    const int zero = w.zero ? w.zero[at] : w.center;
+    const float remainder = w.remainder ? w.remainder[at] : 0.0f;
+    for (int s = 0; s < BW_BLOCK; s++) values[s] = (static_cast<float>(codes[s] - zero) - remainder) * scale;
+}
+
 struct LookUp {
     const bw_weight* weight;
     const int64_t* ids;
@@ -96,21 +118,21 @@ void read_numbers(const void* numbers, int64_t first, int64_t count, int32_t dty
 void look_up(const bw_weight& w, int64_t id, float* y) {
     int64_t blocks = w.slots / BW_BLOCK, groups = (w.slots + w.group - 1) / w.group, panel = id / BW_PANEL;
     int64_t lane = id % BW_PANEL / BW_LANES, column = id % BW_LANES;
+    const uint8_t* codes = w.codes + (panel * blocks * 4 + lane) * 64 * w.bits + column * 4;
     if (w.order) std::memset(y, 0, static_cast<size_t>(w.columns) * sizeof(float));
-    for (int64_t slot = 0; slot < w.slots; slot++) {
-        int64_t to = w.order ? w.order[slot] : slot;
-        if (to < 0 || to >= w.columns) continue;
-        const uint8_t* block = w.codes + ((panel * blocks + slot / BW_BLOCK) * 4 + lane) * 64 * w.bits + column * 4;
-        int64_t at = (panel * groups + slot / w.group) * BW_PANEL + id % BW_PANEL;
-        int s = static_cast<int>(slot % BW_BLOCK);
-        float value;
-        if (w.bits > 8) value = float_at(block, w.bits, s);
-        else {
-            int code = code_at(block, w.bits, s);
-            if (w.levels) value = w.levels[code];
-            else value = static_cast<float>(code - (w.zero ? w.zero[at] : w.center)) - (w.remainder ? w.remainder[at] : 0.0f);
+    for (int64_t block = 0; block < blocks; block++, codes += 4 * 64 * w.bits) {
+        int64_t first = block * BW_BLOCK, at = (panel * groups + first / w.group) * BW_PANEL + id % BW_PANEL;
+        float values[BW_BLOCK];
+        read_block(w, codes, at, values);
+        if (w.order) {
+            for (int64_t s = 0; s < BW_BLOCK; s++) {
+                int64_t to = w.order[first + s];
+                if (to >= 0 && to < w.columns) y[to] = values[s];
+            }
+        } else if (first < w.columns) {
+            int64_t count = w.columns - first < BW_BLOCK ? w.columns - first : BW_BLOCK;
+            std::memcpy(y + first, values, static_cast<size_t>(count) * sizeof(float));
         }
-        y[to] = value * number_at(w.scale, at, w.scale_dtype);
     }
 }
 
