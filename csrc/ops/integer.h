@@ -144,3 +144,10 @@ template <int BITS, bool HAS_SCALES> void sum_packed_tiles(const PanelPlace& at,
             default: sum_packed_tile<BITS, TILE_TOKENS, HAS_SCALES>(at, token, ahead, totals);
         }
 }
+
+/* One or two tokens with scales for parts of them, times codes that have no other way straight from memory. */
+template <int BITS> APART void sum_few(const PanelPlace& at, float* totals) {
+    Ahead ahead{at.codes + BW_AHEAD, 4 * BITS, true};
+    if (at.job.tokens.count == 1) sum_packed_tile<BITS, 1, true>(at, 0, ahead, totals);
+    else sum_packed_tile<BITS, 2, true>(at, 0, ahead, totals);
+}

@@ -31,6 +31,13 @@ template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t f
                 continue;
             }
         }
+        if constexpr (R::STEPS == 1 && BITS < 4) {
+            if (has_scales && tokens <= 2) {
+                sum_few<BITS>(at, totals);
+                write_panel(*job, panel, totals);
+                continue;
+            }
+        }
         if constexpr (IS_COMMON) {
             if (tokens <= 2 && !has_scales) {
                 if (tokens == 1) sum_whole_panel<R, BITS, 1>(at, levels, totals);
