@@ -52,11 +52,13 @@ def _write_checkpoint(cell: Cell) -> None:
 
 
 def scheme_name(cell: Cell) -> str:
-    """The short name of the cell's scheme."""
+    """The short name of the cell's scheme; for HQQ with the zero points and, for whole rows, the float32 of its authors."""
     base = f"w{cell.bits}" if cell.code == "int" else cell.code
     group = f"g{cell.group}" if cell.group else ""
     zero = "" if cell.symmetric or cell.code != "int" else "-asym"
-    return f"{base}{group}{zero}{'-fz' if zero and cell.method == 'hqq' else ''}"
+    if zero and cell.method == "hqq":
+        zero += "-fz" if group else "-fz-sf32"
+    return f"{base}{group}{zero}"
 
 
 def versions() -> str:
