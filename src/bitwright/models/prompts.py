@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.models.rendering import OutOfBoundsError, bounded
 
 if TYPE_CHECKING:
     from bitwright.models.hf import Tokenizer
@@ -44,11 +45,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of the tokenizer's chat template for one message of the user, up to where the answer begins.
 
-    transformers renders the template in an immutable sandbox. Control tokens come from the template alone.
+    transformers renders the template in an immutable sandbox, within the bounds of :mod:`bitwright.models.rendering`.
+    Control tokens come from the template alone.
 
     Raises:
         ArgumentError: BW201 if the text is empty or not valid Unicode, or the tokenizer has no chat template.
-        BitwrightError: BW312 if the template fails.
+        BitwrightError: BW312 if the template fails, or passes a bound.
     """
     return encode_messages(tokenizer, [("user", text)])
 
@@ -62,7 +64,7 @@ def encode_messages(
 
     Raises:
         ArgumentError: BW201 if a text is empty or not valid Unicode, or the tokenizer has no chat template.
-        BitwrightError: BW312 if the template fails.
+        BitwrightError: BW312 if the template fails, or passes a bound.
     """
     for role, text in messages:
         if text or role == "user":  # an answer may have been empty
@@ -78,7 +80,14 @@ def encode_messages(
         options["chat_template"] = template
     conversation = [{"role": role, "content": text} for role, text in messages]
     try:
-        tokens = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False, **options)
+        with bounded():
+            tokens = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, return_dict=False, **options
+            )
+    except OutOfBoundsError as error:
+        what, why = f"the chat template is stopped: {error}", "it is a program that came with the model"
+        suggestion = "shorten messages that are as long themselves, or prompt the model without chat"
+        raise BitwrightError("BW312", what, why=why, suggestion=suggestion) from None
     except Exception as error:  # a template is a program, and fails in as many ways
         what = f"the chat template fails: {type(error).__name__}: {error}"
         raise BitwrightError("BW312", what, suggestion="prompt the model without chat") from None
