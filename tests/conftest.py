@@ -24,7 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bitwright.kernels import native, native_library
 
-MISSING = native_library.missing()
+MISSING, LEFT_ASIDE = native_library.missing(), "left aside in the tests of everything else"
+# Whoever installs bitwright runs these on the native kernels, where they are built: so do their tests.
+RUN_AS_SHIPPED = ("engine", "compat/dashinfer", "compat/qwen", "cli/test_chat.py", "cli/test_generation.py")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # third-party models and texts lie beside the repository, and may be absent
 
@@ -64,18 +66,30 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _reference_kernels() -> Iterator[None]:
-    """Whatever is not about the native kernels is tested on the reference, whose sums do not depend on the machine."""
+    """What is neither about the native kernels nor about the engine is tested on the reference, alike anywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_library, "_MISSING", "left aside in the tests of everything else")
+        patch.setattr(native_library, "_MISSING", LEFT_ASIDE)
         yield
 
 
-@pytest.fixture(autouse=True)
-def _native_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their own tests have them, for layers of any size."""
-    if "native" in request.path.stem:
-        monkeypatch.setattr(native_library, "_MISSING", MISSING)
-        monkeypatch.setattr(native, "MOST_PADDING", math.inf)
+@pytest.fixture(autouse=True, scope="module")
+def _native_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Their own tests have them, and those of the engine, for layers of any size; before a fixture of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        file = request.path.relative_to(ROOT / "tests")
+        if "native" in file.stem or any(file.is_relative_to(place) for place in RUN_AS_SHIPPED):
+            patch.setattr(native_library, "_MISSING", MISSING)
+            patch.setattr(native, "MOST_PADDING", math.inf)
+        yield
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both in turn, for a test whose law each has to keep; the first is skipped where they are not built."""
+    if request.param == "native" and MISSING is not None:
+        pytest.skip(MISSING)
+    monkeypatch.setattr(native_library, "_MISSING", MISSING if request.param == "native" else LEFT_ASIDE)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True, scope="session")

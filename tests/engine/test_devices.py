@@ -14,6 +14,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.kv_scheme import parse_kv
 from bitwright.engine import resources
 from bitwright.engine.resources import choose_decoder, page_count
+from bitwright.kernels import native_library
 from bitwright.kernels.gpu import library
 from bitwright.models import decoder_cuda, decoder_native
 
@@ -34,6 +35,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "CudaDecoder", FakeCuda)
     monkeypatch.setattr(decoder_cuda, "refuse", lambda _model: None)
     monkeypatch.setattr(decoder_native, "refuse", lambda _model: "runs on the CPU, not on cuda")
+    monkeypatch.setattr(native_library, "_MISSING", "of no use to a model on a GPU, about which nobody is told")
 
 
 def choose(model: PreTrainedModel, name: str = "auto", kv: str = "none", **fields: Any) -> tuple[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bitwright import Engine
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.handle import Status
+from bitwright.kernels import native_library
 from bitwright.models.generation import Sampling, generate_tokens
 from bitwright.models.limits import end_tokens
 from tests.models.architectures import build
@@ -42,6 +43,21 @@ def test_greedy_answers_are_those_of_transformers(engine: Engine, demo: PreTrain
         assert answer.finish_reason == ("stop" if is_end else "length")
         assert answer.text == engine.tokenizer.decode(expected, skip_special_tokens=True)
         assert answer.prompt_tokens == len(tokens) and answer.seconds >= (answer.time_to_first_token or 9) > 0
+
+
+def test_the_engine_is_tested_as_it_ships(engine: Engine, tiny: PreTrainedModel) -> None:
+    shipped = "torch" if native_library.missing() else "native"
+    with Engine(tiny) as other:
+        assert engine.decoder == other.decoder == shipped
+
+
+def test_greedy_answers_do_not_depend_on_company(kernels: str, demo: PreTrainedModel) -> None:
+    """On either decoder, and each time again."""
+    with Engine(demo, max_batch=4, cache_tokens=2048) as engine:
+        alone = [engine.generate(prompt, max_tokens=12).tokens for prompt in PROMPTS]
+        for prompts, expected in ((PROMPTS, alone), (PROMPTS[::-1], alone[::-1])):
+            assert [answer.tokens for answer in engine.generate(prompts, max_tokens=12)] == expected
+        assert engine.decoder == ("native" if kernels == "native" else "torch")
 
 
 def test_the_same_seed_is_the_same_answer_alone_and_in_company(engine: Engine) -> None:

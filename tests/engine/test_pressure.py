@@ -55,9 +55,11 @@ def _can_be_smaller(step: Step) -> bool:
 def test_answers_are_those_of_undisturbed_runs(tiny: PreTrainedModel, speculate: int) -> None:
     requests = mixed_requests(16, 5, 80)
     expected = alone(tiny, requests)
+    all_wait = threading.Event()  # no step ends before, however fast the kernels are
     with Engine(tiny, max_batch=16, step_tokens=128, speculate=speculate) as engine:
-        decoder = ShortOfMemory(engine, lambda number, step: number % 7 == 3 and _can_be_smaller(step))
+        decoder = ShortOfMemory(engine, lambda n, step: all_wait.wait(60) and n % 7 == 3 and _can_be_smaller(step))
         handles = [engine.submit(prompt, **fields) for prompt, fields in requests]
+        all_wait.set()
         answers = [handle.result(60) for handle in handles]
         statistics = engine.statistics()
         check_books(engine)
@@ -68,9 +70,11 @@ def test_answers_are_those_of_undisturbed_runs(tiny: PreTrainedModel, speculate:
 
 def test_the_newest_wait_and_steps_grow_again(tiny: PreTrainedModel) -> None:
     """Steps of more than two requests never fit at first; later they do."""
+    all_wait = threading.Event()
     with Engine(tiny, max_batch=8) as engine:
-        decoder = ShortOfMemory(engine, lambda number, step: number < 20 and len(step.lengths) > 2)
+        decoder = ShortOfMemory(engine, lambda n, step: all_wait.wait(60) and n < 20 and len(step.lengths) > 2)
         handles = [engine.submit([n + 1] * 8, max_tokens=110, ignore_end=True) for n in range(8)]
+        all_wait.set()
         answers = [handle.result(60) for handle in handles]
     assert answers[0].preemptions == 0 and answers[-1].preemptions > 0
     # A step may begin before all requests are there: at most 8 to 4 to 2, and a smaller step before.

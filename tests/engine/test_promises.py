@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_as_many_tokens_are_guessed_as_were_right(tiny: PreTrainedModel) -> None
         wanted.clear()
 
 
+def _slow_down(engine: Engine) -> None:
+    """Steps of a millisecond at least: requests meet, however fast the kernels are."""
+    decoder = engine._loop._runner.decoder
+    forward = decoder.forward
+
+    def late(step: Any, cache: Any) -> Any:
+        time.sleep(0.001)
+        return forward(step, cache)
+
+    decoder.forward = late  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(("kind", "count"), [("float32", 24), ("quantized, int4 cache, speculation", 12)])
 def test_requests_in_a_quarter_of_the_room(tiny: PreTrainedModel, kind: str, count: int) -> None:
     plain = kind == "float32"
@@ -72,6 +85,7 @@ def test_requests_in_a_quarter_of_the_room(tiny: PreTrainedModel, kind: str, cou
     room = pages_needed(requests) // 4 * PAGE
     more: dict[str, Any] = {} if plain else {"speculate": 4}
     with Engine(model, max_batch=64, cache_tokens=room, step_tokens=256, **scheme, **more) as engine:
+        _slow_down(engine)
         answers = under_pressure(engine, requests, 5, cancelled)
         statistics = engine.statistics()
         assert statistics.preemptions > 0, "there was no pressure"

@@ -13,6 +13,8 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.engine.options import RequestOptions
 from bitwright.engine.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("kernels")  # what is drawn natively and what is not keep the same laws
+
 
 def restated(logits: np.ndarray, prompt: list[int], answer: list[int], options: RequestOptions) -> np.ndarray:
     """The probabilities of the next token, one rule after the other."""

@@ -122,8 +122,8 @@ CATALOGUE: dict[str, Entry] = {
     "BW312": Entry(
         "tokenizer missing or unfit",
         "The tokenizer cannot be read, has more tokens than the model has embedding rows, or is not the one that the "
-        "reference model uses: token ids would then mean different text. Or its chat template fails, or passes a bound: it "
-        "runs for 10 seconds at most.",
+        "reference model uses: token ids would then mean different text. Or its chat template fails, or passes a "
+        "bound: it runs for 10 seconds at most.",
     ),
     "BW313": Entry(
         "nothing to quantize",
