@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from bitwright.core.memory import no_collections
+
 if TYPE_CHECKING:
     from bitwright.cli.demo import demo
     from bitwright.cli.doctor import doctor
@@ -85,7 +87,9 @@ def __getattr__(name: str) -> object:
     if name not in SOURCES:
         raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
     module, _, original = SOURCES[name].partition(":")
-    value: object = getattr(importlib.import_module(f"bitwright.{module}"), original or name)
+    with no_collections(freeze=False):  # what the caller has left behind is not ours to keep
+        loaded = importlib.import_module(f"bitwright.{module}")
+    value: object = getattr(loaded, original or name)
     globals()[name] = value
     return value
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bitwright.cli.tables import format_size
 from bitwright.cli.terminal import printable
 from bitwright.core.errors import ArgumentError, BitwrightError
+from bitwright.core.memory import no_collections
 
 if TYPE_CHECKING:
     from bitwright.models.conversation import Conversation
@@ -49,11 +50,12 @@ def run_chat(request: ChatRequest) -> None:
     Raises:
         BitwrightError: whatever is wrong before the first answer; later ones are shown and the conversation goes on.
     """
-    from bitwright.core.kv_scheme import parse_kv
-    from bitwright.models.conversation import Conversation
-    from bitwright.models.kv_policy import Policy, read_policy
-    from bitwright.models.loading import load_with_tokenizer
-    from bitwright.models.location import resolve_model
+    with no_collections():
+        from bitwright.core.kv_scheme import parse_kv
+        from bitwright.models.conversation import Conversation
+        from bitwright.models.kv_policy import Policy, read_policy
+        from bitwright.models.loading import load_with_tokenizer
+        from bitwright.models.location import resolve_model
 
     if request.kv_cache is not None and request.policy is not None:
         raise ArgumentError("BW201", "--kv-cache and --quant-policy are both given", suggestion="give one of them")

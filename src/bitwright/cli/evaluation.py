@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bitwright.cli.progress import JsonLines, choose_progress
 from bitwright.cli.tables import format_duration, format_number, format_size, format_table
 from bitwright.cli.terminal import printable
+from bitwright.core.memory import no_collections
 
 if TYPE_CHECKING:
     from bitwright.evaluation.records import Comparison, Row
@@ -22,7 +23,8 @@ def run_eval(models: Sequence[str], options: Mapping[str, Any], *, as_json: bool
     Raises:
         BitwrightError: whatever :func:`bitwright.eval` raises.
     """
-    from bitwright.evaluation.comparison import evaluate
+    with no_collections():
+        from bitwright.evaluation.comparison import evaluate
 
     progress = choose_progress(as_json=as_json, plain=plain)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitwright.cli.terminal import printable
+from bitwright.core.memory import no_collections
 
 __all__ = ["run_generate"]
 
@@ -18,7 +19,8 @@ def run_generate(model: str, prompt: str, options: Mapping[str, Any], *, as_json
     Raises:
         BitwrightError: whatever :func:`bitwright.generate` raises.
     """
-    from bitwright.models.generation import generate
+    with no_collections():
+        from bitwright.models.generation import generate
 
     started = time.perf_counter()
     text = generate(model, prompt, **options, on_text=None if as_json else _print_piece)

@@ -109,15 +109,19 @@ def use_huge_pages(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def no_collections() -> Iterator[None]:
-    """Collect no garbage for as long as this lasts: importing large packages makes nothing but what will stay."""
+def no_collections(*, freeze: bool = True) -> Iterator[None]:
+    """Collect no garbage for as long as this lasts: importing large packages makes nothing but what will stay.
+
+    ``freeze``: nor look through anything that there is by its end at a later collection, garbage included.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
-            gc.freeze()  # nor look through it at every later collection
+            if freeze:
+                gc.freeze()
             gc.enable()
 
 
