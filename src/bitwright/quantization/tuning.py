@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bitwright.models.blocks import set_module
 from bitwright.quantization.fake_quant import CodeWeight
+from bitwright.quantization.products import multiply
 
 __all__ = [
     "FORWARD_AND_BACKWARD", "Adam", "TunedBlock", "TunedLinear", "draw_batches", "gradients_enabled", "learning_rate",
@@ -33,7 +33,7 @@ class TunedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        return functional.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias)
 
 
 @contextmanager
