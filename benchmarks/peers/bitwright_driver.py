@@ -52,7 +52,7 @@ def _write_checkpoint(cell: Cell) -> None:
 
 
 def scheme_name(cell: Cell) -> str:
-    """The short name of the cell's scheme; HQQ has the zero points of its authors and, for whole rows, their float32."""
+    """The short name of the cell's scheme; HQQ has its authors' zero points and, for whole rows, their float32."""
     base = f"w{cell.bits}" if cell.code == "int" else cell.code
     group = f"g{cell.group}" if cell.group else ""
     zero = "" if cell.symmetric or cell.code != "int" else "-asym"
