@@ -27,8 +27,8 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
     """The float model with ``weights`` (dequantized, by their names in the model) in place of its own.
 
     Raises:
-        ValueError: for a name that the model does not have, for a linear weight that is missing or as it was, and for a
-            value that is not finite.
+        ValueError: for a name that the model does not have, for a linear weight that is missing or as it was (but for a
+            rounding to 16 bits), and for a value that is not finite.
     """
     model = float_model(material)
     state = model.state_dict()
@@ -36,7 +36,7 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
     missing = sorted(name for name in state if name.endswith("proj.weight") and name not in weights)
     if unknown or missing:
         raise ValueError(f"unknown weights {unknown[:3]}, missing weights {missing[:3]}")
-    kept = [name for name in weights if name.endswith("proj.weight") and torch.equal(weights[name], state[name])]
+    kept = [name for name in weights if name.endswith("proj.weight") and _is_kept(weights[name], state[name])]
     if kept:
         raise ValueError(f"{len(kept)} layers are left as they were, {kept[0]} among them")
     for name, value in weights.items():
@@ -44,6 +44,10 @@ def load_weights(material: Material, weights: Mapping[str, Tensor]) -> nn.Module
             raise ValueError(f"{name} is not finite")
     model.load_state_dict({name: value.to(torch.float32) for name, value in weights.items()}, strict=False)
     return model
+
+
+def _is_kept(found: Tensor, given: Tensor) -> bool:
+    return any(torch.equal(found.to(dtype), given.to(dtype)) for dtype in (torch.float16, torch.bfloat16))
 
 
 def judge(material: Material, model: nn.Module | None, reference: nn.Module) -> dict[str, Any]:
