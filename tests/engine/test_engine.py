@@ -130,6 +130,7 @@ def test_conversations(engine: Engine) -> None:
         ([1, 99999], {}, "BW201.*prompt has the token 99999"), ([1, "a"], {}, "BW201.*token 'a'"),
         ([-1], {}, "BW201.*token -1"), ("a", {"logit_bias": {5000: 1.0}}, "BW201.*logit_bias.*5000"),
         ("a", {"stop_ids": [2048]}, "BW201.*stop_ids.*2048"), ("a", {"max_tokens": 600}, "BW403.*600"),
+        ("a", {"options": "x"}, "BW201.*options is 'x'"), ("a", {"options": {"top_k": 1}}, "BW201.*options is {"),
         ([5] * 512, {}, "BW403.*512 tokens"), ([5] * 600, {}, "BW403.*600 tokens"),
         ([{"role": "user"}], {}, "BW201.*message has role"), ("\ud800", {}, "BW201.*Unicode"),
         ([10**5000], {}, "BW201.*prompt has the token"), ("a", {"logit_bias": {10**5000: 1}}, "BW201.*logit_bias"),
@@ -167,6 +168,34 @@ def test_cancelling(engine: Engine) -> None:
     stream.close()  # type: ignore[attr-defined]
     _wait(lambda: engine.statistics().running == 0)
     assert engine.statistics().cache_used == 0
+
+
+@pytest.mark.parametrize("leave", ["forget", "close", "asyncio"])
+def test_a_stream_that_is_left_before_its_first_piece_is_cancelled(
+    tiny: PreTrainedModel, leave: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_read(engine: Engine) -> None:
+        engine.stream_async([1, 2, 3], max_tokens=100, ignore_end=True)
+        await asyncio.sleep(0)
+
+    with Engine(tiny, cache_tokens=2048) as engine:
+        run = engine._loop._runner.run
+
+        def late(works: Any) -> Any:
+            time.sleep(0.02)
+            return run(works)
+
+        monkeypatch.setattr(engine._loop._runner, "run", late)
+        if leave == "asyncio":
+            asyncio.run(never_read(engine))
+        else:
+            stream = engine.stream([1, 2, 3], max_tokens=100, ignore_end=True)
+            if leave == "close":
+                stream.close()  # type: ignore[attr-defined]
+            else:
+                del stream
+        _wait(lambda: engine.statistics().running + engine.statistics().waiting == 0)
+        assert engine.statistics().cancelled == 1 and engine.statistics().finished == 0
 
 
 def test_prompts_that_are_never_begun_are_not_counted(tiny: PreTrainedModel) -> None:

@@ -86,6 +86,23 @@ def test_long_messages_are_rendered_as_ever(tokenizer: Tokenizer, monkeypatch: p
     assert len(encode_chat(tokenizer, "x" * 200_000)) > 1000
 
 
+def test_time_that_others_take_does_not_count() -> None:
+    """Nor does what a machine that is busy, or was asleep, makes anybody wait."""
+    with bounded(seconds=0.1):
+        for _ in range(10):
+            time.sleep(0.03)
+            sorted([2, 1], key=lambda number: -number)
+
+
+def test_a_long_text_has_time_and_memory_of_its_own(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.0)
+    said = [("user", "one more word " * 8_000)]
+    assert len(encode_messages(tokenizer, said)) > 1000, "two seconds for 112 thousand letters"
+    monkeypatch.setattr(rendering, "LETTERS_A_SECOND", 1 << 30)
+    with pytest.raises(BitwrightError, match=r"BW312.*takes longer than 0 seconds"):
+        encode_messages(tokenizer, said)
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_another_trace_function_is_put_back(ends: bool) -> None:
     seen: list[str] = []

@@ -18,7 +18,7 @@ from bitwright.engine.answer_text import AnswerText
 from bitwright.engine.drafting import look_up
 from bitwright.engine.handle import Completion, RequestHandle
 from bitwright.engine.loop import EngineLoop
-from bitwright.engine.options import RequestOptions, check_count, check_number
+from bitwright.engine.options import RequestOptions, check_count, check_number, show
 from bitwright.engine.pages import PageAllocator
 from bitwright.engine.prompting import Prompt, check_tokens, encode, room_of
 from bitwright.engine.request import Request
@@ -168,6 +168,9 @@ class Engine:
             what = f"both options and {next(iter(fields))} are given"
             raise ArgumentError("BW201", what, suggestion="one or the other")
         options = RequestOptions(**fields) if options is None else options
+        if not isinstance(options, RequestOptions):
+            what = f"options is {show(options)}"
+            raise ArgumentError("BW201", what, suggestion="a RequestOptions, or its fields as arguments")
         with self._encoding:  # a tokenizer has settings that a call may change for a moment
             tokens = encode(prompt, self.tokenizer, chat=chat)
         check_tokens(tokens, options, self._vocabulary)
@@ -249,7 +252,9 @@ class Engine:
         **fields: Unpack[RequestFields],
     ) -> Iterator[str]:
         """The answer in pieces of whole characters, as they come; leaving early cancels. As :meth:`submit`."""
-        return _pieces(self.submit(prompt, options, chat=chat, **fields))
+        pieces = _pieces(self.submit(prompt, options, chat=chat, **fields))
+        next(pieces)  # what is begun is called off when it is left, even before its first piece
+        return pieces
 
     async def generate_async(
         self,
@@ -279,7 +284,10 @@ class Engine:
         **fields: Unpack[RequestFields],
     ) -> AsyncIterator[str]:
         """As :meth:`stream`, for ``async for``."""
-        return aiter(self.submit(prompt, options, chat=chat, **fields))
+        handle = self.submit(prompt, options, chat=chat, **fields)
+        pieces = aiter(handle)
+        weakref.finalize(pieces, handle.cancel).atexit = False  # also where nobody has begun to read
+        return pieces
 
     def statistics(self) -> Statistics:
         """What the engine has done so far."""
@@ -327,6 +335,7 @@ def _several(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
 
 def _pieces(handle: RequestHandle) -> Iterator[str]:
     try:
+        yield ""
         yield from handle
     finally:
         handle.cancel()

@@ -80,7 +80,7 @@ def encode_messages(
         options["chat_template"] = template
     conversation = [{"role": role, "content": text} for role, text in messages]
     try:
-        with bounded():
+        with bounded(letters=sum(len(text) for _, text in messages)):
             tokens = tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, return_dict=False, **options
             )
