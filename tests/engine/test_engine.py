@@ -132,6 +132,8 @@ def test_conversations(engine: Engine) -> None:
         ("a", {"stop_ids": [2048]}, "BW201.*stop_ids.*2048"), ("a", {"max_tokens": 600}, "BW403.*600"),
         ("a", {"options": "x"}, "BW201.*options is 'x'"), ("a", {"options": {"top_k": 1}}, "BW201.*options is {"),
         ([5] * 512, {}, "BW403.*512 tokens"), ([5] * 600, {}, "BW403.*600 tokens"),
+        ("x" * 10**6, {}, "BW403.*1000000 characters.*512 tokens"),
+        ([{"role": "user", "content": "x" * 10**6}], {}, "BW403.*1000000 characters"),
         ([{"role": "user"}], {}, "BW201.*message has role"), ("\ud800", {}, "BW201.*Unicode"),
         ([10**5000], {}, "BW201.*prompt has the token"), ("a", {"logit_bias": {10**5000: 1}}, "BW201.*logit_bias"),
     ],
@@ -144,6 +146,22 @@ def test_what_cannot_be_answered_is_refused_at_once(
         engine.submit(prompt, **fields)
     after = engine.statistics()
     assert (after.waiting, after.running, after.prompt_tokens) == (0, 0, before.prompt_tokens)
+
+
+def test_texts_of_the_longest_tokens_are_encoded(engine: Engine) -> None:
+    """What could fit is refused by its tokens alone."""
+    assert engine.tokenizer is not None
+    longest = max(map(len, engine.tokenizer.get_vocab()))
+    with pytest.raises(BitwrightError, match=r"BW403.* tokens and"):
+        engine.submit("a" * (longest * 512))
+
+
+@pytest.mark.parametrize("timeout", ["5", math.nan, -1, math.inf, True])
+def test_seconds_to_wait_are_checked(engine: Engine, timeout: Any) -> None:
+    handle = engine.submit("a", max_tokens=1)
+    with pytest.raises(BitwrightError, match=r"BW201.*timeout"):
+        handle.result(timeout)
+    assert handle.result(30).finish_reason == "length"
 
 
 def test_a_request_that_never_fits_the_cache(tiny: PreTrainedModel) -> None:

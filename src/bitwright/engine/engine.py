@@ -20,7 +20,7 @@ from bitwright.engine.handle import Completion, RequestHandle
 from bitwright.engine.loop import EngineLoop
 from bitwright.engine.options import RequestOptions, check_count, check_number, show
 from bitwright.engine.pages import PageAllocator
-from bitwright.engine.prompting import Prompt, check_tokens, encode, room_of
+from bitwright.engine.prompting import Prompt, check_length, check_tokens, encode, room_of
 from bitwright.engine.request import Request
 from bitwright.engine.resources import open_model, packed_folder, page_count
 from bitwright.engine.runner import Runner
@@ -171,6 +171,7 @@ class Engine:
         if not isinstance(options, RequestOptions):
             what = f"options is {show(options)}"
             raise ArgumentError("BW201", what, suggestion="a RequestOptions, or its fields as arguments")
+        check_length(prompt, self.tokenizer, self.max_length)
         with self._encoding:  # a tokenizer has settings that a call may change for a moment
             tokens = encode(prompt, self.tokenizer, chat=chat)
         check_tokens(tokens, options, self._vocabulary)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitwright.core.errors import BitwrightError
+from bitwright.engine.options import check_number
 from bitwright.engine.sampler import Logprobs
 
 __all__ = ["Completion", "Delta", "FinishReason", "RequestHandle", "Status", "refuse_copy"]
@@ -134,10 +135,14 @@ class RequestHandle:
         """The whole answer, when it has ended.
 
         Raises:
+            ArgumentError: BW201 for a ``timeout`` that is no number of seconds.
             BitwrightError: what made the request fail.
             TimeoutError: if it has not ended after ``timeout`` seconds; it goes on.
         """
         refuse_copy(self._process)
+        if timeout is not None:
+            most = threading.TIMEOUT_MAX
+            check_number("timeout", timeout, lambda seconds: 0 <= seconds <= most, f"from 0 to {most:g} seconds")
         with self._changed:
             if not self._changed.wait_for(lambda: self._status.is_end, timeout):
                 raise TimeoutError(f"request {self.number} has not ended after {timeout} s")

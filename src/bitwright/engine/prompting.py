@@ -15,9 +15,11 @@ from bitwright.models.prompts import encode_chat, encode_messages, encode_prompt
 if TYPE_CHECKING:
     from bitwright.models.hf import Tokenizer
 
-__all__ = ["Prompt", "check_tokens", "encode", "room_of"]
+__all__ = ["Prompt", "check_length", "check_tokens", "encode", "room_of"]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+UNUSUAL = 16  # characters a token: texts have a quarter of it
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, chat: bool) -> list[int]:
@@ -39,6 +41,33 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, chat: bool) -> list[i
         messages = [_message(each) for each in prompt]
         return encode_messages(_need(tokenizer), messages)
     return [_token(each) for each in prompt]
+
+
+def check_length(prompt: Prompt, tokenizer: Tokenizer | None, context: int) -> None:
+    """Refuse texts that cannot fit a context of so many tokens, however they are encoded: that would take long.
+
+    No token stands for more characters than the longest of the vocabulary has.
+
+    Raises:
+        BitwrightError: BW403 if a text has more characters than so many of those.
+    """
+    messages = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
+    letters = len(prompt) if isinstance(prompt, str) else sum(len(_content(each)) for each in messages)
+    if tokenizer is None or letters <= UNUSUAL * context:
+        return
+    longest = max(map(len, tokenizer.get_vocab()), default=0)
+    if letters > max(longest, UNUSUAL) * context:
+        raise BitwrightError(
+            "BW403",
+            f"the prompt has {letters} characters; the context holds {context} tokens of at most {longest}",
+            why="text is never cut off silently",
+            suggestion="shorten the prompt",
+        )
+
+
+def _content(message: object) -> str:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content if isinstance(content, str) else ""
 
 
 def _message(message: object) -> tuple[str, str]:
