@@ -124,6 +124,24 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["w4g128", "w8-asym", "w3g32", "nf4g64", "w4g32-a8", "w8a8", "w2g64-asym-a8", "w8-a8g32"]
+)
+def test_thousands_of_tokens(name: str) -> None:
+    """More than are worked on at a time, in each dtype: float64's results, or the reference's."""
+    scheme = parse(name)
+    tensor = quantized(scheme, (70, 130))
+    packed = native.pack(tensor, scheme)
+    for dtype, tokens in zip(TOLERANCES, (4096, 4099, 8191), strict=True):
+        x = torch.randn(tokens, 130).to(dtype)
+        y, row = native.run(x, packed), int(torch.randint(tokens, ()))
+        assert torch.equal(native.run(x[row], packed), y[row]), f"{name} {dtype} {row}"
+        if scheme.activation is None:
+            check(tensor, scheme, x, None)
+        else:
+            assert torch.equal(y, reference.run(x, reference.pack(tensor, scheme))), f"{name} {dtype}"
+
+
+@pytest.mark.parametrize(
     "name", ["w4g32-a8", "w4g96-asym-a8", "w4g128-asym-fz-a8", "w8g32-a8", "w8-asym-a8", "w4g256-a8"]
 )
 def test_every_width_of_tiles_equals_the_reference_bit_for_bit(isa: str, name: str) -> None:
