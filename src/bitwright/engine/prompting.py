@@ -51,8 +51,12 @@ def check_length(prompt: Prompt, tokenizer: Tokenizer | None, context: int) -> N
     Raises:
         BitwrightError: BW403 if a text has more characters than so many of those.
     """
-    messages = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
-    letters = len(prompt) if isinstance(prompt, str) else sum(len(_content(each)) for each in messages)
+    if isinstance(prompt, str):
+        letters = len(prompt)
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        letters = sum(len(_content(each)) for each in prompt)
+    else:  # tokens, of which there may be many, or nothing that will be encoded
+        return
     if tokenizer is None or letters <= UNUSUAL * context:
         return
     longest = max(map(len, tokenizer.get_vocab()), default=0)
