@@ -86,6 +86,69 @@ void look_up(const Weight& weight, uintptr_t ids, int64_t count, uintptr_t y, in
     check(bw_look_up(&weight.record, address<const int64_t>(ids), count, address<float>(y), threads));
 }
 
+bw_grid grid(int64_t rows, int64_t columns, int64_t group, int32_t dtype, uintptr_t numbers) {
+    bw_grid made{};
+    made.rows = rows, made.columns = columns, made.group = group, made.dtype = dtype;
+    made.numbers = address<const void>(numbers);
+    return made;
+}
+
+/* False: not all numbers are finite. */
+bool find_ranges(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t low,
+                 uintptr_t high, int32_t threads) {
+    bw_grid made = grid(rows, columns, group, dtype, numbers);
+    made.low = address<float>(low), made.high = address<float>(high);
+    int status;
+    {
+        nb::gil_scoped_release release;
+        status = bw_find_ranges(&made, threads);
+    }
+    if (status == BW_NOT_FINITE) return false;
+    check(status);
+    return true;
+}
+
+void encode(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale, uintptr_t zero,
+            bool has_whole_zeros, int32_t lowest, int32_t highest, uintptr_t codes, int32_t threads) {
+    bw_grid made = grid(rows, columns, group, dtype, numbers);
+    made.scale = address<const float>(scale), made.zero = address<const float>(zero);
+    made.has_whole_zeros = has_whole_zeros, made.lowest = lowest, made.highest = highest;
+    made.codes = address<uint8_t>(codes);
+    nb::gil_scoped_release release;
+    check(bw_encode(&made, threads));
+}
+
+void decode(uintptr_t codes, int64_t rows, int64_t columns, int64_t group, uintptr_t scale, uintptr_t zero, int32_t lowest,
+            int32_t dtype, uintptr_t decoded, int32_t threads) {
+    bw_grid made = grid(rows, columns, group, dtype, 0);
+    made.scale = address<const float>(scale), made.zero = address<const float>(zero);
+    made.lowest = lowest, made.codes = address<uint8_t>(codes), made.decoded = address<void>(decoded);
+    nb::gil_scoped_release release;
+    check(bw_decode(&made, threads));
+}
+
+bw_scaling scaling(int64_t rows, int64_t columns, int64_t group, int32_t dtype, int32_t range, uintptr_t weight,
+                   uintptr_t scale, uintptr_t divisor) {
+    return {rows, columns, group, dtype, range, address<const void>(weight), address<const float>(scale),
+            address<const float>(divisor)};
+}
+
+void scale_weight(uintptr_t weight, int32_t dtype, int64_t rows, int64_t columns, uintptr_t scale, uintptr_t divisor,
+                  uintptr_t scaled, int32_t threads) {
+    bw_scaling made = scaling(rows, columns, 1, dtype, BW_RANGE_WIDTH, weight, scale, divisor);
+    nb::gil_scoped_release release;
+    check(bw_scale_weight(&made, address<void>(scaled), threads));
+}
+
+void scaling_gradient(uintptr_t weight, int32_t dtype, int64_t rows, int64_t columns, int64_t group, int32_t range,
+                      uintptr_t scale, uintptr_t divisor, uintptr_t rounded, uintptr_t gradient, uintptr_t by_scale,
+                      uintptr_t by_divisor, int32_t threads) {
+    bw_scaling made = scaling(rows, columns, group, dtype, range, weight, scale, divisor);
+    nb::gil_scoped_release release;
+    check(bw_scaling_gradient(&made, address<const void>(rounded), address<const void>(gradient), address<float>(by_scale),
+                              address<float>(by_divisor), threads));
+}
+
 /* -1: a logit is not a number, or the largest is infinite. */
 int64_t sample(uintptr_t logits, int64_t count, float temperature, int32_t top_k, float top_p, float min_p, double uniform) {
     bw_sampling sampling{temperature, top_p, min_p, top_k};
@@ -123,6 +186,12 @@ NB_MODULE(_native, m) {
     m.def("pack_floats", pack_floats);
     m.def("look_up", look_up);
     m.def("sample", sample);
+    m.def("find_ranges", find_ranges);
+    m.def("encode", encode);
+    m.def("decode", decode);
+    m.def("scale_weight", scale_weight);
+    m.def("scaling_gradient", scaling_gradient);
+    m.attr("SCALED_ROWS") = BW_SCALED_ROWS;
     bind_decoder(m);
     m.def("read_memory", [](uintptr_t memory, int64_t bytes, int32_t threads) {
         nb::gil_scoped_release release;

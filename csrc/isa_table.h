@@ -78,6 +78,12 @@ typedef struct bw_isa_table {
     void (*attend)(const bw_attention_job* job, enum bw_phase phase, int64_t first, int64_t last);
     float (*largest)(const float* x, int64_t count, int64_t* index);
     void (*weigh)(const float* x, int64_t count, float largest, float factor, float* y);
+    bool (*find_ranges)(const bw_grid* grid, int64_t first, int64_t last); /* false: not all are finite */
+    void (*encode)(const bw_grid* grid, int64_t first, int64_t last);
+    void (*decode)(const bw_grid* grid, int64_t first, int64_t last);
+    void (*scale_rows)(const bw_scaling* scaling, void* scaled, int64_t first, int64_t last);
+    void (*pull_back)(const bw_scaling* scaling, const void* rounded, const void* gradient, int64_t first, int64_t last,
+                      float* by_scale, float* by_divisor, float* scratch);
     uint32_t (*read_memory)(const void* memory, int64_t bytes);
     uint32_t (*multiply)(enum bw_route route, int64_t rounds);
 } bw_isa_table;

@@ -179,6 +179,50 @@ typedef struct bw_sampling {
  * finite. */
 int bw_sample(const float* logits, int64_t count, const bw_sampling* sampling, double uniform, int64_t* token);
 
+/* Rounding numbers [rows, columns] of a bw_dtype to whole codes. Runs of `group` columns of a row (the last may be shorter)
+ * share a grid; low, high, scale and zero are [rows][groups]. */
+typedef struct bw_grid {
+    int64_t rows, columns, group;
+    int32_t dtype, lowest, highest, has_whole_zeros;
+    const void* numbers;
+    const float *scale, *zero; /* zero may be NULL: all are 0 */
+    float *low, *high;
+    uint8_t* codes; /* of int8 where `lowest` is below 0 */
+    void* decoded;
+} bw_grid;
+
+/* The least and the greatest number of each group, from `numbers` into low and high. BW_NOT_FINITE: some are NaN or
+ * infinite. */
+int bw_find_ranges(const bw_grid* grid, int32_t threads);
+/* codes [rows, columns] = clamp(round(number / scale) + zero, lowest, highest), half to even; a scale of 0 divides like 1.
+ * Without has_whole_zeros the zero point is added before rounding. Numbers are finite; lowest and highest are of int8 or
+ * uint8. */
+int bw_encode(const bw_grid* grid, int32_t threads);
+/* decoded [rows, columns], of `dtype`: (code - zero) * scale, from `codes`. */
+int bw_decode(const bw_grid* grid, int32_t threads);
+
+/* A weight W [rows, columns] of a bw_dtype whose columns are multiplied by `scale` [columns] and whose rows are divided by
+ * `divisor` [rows] (each may be NULL: ones), in float32: W s / d, rounded once to its dtype. */
+typedef struct bw_scaling {
+    int64_t rows, columns, group;
+    int32_t dtype, range; /* a bw_range */
+    const void* weight;
+    const float *scale, *divisor;
+} bw_scaling;
+
+int bw_scale_weight(const bw_scaling* scaling, void* scaled, int32_t threads);
+
+/* What the step of a group's grid follows: its largest magnitude, its width with zero in it, or its width. */
+enum bw_range { BW_RANGE_MAGNITUDE, BW_RANGE_WITH_ZERO, BW_RANGE_WIDTH };
+
+/* From the gradient g of a rounded weight Q to those of what scaled it, where Q = V + (Q - V) R(V) / R with V = W s / d of
+ * a range R of each group: by_scale float32 [chunks][columns], a chunk for BW_SCALED_ROWS rows, whose sum is the gradient
+ * of s, and by_divisor [rows] (or NULL), that of d. Gradient and rounded weight have the dtype of W. Extremes that are equal
+ * share what is theirs. */
+#define BW_SCALED_ROWS 256
+int bw_scaling_gradient(const bw_scaling* scaling, const void* rounded, const void* gradient, float* by_scale,
+                        float* by_divisor, int32_t threads);
+
 /* The machine's ceilings: read whole MiB of memory; do `rounds` rounds of 16 vector products on every thread (route 0:
  * 1024 int8 multiply-adds a round, 1: 512 of bfloat16, where there are such products, 2: 256 of float32). */
 uint32_t bw_read_memory(const void* memory, int64_t bytes, int32_t threads);

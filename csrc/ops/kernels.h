@@ -11,6 +11,8 @@
 #include "pages.h"
 #include "attention.h"
 #include "sampling.h"
+#include "grid.h"
+#include "scaling.h"
 
 template <class R, int BITS> void run_panels(const bw_linear_job* job, int64_t first, int64_t last) {
     constexpr bool IS_COMMON = BITS >= 8 || BITS <= 4; /* worth a way of its own for one and two tokens */
@@ -98,5 +100,5 @@ void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
 #endif
 #define BW_TABLE(symbol, name) \
     extern "C" const bw_isa_table symbol = {name,     BW_HAS_BFLOAT16, prepare_token, run_linear, rms_norm, silu_multiply, \
-                                            rotate, write_token,     attend,        largest,    weigh_numbers, read_memory, \
-                                            multiply}
+                                            rotate, write_token,     attend,        largest,    weigh_numbers, find_ranges, \
+                                            encode_rows, decode_rows, scale_rows, pull_back, read_memory, multiply}

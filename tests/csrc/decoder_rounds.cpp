@@ -6,8 +6,6 @@
 
 namespace {
 
-int32_t draw32(int64_t least, int64_t most) { return static_cast<int32_t>(draw(least, most)); }
-
 /* Finite float32 numbers, or any bytes. */
 Bytes numbers(int64_t count, bool are_any) {
     Bytes made(static_cast<size_t>(count * 4));

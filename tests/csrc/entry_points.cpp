@@ -175,6 +175,8 @@ int main(int count, char** arguments) {
         normed_round();
         rows_round();
         sampling_round();
+        grid_round();
+        scaling_round();
         if (round % 8 == 0) pages_round(); /* these take longer */
         if (round % 32 == 0) decoder_round();
     }

@@ -1,4 +1,4 @@
-/* What the rounds of entry_points.cpp and decoder_rounds.cpp share. */
+/* What the rounds of entry_points.cpp, decoder_rounds.cpp and grid_rounds.cpp share. */
 #pragma once
 
 #include <cstdio>
@@ -15,6 +15,7 @@
 inline std::mt19937_64 generator;
 
 inline int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
+inline int32_t draw32(int64_t least, int64_t most) { return static_cast<int32_t>(draw(least, most)); }
 
 /* Memory between pages that nobody may touch: it ends where the second one begins, or, sometimes, begins where the first
  * ends. One byte too far ends the program, however the kernel was compiled. What is smaller than a vector is so found where
@@ -65,3 +66,5 @@ void rows_round();     /* packed floats, and rows looked up */
 void pages_round();    /* keys and values in pages, and attention */
 void decoder_round();  /* whole steps */
 void sampling_round(); /* tokens from logits */
+void grid_round();     /* numbers to codes, and back */
+void scaling_round();  /* scaled weights, and their gradients */

@@ -8,7 +8,7 @@ their stored dtype first and codes are found with the cast scale, so the error i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.memory import use_huge_pages
 from bitwright.core.scheme import QuantScheme
 
-__all__ = ["FitOptions", "Parameters", "Range", "decode", "encode", "fit", "rescale"]
+__all__ = ["FitOptions", "Loops", "Parameters", "Range", "decode", "encode", "fit", "rescale", "row_tiles", "use_loops"]
 
 FLOAT32 = torch.finfo(torch.float32)
 Range = Literal["restricted", "full", "centred", "either"]
@@ -70,6 +70,32 @@ class Parameters:
     zero: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Loops:
+    """What goes over all numbers, by other means than torch, with the very results of the functions here.
+
+    Attributes:
+        accepts: whether it can work on these numbers (or codes) of a scheme, which are or become numbers of a dtype.
+        ranges: from numbers and group size to the least and the greatest of each group, or ``None`` for the functions
+            here to look.
+        encode: from numbers, scales, zero points, group size and scheme to codes.
+        decode: from codes, scales, zero points, group size, scheme and dtype to numbers.
+    """
+
+    accepts: Callable[[Tensor, QuantScheme, torch.dtype], bool]
+    ranges: Callable[[Tensor, int], tuple[Tensor, Tensor] | None]
+    encode: Callable[[Tensor, Tensor, Tensor | None, int, QuantScheme], Tensor]
+    decode: Callable[[Tensor, Tensor, Tensor | None, int, QuantScheme, torch.dtype], Tensor]
+
+
+_loops: list[Loops] = []
+
+
+def use_loops(loops: Loops) -> None:
+    """Have ``loops`` asked first from now on."""
+    _loops.insert(0, loops)
+
+
 # 1 comes first, so a search is never worse than none: a later ratio must be strictly better.
 SHRINK_RATIOS = tuple(1.0 - 0.02 * step for step in range(36))
 
@@ -107,8 +133,11 @@ def fit(
 
 def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Tensor:
     """Codes of ``values`` (``[rows, columns]``) on the grid ``parameters``: same shape, the scheme's code dtype."""
+    for loops in _loops:
+        if loops.accepts(values, scheme, values.dtype):
+            return loops.encode(values, parameters.scale, parameters.zero, _group_size(values, scheme.group), scheme)
     codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype, device=values.device))
-    for rows in _row_tiles(values):
+    for rows in row_tiles(values):
         tile = values[rows].to(torch.float32)
         for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
@@ -119,8 +148,12 @@ def encode(values: Tensor, *, parameters: Parameters, scheme: QuantScheme) -> Te
 
 def decode(codes: Tensor, *, parameters: Parameters, scheme: QuantScheme, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers (``dtype``, computed in float32) that ``codes`` (``[rows, columns]``) stand for."""
+    for loops in _loops:
+        if codes.dtype == scheme.code_dtype and loops.accepts(codes, scheme, dtype):
+            size = _group_size(codes, scheme.group)
+            return loops.decode(codes, parameters.scale, parameters.zero, size, scheme, dtype)
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows in _row_tiles(codes):
+    for rows in row_tiles(codes):
         for columns, groups, view in _group_views(codes[rows], scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)
             zero = None if parameters.zero is None else parameters.zero[rows, groups].to(torch.float32).unsqueeze(-1)
@@ -136,16 +169,21 @@ def rescale(parameters: Parameters, scale: Tensor, scheme: QuantScheme) -> Param
     return Parameters(scale, _zero(low, torch.full_like(low, torch.inf), scale, scheme))
 
 
-def _row_tiles(values: Tensor) -> Iterator[slice]:
+def row_tiles(values: Tensor) -> Iterator[slice]:
+    """Rows of ``values`` (``[rows, columns]``) whose float32 copies stay in cache while they are worked on."""
     rows = max(1, TILE // max(1, values.shape[1]))
     for start in range(0, values.shape[0], rows):
         yield slice(start, min(start + rows, values.shape[0]))
 
 
+def _group_size(values: Tensor, group: int | None) -> int:
+    return values.shape[1] if group is None else min(group, values.shape[1])
+
+
 def _group_views(values: Tensor, group: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """The full groups of ``values`` as ``[rows, groups, group]``, then the shorter last one, with where they lie."""
     rows, columns = values.shape
-    size = columns if group is None else min(group, columns)
+    size = _group_size(values, group)
     if size == 0:
         return
     full = columns // size
@@ -156,8 +194,13 @@ def _group_views(values: Tensor, group: int | None) -> Iterator[tuple[slice, sli
 
 def _ranges(values: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """Least, greatest and mean absolute value (used by 1-bit grids alone) of each group: float32 ``[rows, groups]``."""
+    for loops in _loops:
+        if not loops.accepts(values, scheme, values.dtype):
+            continue
+        if (found := loops.ranges(values, _group_size(values, scheme.group))) is not None:
+            return *found, found[1]
     pieces: list[list[Tensor]] = []
-    for rows in _row_tiles(values):
+    for rows in row_tiles(values):
         tile = values[rows].to(torch.float32)
         views = [view for _, _, view in _group_views(tile, scheme.group)]
         low = torch.cat([view.amin(-1) for view in views], dim=1)
@@ -321,7 +364,7 @@ def _squared_error(
     ``weights`` (``[1, columns]``) multiplies the squared error of each column.
     """
     error = torch.empty(parameters.scale.shape, dtype=torch.float32, device=values.device)
-    for rows in _row_tiles(values):
+    for rows in row_tiles(values):
         tile = values[rows].to(torch.float32)
         for columns, groups, view in _group_views(tile, scheme.group):
             scale = parameters.scale[rows, groups].to(torch.float32).unsqueeze(-1)

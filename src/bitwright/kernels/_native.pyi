@@ -174,3 +174,56 @@ def look_up(weight: Weight, ids: int, count: int, y: int, threads: int, /) -> No
 def sample(
     logits: int, count: int, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float, /
 ) -> int: ...
+def find_ranges(
+    numbers: int, dtype: int, rows: int, columns: int, group: int, low: int, high: int, threads: int, /
+) -> bool: ...
+def encode(
+    numbers: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    group: int,
+    scale: int,
+    zero: int,
+    has_whole_zeros: bool,
+    lowest: int,
+    highest: int,
+    codes: int,
+    threads: int,
+    /,
+) -> None: ...
+
+SCALED_ROWS: int
+
+def scale_weight(
+    weight: int, dtype: int, rows: int, columns: int, scale: int, divisor: int, scaled: int, threads: int, /
+) -> None: ...
+def scaling_gradient(
+    weight: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    group: int,
+    range: int,
+    scale: int,
+    divisor: int,
+    rounded: int,
+    gradient: int,
+    by_scale: int,
+    by_divisor: int,
+    threads: int,
+    /,
+) -> None: ...
+def decode(
+    codes: int,
+    rows: int,
+    columns: int,
+    group: int,
+    scale: int,
+    zero: int,
+    lowest: int,
+    dtype: int,
+    decoded: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -6,9 +6,10 @@ import warnings
 from dataclasses import replace
 from functools import cache
 
+from bitwright.core import grid
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.scheme_names import parse
-from bitwright.kernels import native, reference
+from bitwright.kernels import native, native_grid, reference
 from bitwright.kernels.gpu import fp8 as gpu_fp8
 from bitwright.kernels.gpu import integer as gpu_integer
 from bitwright.kernels.gpu import linear as gpu_linear
@@ -24,6 +25,7 @@ KERNELS: tuple[Kernel, ...] = (
     native.KERNEL,
     reference.KERNEL,
 )
+grid.use_loops(native_grid.LOOPS)
 
 
 def select(spec: KernelSpec) -> Kernel:

@@ -12,20 +12,17 @@ some ten copies of every weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitwright.core import grid
-from bitwright.core.grid import FitOptions, Parameters
+from bitwright.core.grid import FitOptions, Parameters, row_tiles
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 
 __all__ = ["CodeGradients", "CodeWeight", "Groups", "OffsetGradients", "OffsetWeight", "can_follow"]
-
-TILE = 1 << 18  # weights worked on at a time, so that the float32 copies stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +139,7 @@ class OffsetWeight:
         parameters = self.parameters()
         scale, zero = _as_float(parameters)
         rounded = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
-        for rows in _tiles(self.rows):
+        for rows in row_tiles(self.rows):
             _, codes, _ = self._codes(rows, scale, zero)
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
             self.groups.split(rounded[rows]).copy_(centred.mul_(self.groups.spread(scale[rows])))
@@ -154,7 +151,7 @@ class OffsetWeight:
         scale, zero = _as_float(self.parameters())
         offset = torch.empty(self.rows.shape, device=self.rows.device)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
-        for rows in _tiles(self.rows):
+        for rows in row_tiles(self.rows):
             scaled, codes, clamped = self._codes(rows, scale, zero)
             part = self.groups.split(grad[rows].to(torch.float32))
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
@@ -176,7 +173,7 @@ class OffsetWeight:
         parameters = self.parameters()
         scale, zero = _as_float(parameters)
         codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype, device=self.rows.device)
-        for rows in _tiles(self.rows):
+        for rows in row_tiles(self.rows):
             self.groups.split(codes[rows]).copy_(self._codes(rows, scale, zero)[1])
         stored, points = parameters.scale, parameters.zero
         if self.scheme.axis == 0:
@@ -255,7 +252,7 @@ class CodeWeight:
         """The weight as it would be stored, ``[out, in]``."""
         scale, zero = self._stored()
         rounded = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        for rows in _tiles(self.codes):
+        for rows in row_tiles(self.codes):
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
             self.groups.split(rounded[rows]).copy_(worth.mul_(self.groups.spread(scale[rows])))
         return rounded if self.base.scheme.axis == 1 else rounded.t()
@@ -267,7 +264,7 @@ class CodeWeight:
         by_scale = torch.empty_like(self.start)
         by_zero = None if self.zero is None else torch.empty_like(self.start)
         by_position = None if self.position is None else torch.empty(self.codes.shape, device=self.codes.device)
-        for rows in _tiles(self.codes):
+        for rows in row_tiles(self.codes):
             part = self.groups.split(grad[rows].to(torch.float32))
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
             by_scale[rows] = self.groups.total(worth.mul_(part)) * self.start[rows]
@@ -284,7 +281,7 @@ class CodeWeight:
     def tensor(self) -> QuantizedTensor:
         """The quantized tensor with the very numbers of :meth:`decode`."""
         scheme, base = self.base.scheme, self.base
-        codes = torch.cat([self._codes(rows) for rows in _tiles(self.codes)]).to(scheme.code_dtype)
+        codes = torch.cat([self._codes(rows) for rows in row_tiles(self.codes)]).to(scheme.code_dtype)
         scale, zero = base.scale, base.zero
         if isinstance(scale, Tensor):
             moved = self._stored()[0].to(scale.dtype)
@@ -307,7 +304,7 @@ class CodeWeight:
             return positions
         target = weight.detach() if self.base.scheme.axis == 1 else weight.detach().t()
         scale, zero = self._stored()
-        for rows in _tiles(self.codes):
+        for rows in row_tiles(self.codes):
             divisor = self.groups.spread(torch.where(scale[rows] == 0, 1.0, scale[rows]))
             lies = self.groups.split(target[rows].to(torch.float32)) / divisor
             lies = lies if zero is None else lies + self.groups.spread(zero[rows])
@@ -360,9 +357,3 @@ def _as_float(parameters: Parameters) -> tuple[Tensor, Tensor | None]:
 def _round_through(values: Tensor) -> Tensor:
     """``values`` rounded, with the gradient of the identity."""
     return values + (torch.round(values) - values).detach()
-
-
-def _tiles(values: Tensor) -> Iterator[slice]:
-    count = max(1, TILE // max(1, values.shape[1]))
-    for start in range(0, values.shape[0], count):
-        yield slice(start, min(start + count, values.shape[0]))

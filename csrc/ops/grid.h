@@ -1,0 +1,101 @@
+/* Rounding to the grid of each group, in float32 as in core/grid.py, bit for bit. Included inside an anonymous namespace. */
+
+/* Like load_part, but lanes beyond the last number repeat the first: no lane is another number. */
+INLINE F load_repeated(const void* p, int64_t index, int32_t dtype, int64_t count) {
+    if (count == BW_LANES) return load_number(p, index, dtype);
+    alignas(64) char part[64];
+    int64_t size = dtype == BW_FLOAT32 ? 4 : 2;
+    for (int64_t lane = 0; lane < BW_LANES; lane++)
+        memcpy(part + lane * size, (const char*)p + (index + (lane < count ? lane : 0)) * size, (size_t)size);
+    return load_number(part, 0, dtype);
+}
+
+/* Where a group of a row begins and how many numbers it has. */
+INLINE int64_t group_size(const bw_grid* g, int64_t first) { return g->columns - first < g->group ? g->columns - first : g->group; }
+
+/* The least and the greatest number of each group of a row; whether all of them are finite. */
+template <int DTYPE> bool row_ranges(const bw_grid* g, int64_t row) {
+    int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
+    F excess = set_f(0.0f); /* of finite numbers 0 */
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t start = group * g->group;
+        F low = load_repeated(g->numbers, first + start, DTYPE, 1), high = low;
+        for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            F v = load_repeated(g->numbers, first + start + c, DTYPE, count);
+            low = min_f(low, v);
+            high = max_f(high, v);
+            excess = multiply_add(v, set_f(0.0f), excess);
+        });
+        g->low[row * groups + group] = -lane_most(sub_f(set_f(0.0f), low));
+        g->high[row * groups + group] = lane_most(high);
+    }
+    return lane_sum(excess) == 0.0f;
+}
+
+bool find_ranges(const bw_grid* g, int64_t first, int64_t last) {
+    bool is_finite = true;
+    for (int64_t row = first; row < last; row++)
+        is_finite &= g->dtype == BW_FLOAT32   ? row_ranges<BW_FLOAT32>(g, row)
+                     : g->dtype == BW_FLOAT16 ? row_ranges<BW_FLOAT16>(g, row)
+                                              : row_ranges<BW_BFLOAT16>(g, row);
+    return is_finite;
+}
+
+INLINE void store_codes(uint8_t* p, I codes, int64_t count) {
+    if (count == BW_LANES) return store_bytes(p, codes);
+    alignas(64) uint8_t part[BW_LANES];
+    store_bytes(part, codes);
+    memcpy(p, part, (size_t)count);
+}
+
+/* code = clamp(round(number / scale) + zero), or with zeros that are no whole numbers clamp(round(number / scale + zero)). */
+template <int DTYPE> void encode_row(const bw_grid* g, int64_t row) {
+    int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
+    const F most = set_f(65536.0f); /* of a quotient, beyond all codes; whole numbers are exact up to it */
+    const I lowest = set_i(g->lowest), highest = set_i(g->highest);
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t start = group * g->group;
+        float scale = g->scale[row * groups + group], zero = g->zero ? g->zero[row * groups + group] : 0.0f;
+        bool is_whole = g->has_whole_zeros && zero > -65536.0f && zero < 65536.0f;
+        F divisor = set_f(scale == 0.0f ? 1.0f : scale), shift = set_f(g->has_whole_zeros ? 0.0f : zero);
+        I whole = set_i(is_whole ? (int32_t)zero : 0);
+        for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            F v = div_f(load_part(g->numbers, first + start + c, DTYPE, count), divisor);
+            v = max_f(min_f(add_f(v, shift), most), sub_f(set_f(0.0f), most));
+            I code = min_i(max_i(add_i(round_to_i(v), whole), lowest), highest);
+            store_codes(g->codes + first + start + c, code, count);
+        });
+    }
+}
+
+void encode_rows(const bw_grid* g, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++)
+        g->dtype == BW_FLOAT32   ? encode_row<BW_FLOAT32>(g, row)
+        : g->dtype == BW_FLOAT16 ? encode_row<BW_FLOAT16>(g, row)
+                                 : encode_row<BW_BFLOAT16>(g, row);
+}
+
+/* number = (code - zero) * scale. */
+template <int DTYPE> void decode_row(const bw_grid* g, int64_t row) {
+    const I bias = set_i(g->lowest < 0 ? 128 : 0);
+    int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t start = group * g->group;
+        F scale = set_f(g->scale[row * groups + group]), zero = set_f(g->zero ? g->zero[row * groups + group] : 0.0f);
+        for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            const uint8_t* from = g->codes + first + start + c;
+            alignas(64) uint8_t part[BW_LANES] = {};
+            if (count < BW_LANES) from = (const uint8_t*)memcpy(part, from, (size_t)count);
+            I code = sub_i(and_i(add_i(load_bytes(from), bias), set_i(255)), bias); /* with its sign */
+            F v = mul_f(sub_f(to_f(code), zero), scale);
+            store_part(g->decoded, first + start + c, DTYPE, count, v);
+        });
+    }
+}
+
+void decode_rows(const bw_grid* g, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++)
+        g->dtype == BW_FLOAT32   ? decode_row<BW_FLOAT32>(g, row)
+        : g->dtype == BW_FLOAT16 ? decode_row<BW_FLOAT16>(g, row)
+                                 : decode_row<BW_BFLOAT16>(g, row);
+}

@@ -1,0 +1,87 @@
+"""The loops of ``core/grid.py`` over all numbers, natively: ranges of groups, codes, and numbers again, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.grid import Loops
+from bitwright.core.memory import use_huge_pages
+from bitwright.core.scheme import QuantScheme
+from bitwright.kernels import native_library
+
+if native_library.missing() is None:
+    from bitwright.kernels import _native
+
+__all__ = ["LOOPS"]
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PLAIN = (Tensor, nn.Parameter)  # no tensors that only look like one
+
+
+def accepts(numbers: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> bool:
+    """Whether numbers (or codes) ``[rows, columns]`` of ``scheme`` can be gone over here, as numbers of ``dtype``."""
+    is_plain = type(numbers) in PLAIN and numbers.device.type == "cpu" and numbers.is_contiguous()
+    is_counted = not scheme.is_codebook and not (scheme.symmetric and scheme.bits == 1)
+    is_free = not (numbers.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+    is_known = dtype in DTYPES and native_library.missing() is None
+    return is_known and is_plain and is_counted and is_free and numbers.numel() > 0
+
+
+def find_ranges(values: Tensor, group: int) -> tuple[Tensor, Tensor] | None:
+    """Least and greatest number of each group, float32 ``[rows, groups]``; ``None`` if some are not finite."""
+    native_library.instruction_set()
+    rows, columns = values.shape
+    low, high = (torch.empty(rows, -(-columns // group)) for _ in range(2))
+    is_finite = _native.find_ranges(
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, low.data_ptr(), high.data_ptr(), _threads()
+    )
+    return (low, high) if is_finite else None
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme) -> Tensor:
+    """Codes of ``values``, for ``scale`` and ``zero`` of any dtype, ``[rows, groups]``."""
+    native_library.instruction_set()
+    codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype))
+    scale, zero = _parts(scale, zero, values, group)
+    rows, columns = values.shape
+    _native.encode(
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), _address(zero),
+        scheme.zero != "float", scheme.code_min, scheme.code_max, codes.data_ptr(), _threads(),
+    )  # fmt: skip
+    return codes
+
+
+def decode(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme, dtype: torch.dtype
+) -> Tensor:
+    """What ``codes`` stand for."""
+    native_library.instruction_set()
+    values = use_huge_pages(torch.empty(codes.shape, dtype=dtype))
+    scale, zero = _parts(scale, zero, codes, group)
+    rows, columns = codes.shape
+    _native.decode(
+        codes.data_ptr(), rows, columns, group, scale.data_ptr(), _address(zero), scheme.code_min, DTYPES[dtype],
+        values.data_ptr(), _threads(),
+    )  # fmt: skip
+    return values
+
+
+LOOPS = Loops(accepts, find_ranges, encode, decode)
+
+
+def _parts(scale: Tensor, zero: Tensor | None, numbers: Tensor, group: int) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points as they are read."""
+    shape = (numbers.shape[0], -(-numbers.shape[1] // group))
+    if scale.shape != shape or (zero is not None and zero.shape != shape):
+        raise ValueError(f"scales and zero points of {list(numbers.shape)} numbers are {list(shape)}")
+    scale = scale.detach().to(torch.float32).contiguous()
+    return scale, None if zero is None else zero.detach().to(torch.float32).contiguous()
+
+
+def _address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
