@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bitwright
+from bitwright.core import grid
 from bitwright.core.errors import BitwrightError, Notice
 from bitwright.core.grid import FitOptions
 from bitwright.core.qtensor import QuantizedTensor
-from bitwright.core.scheme import LayerScheme
+from bitwright.core.scheme import LayerScheme, QuantScheme
 from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight
 from bitwright.models.quantized import QuantizedLinear
@@ -20,7 +22,7 @@ from bitwright.models.sites import Site
 from bitwright.quantization.smoothing import apply_scale, fake_quantize, task_sites
 from bitwright.quantization.stages import BlockTask
 from bitwright.quantization.teq import TeqOptions, scale_by_training, train_scales
-from bitwright.quantization.teq_module import TrainableSites, group_ranges, insert_scales
+from bitwright.quantization.teq_module import TrainableSites, _Rounded, group_ranges, insert_scales
 from tests.models.architectures import build, sample_ids
 from tests.quantization.tasks import make_task
 
@@ -94,14 +96,49 @@ def test_the_gradient_is_that_of_the_equations() -> None:
     assert float(naive.abs().min()) > 1e-6
 
 
+GRADED = ["w3-asym", "w2g5", "w3g5-asym", "w4g5-asym-fz", "w1g4", "nf4g5", "w3g3-axis0", "w3g4-asym-axis0", "w4g4-dq"]
+
+
+@pytest.mark.parametrize("scheme", GRADED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_the_same_by_rows_and_at_once(
+    kernels: str, scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what multiplies the columns and of what divides the rows, beside one expression over the whole weight."""
+    monkeypatch.setattr(grid, "TILE", 24)  # two rows at a time
+    torch.manual_seed(0)
+    form, weight, grad = parse(scheme).weight, torch.randn(7, 12).to(dtype), torch.randn(7, 12)
+    scale, divisor = (torch.rand(12) + 0.5).requires_grad_(), (torch.rand(7) + 0.5).requires_grad_()
+    straight: Any = _Rounded.apply
+    rounded = straight(weight, scale, divisor, form, FitOptions(), None)
+    found = torch.autograd.grad((rounded.float() * grad.to(dtype).float()).sum(), (scale, divisor))
+    columns, rows = (vector.detach().double().requires_grad_() for vector in (scale, divisor))
+    scaled = weight.double() * columns / rows[:, None]
+    along = scaled if form.axis == 1 else scaled.t()
+    ranges = torch.cat([naive_range(part, form).expand_as(part) for part in along.split(form.group or 12, 1)], 1)
+    ranges = ranges if form.axis == 1 else ranges.t()
+    moving = scaled + (rounded.detach().double() - scaled.detach()) * ranges / ranges.detach()
+    expected = torch.autograd.grad((moving * grad.to(dtype).double()).sum(), (columns, rows))
+    for ours, naive in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), naive, rtol=1e-3, atol=1e-3)
+        assert float(naive.abs().min()) > 1e-3
+
+
+def naive_range(group: Tensor, form: QuantScheme) -> Tensor:
+    if form.bits == 1:
+        return group.abs().mean(1, keepdim=True)
+    if form.symmetric or form.is_codebook:
+        return group.abs().amax(1, keepdim=True)
+    high, low = group.amax(1, keepdim=True), group.amin(1, keepdim=True)
+    return high - low if form.zero == "float" else high.clamp(min=0) - low.clamp(max=0)
+
+
 @pytest.mark.parametrize("scheme", ["w3g5", "w3g5-asym", "w1g4", "nf4g5", "w4g3-asym-fz"])
 def test_the_ranges_of_groups_are_what_their_scales_are_proportional_to(scheme: str) -> None:
     torch.manual_seed(0)
     weight, form = torch.randn(6, 12), parse(scheme + "-sf32").weight
     ranges = group_ranges(weight, form)
-    scales = QuantizedTensor.quantize(weight, form).dense_scale()
-    group = form.group or 12
-    ratio = ranges / scales.repeat_interleave(group, 1)[:, :12]
+    ratio = ranges / QuantizedTensor.quantize(weight, form).dense_scale()
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-5, atol=0)
 
 

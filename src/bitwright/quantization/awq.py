@@ -29,6 +29,7 @@ from bitwright.quantization.smoothing import (
     mean_magnitude,
     open_bench,
     refuse_options,
+    scale_weight,
     task_sites,
 )
 from bitwright.quantization.stages import BlockTask, Equalizer, Rounder, Stage
@@ -173,8 +174,10 @@ def _search_scale(task: BlockTask, site: Site, bench: SiteBench, options: AwqSca
     for scale in candidate_scales(activations, share_scale(site.fold, columns), options.grid):
         rounded = {}
         for name, weight in weights.items():
-            scaled = (weight.to(torch.float32) * scale).to(weight.dtype)  # what the block will really hold
-            rounded[name] = fake_quantize(scaled, task.linears[name].weight, options.fit).div_(scale)
+            held = scale_weight(weight, scale)
+            rounded[name] = fake_quantize(
+                held, task.linears[name].weight, options.fit, dtype=bench.dtype(name), divisor=scale
+            )
         loss = bench.loss(rounded)
         if loss < least:
             least, best = loss, scale
@@ -190,13 +193,16 @@ def _clip_sites(task: BlockTask, sites: tuple[Site, ...], options: AwqOptions) -
         if bench is None:
             continue
         weights = {name: linear_weight(layer) for name, layer in bench.layers.items()}
-        best = {name: fake_quantize(w, task.linears[name].weight, options.fit) for name, w in weights.items()}
+        best = {
+            name: fake_quantize(weight, task.linears[name].weight, options.fit, dtype=bench.dtype(name))
+            for name, weight in weights.items()
+        }
         least = bench.loss(best)
         for name, weight in weights.items():
             scheme = task.linears[name].weight
             ratios = search_ratios(weight, bench.inputs[name], scheme, options.fit)
             clipped = apply_ratios(weight.clone(), ratios, scheme)
-            tried = {**best, name: fake_quantize(clipped, scheme, options.fit)}
+            tried = {**best, name: fake_quantize(clipped, scheme, options.fit, dtype=bench.dtype(name))}
             loss = bench.loss(tried)
             if loss < least:
                 least, best, chosen[name] = loss, tried, ratios

@@ -12,13 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bitwright.core import grid
 from bitwright.core.errors import BitwrightError, Notice
-from bitwright.core.grid import FitOptions
+from bitwright.core.grid import FitOptions, Parameters, row_tiles
+from bitwright.core.memory import use_huge_pages
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
+from bitwright.kernels import native_scaling
 from bitwright.models.blocks import linear_weight
 from bitwright.models.folding import apply_fold, scale_columns
 from bitwright.models.sites import Site, find_sites
+from bitwright.quantization.hessian_products import product
+from bitwright.quantization.products import multiply
 from bitwright.quantization.stages import BlockTask
 
 __all__ = [
@@ -31,15 +36,52 @@ __all__ = [
     "mean_magnitude",
     "open_bench",
     "refuse_options",
+    "scale_weight",
     "task_sites",
 ]
 
 Range = Literal["restricted", "full", "centred"]
 
 
-def fake_quantize(weight: Tensor, scheme: QuantScheme, options: FitOptions) -> Tensor:
-    """``weight`` (``[out, in]``, any float dtype) as it comes back from storage: float32 ``[out, in]``."""
-    return QuantizedTensor.quantize(weight, scheme, options).dequantize()
+def fake_quantize(
+    weight: Tensor,
+    scheme: QuantScheme,
+    options: FitOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """``weight`` (``[out, in]``, any float dtype) as it comes back from storage, its columns divided by ``divisor``.
+
+    ``divisor`` is float32 ``[in]``; the result, ``dtype`` ``[out, in]``, is computed in float32.
+    """
+    if scheme.axis == 0 or scheme.scale_scheme is not None:
+        rounded = QuantizedTensor.quantize(weight, scheme, options).dequantize()
+        return (rounded if divisor is None else rounded.div_(divisor)).to(dtype)
+    found = grid.fit(weight, scheme=scheme, options=options)
+    codes = grid.encode(weight, parameters=found, scheme=scheme)
+    if divisor is None:
+        return grid.decode(codes, parameters=found, scheme=scheme, dtype=dtype)
+    rounded = use_huge_pages(torch.empty(weight.shape, dtype=dtype, device=weight.device))
+    for rows in row_tiles(weight):
+        part = Parameters(found.scale[rows], None if found.zero is None else found.zero[rows])
+        rounded[rows] = grid.decode(codes[rows], parameters=part, scheme=scheme).div_(divisor)
+    return rounded
+
+
+def scale_weight(weight: Tensor, columns: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """``weight`` (``[out, in]``) times ``columns`` (float32 ``[in]``) over ``rows`` (float32 ``[out]``), in its dtype,
+    computed in float32: what a block holds once a scale has been put into it."""
+    if columns is None and rows is None:
+        return weight
+    if (found := native_scaling.scale_weight(weight, columns, rows)) is not None:
+        return found
+    scaled = use_huge_pages(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+    for part in row_tiles(weight):
+        tile = weight[part].to(torch.float32)
+        tile = tile if columns is None else tile * columns
+        scaled[part] = tile if rows is None else tile / rows[part, None]
+    return scaled
 
 
 def refuse_options(task: BlockTask, options: FitOptions) -> None:
@@ -103,23 +145,30 @@ class SiteBench:
     judge: Tensor | None
     is_gram: bool
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the weight of a layer is best given to :meth:`loss`: its own where the layer is run with it."""
+        return torch.float32 if self.judge is not None else linear_weight(self.layers[name]).dtype
+
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor]) -> float:
         """Sum of squared errors of what the site makes with ``weights`` (``[out, in]``, by layer)."""
         if self.judge is not None:
             (layer,) = self.layers.values()
             (weight,) = weights.values()
-            return self._product_error(weight.to(torch.float32) - linear_weight(layer).to(torch.float32))
+            return self._product_error(weight, linear_weight(layer))
         with _swapped(self.layers, weights):
             found = [_first_tensor(self.scope(*arguments, **keywords)) for arguments, keywords in self.calls]
         return sum(_squares(a.to(torch.float32) - b) for a, b in zip(found, self.references, strict=True))
 
-    def _product_error(self, difference: Tensor) -> float:
-        """``|X D^T|^2``; with the Gram matrix ``G = X^T X`` it is ``tr(D G D^T)``."""
+    def _product_error(self, weight: Tensor, own: Tensor) -> float:
+        """``|X D^T|^2`` for ``D = weight - own``; with the Gram matrix ``G = X^T X`` it is ``tr(D G D^T)``."""
         assert self.judge is not None
+        difference = torch.empty(weight.shape, dtype=self.judge.dtype, device=weight.device)
+        for rows in row_tiles(weight):
+            difference[rows] = weight[rows].to(torch.float32) - own[rows].to(torch.float32)
         if self.is_gram:
-            return float(((difference @ self.judge) * difference).sum(dtype=torch.float64))
-        return _squares((self.judge @ difference.to(self.judge.dtype).t()).to(torch.float32))
+            return float((product(difference, self.judge) * difference).sum(dtype=torch.float64))
+        return _squares(multiply(self.judge, difference).to(torch.float32))
 
 
 @torch.no_grad()

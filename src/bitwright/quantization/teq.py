@@ -127,6 +127,7 @@ class _Training:
         self.judged = judged_samples(task, min(len(targets), options.batch) * longest)
         self.best, self.kept = float("inf"), module.values()
         self.losses: list[float] = []
+        self.rounded: dict[str, dict[str, Tensor]] = {}  # the layers' parameters at the present scales, once known
 
     def run(self) -> TrainedScales:
         optimizer = torch.optim.Adam(self.module.parameters(), lr=self.options.lr)
@@ -161,6 +162,7 @@ class _Training:
         for length in LENGTHS:
             for alpha, start, step in zip(alphas, before, steps, strict=True):
                 alpha.copy_((start + length * step).clamp(min=LEAST))
+            self.rounded = {}
             if self._judge(samples) < loss:
                 return
 
@@ -177,7 +179,8 @@ class _Training:
 
     def _descend(self, samples: Sequence[int]) -> float:
         """Gradients of the mean loss of ``samples``. Weights are rounded once for all of them."""
-        rounded = {path: layer.rounded() for path, layer in self.module.scaled.items()}
+        known = self._round()
+        rounded = {path: layer.rounded(known[path]) for path, layer in self.module.scaled.items()}
         leaves = []
         for path, layer in self.module.scaled.items():
             held = {key: value.detach().requires_grad_(value.requires_grad) for key, value in rounded[path].items()}
@@ -200,13 +203,20 @@ class _Training:
     @torch.no_grad()
     def _judge(self, samples: Sequence[int]) -> float:
         """The mean loss of ``samples`` with the scales as they are."""
-        for layer in self.module.scaled.values():
-            layer.prepared = layer.rounded()
+        for path, parameters in self._round().items():
+            self.module.scaled[path].prepared = parameters
         try:
             return sum(float(self._loss(sample)) / len(samples) for sample in samples)
         finally:
             for layer in self.module.scaled.values():
                 layer.prepared = None
+
+    @torch.no_grad()
+    def _round(self) -> Mapping[str, dict[str, Tensor]]:
+        """The parameters of each layer with the scales as they are, worked out once."""
+        if not self.rounded:
+            self.rounded = {path: layer.rounded() for path, layer in self.module.scaled.items()}
+        return self.rounded
 
     def _loss(self, sample: int) -> Tensor:
         output, target = self.task.run_on(self.task.inputs[sample], sample), self.targets[sample]

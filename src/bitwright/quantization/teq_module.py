@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from bitwright.core.grid import FitOptions
+from bitwright.core.grid import FitOptions, row_tiles
 from bitwright.core.scheme import LayerScheme, QuantScheme
+from bitwright.kernels import native_scaling
 from bitwright.models.blocks import linear_weight, set_module
 from bitwright.models.sites import Site
-from bitwright.quantization.smoothing import fake_quantize
+from bitwright.quantization.fake_quant import Groups
+from bitwright.quantization.products import multiply
+from bitwright.quantization.smoothing import fake_quantize, scale_weight
 
 __all__ = ["LEAST", "ScaledLinear", "SiteScale", "TrainableSites", "group_ranges", "insert_scales"]
 
@@ -61,34 +65,34 @@ class ScaledLinear(nn.Module):
         self.is_divided_before = False
         self.prepared: dict[str, Tensor] | None = None
 
-    def rounded(self) -> dict[str, Tensor]:
-        """The parameters that the layer runs with, in its own layout and dtype; gradients reach the scales."""
+    def rounded(self, known: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parameters that the layer runs with, in its own layout and dtype; gradients reach the scales.
+
+        ``known``: what this returned at the present scales, where it has been asked before.
+        """
         weight, bias = linear_weight(self.layer).detach(), getattr(self.layer, "bias", None)
-        scaled = weight.to(torch.float32)
-        if self.input_scale is not None:
-            scaled = scaled * self.input_scale()
+        scale = None if self.input_scale is None else self.input_scale()
+        divisor: Tensor | None = None
         parameters: dict[str, Tensor] = {}
         if self.output_scale is not None and self.output_rows is not None:
             divisor = torch.ones(weight.shape[0], device=weight.device)
             divisor = divisor.index_put((self.output_rows.to(weight.device),), self.output_scale())
-            scaled = scaled / divisor[:, None]
             if isinstance(bias, Tensor):
                 parameters["bias"] = (bias.detach().to(torch.float32) / divisor).to(bias.dtype)
-        held = scaled.detach().to(weight.dtype)  # what the block will really hold
-        nearest = fake_quantize(held, self.scheme, self.options)
-        range_ = group_ranges(scaled, self.scheme)
-        growth = range_ / range_.detach().clamp(min=torch.finfo(torch.float32).tiny)
-        straight: Any = _StraightThrough.apply
-        passed: Tensor = straight(scaled + (nearest - scaled.detach()) * growth, nearest)
-        passed = passed.to(weight.dtype)
-        parameters["weight"] = passed if isinstance(self.layer, nn.Linear) else passed.t()
-        return parameters
+        is_turned = not isinstance(self.layer, nn.Linear)
+        before = None if known is None else known["weight"].t() if is_turned else known["weight"]
+        make: Any = _Rounded.apply
+        rounded: Tensor = make(weight, scale, divisor, self.scheme, self.options, before)
+        return parameters | {"weight": rounded.t() if is_turned else rounded}
 
     def forward(self, x: Tensor) -> Any:
         """``x [..., in]`` to ``[..., out]``."""
         if self.input_scale is not None and not self.is_divided_before:
             x = (x.to(torch.float32) / self.input_scale()).to(x.dtype)
-        return functional_call(self.layer, self.rounded() if self.prepared is None else self.prepared, (x,))
+        parameters = self.rounded() if self.prepared is None else self.prepared
+        if type(self.layer) is nn.Linear and not self.layer._forward_hooks and not self.layer._forward_pre_hooks:
+            return multiply(x, parameters["weight"], parameters.get("bias", self.layer.bias))
+        return functional_call(self.layer, parameters, (x,))
 
     @property
     def weight(self) -> Tensor:
@@ -98,37 +102,84 @@ class ScaledLinear(nn.Module):
         return weight
 
 
-def group_ranges(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """What the scale of each weight's group is proportional to, in the weight's shape: ``[out, in]`` float32.
+def group_ranges(rows: Tensor, scheme: QuantScheme) -> Tensor:
+    """What the scale of each group of ``rows`` (float32 ``[rows, columns]``) is proportional to: ``[rows, groups]``.
 
-    The largest magnitude of symmetric groups and of codebooks, the mean one of 1-bit groups, else the width of the
-    range with zero in it (without, for float zero points).
+    The largest magnitude of symmetric groups and of codebooks, the sum of magnitudes of 1-bit groups, else the width of
+    the range with zero in it (without, for float zero points).
     """
-    rows = weight if scheme.axis == 1 else weight.t()
-    group = rows.shape[1] if scheme.group is None else min(scheme.group, rows.shape[1])
-    pieces = []
-    for part in torch.split(rows, group, dim=1):
-        if scheme.symmetric or scheme.is_codebook:
-            size = part.abs().mean(1, True) if scheme.bits == 1 else part.abs().amax(1, True)
-        elif scheme.zero == "float":
-            size = part.amax(1, True) - part.amin(1, True)
+    groups = Groups.of(scheme, rows.shape[1])
+    if scheme.symmetric and scheme.bits == 1:
+        return groups.total(groups.split(rows.abs()))
+    low, high = groups.extremes(rows)
+    if scheme.symmetric or scheme.is_codebook:
+        return torch.maximum(low.abs(), high.abs())
+    return high - low if scheme.zero == "float" else high.clamp(min=0) - low.clamp(max=0)
+
+
+class _Rounded(torch.autograd.Function):
+    """``Q(W s / p)``, with the gradient of ``W s / p + (Q - W s / p) R / R'``: only the rounding is passed straight
+    through, the step of a group follows its range ``R`` (``R'``: taken as a constant).
+
+    Where groups lie within rows, all of a row goes with its ``1 / p``, so that the gradient of ``p`` is
+    ``-sum(g Q) / p``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor | None,
+        divisor: Tensor | None,
+        scheme: QuantScheme,
+        options: FitOptions,
+        before: Tensor | None,
+    ) -> Tensor:
+        if before is not None:
+            rounded = before.detach()
         else:
-            size = part.amax(1, True).clamp(min=0) - part.amin(1, True).clamp(max=0)
-        pieces.append(size.expand_as(part))
-    found = torch.cat(pieces, dim=1)
-    return found if scheme.axis == 1 else found.t()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the rounded values, bit for bit. Backward: as if nothing had been rounded."""
+            held = scale_weight(weight, scale, divisor)  # what the block will really hold
+            rounded = fake_quantize(held, scheme, options, dtype=weight.dtype)
+        ctx.save_for_backward(weight, scale, divisor, rounded)
+        ctx.scheme = scheme
+        return rounded
 
     @staticmethod
-    def forward(ctx: Any, scaled: Tensor, nearest: Tensor) -> Tensor:
-        return nearest.clone()
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, divisor, rounded = ctx.saved_tensors
+        found = native_scaling.pull_back(weight, scale, divisor, rounded, grad.contiguous(), ctx.scheme)
+        if found is not None:
+            return None, None if scale is None else found[0], None if divisor is None else found[1], None, None, None
+        by_scale = None if scale is None else torch.zeros_like(scale)
+        by_divisor = None if divisor is None else torch.empty_like(divisor)
+        turned = ctx.scheme.axis == 0  # then groups run across rows, and all of them are looked at together
+        for rows in [slice(0, weight.shape[0])] if turned else row_tiles(weight):
+            part, own, nearest = (values[rows].to(torch.float32) for values in (grad, weight, rounded))
+            own = own if divisor is None else own / divisor[rows, None]
+            scaled = own if scale is None else own * scale
+            if turned:
+                by_scaled = _by_scaled(part.t(), scaled.t(), nearest.t(), ctx.scheme).t()
+            elif by_scale is not None:
+                by_scaled = _by_scaled(part, scaled, nearest, ctx.scheme)
+            if by_scale is not None:
+                by_scale += (by_scaled * own).sum(0)
+            if by_divisor is not None:
+                moved = (by_scaled * scaled if turned else part * nearest).sum(1)
+                by_divisor[rows] = -moved / divisor[rows]
+        return None, by_scale, by_divisor, None, None, None
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
+
+def _by_scaled(grad: Tensor, scaled: Tensor, nearest: Tensor, scheme: QuantScheme) -> Tensor:
+    """From the gradient of the rounded weight to that of the scaled one, all float32 with groups along the rows."""
+    groups = Groups.of(scheme, scaled.shape[1])
+    along = groups.total(groups.split((nearest - scaled).mul_(grad)))
+    with torch.enable_grad():
+        scaled = scaled.requires_grad_()
+        ranges = group_ranges(scaled, scheme)
+        along /= ranges.detach().clamp(min=torch.finfo(torch.float32).tiny)
+        (by_range,) = torch.autograd.grad(ranges, scaled, along)
+    return by_range.add_(grad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
