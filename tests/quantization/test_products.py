@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.quantization.hessian_products import multiplies_bfloat16
 from bitwright.quantization.products import SMALL, multiply
 
 # Relative to the norm of each result: what float32 sums leave, or one rounding to bf16.
@@ -40,11 +39,8 @@ def test_values_and_derivatives(
     assert all(_close(leaf.grad, double.grad) for leaf, double in zip(leaves, doubles, strict=True))
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
-def test_large_products_are_not_left_to_autograd(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and not multiplies_bfloat16():
-        pytest.skip("this processor does not multiply bf16")
-    x, weight = (_numbers(256, 256, dtype=dtype, seed=seed) for seed in range(2))
+def test_large_products_are_not_left_to_autograd() -> None:
+    x, weight = (_numbers(256, 256, dtype=torch.float32, seed=seed) for seed in range(2))
     assert x.numel() * 256 >= SMALL
     for frozen, moving in ((x, weight), (weight, x)):  # one alone has a gradient
         frozen.requires_grad_(False)
