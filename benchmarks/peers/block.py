@@ -4,8 +4,9 @@
 
 The block (hidden 4096, intermediate 14336, 32 heads, 8 key-value heads, bf16, random weights) is a model of one block
 with a small vocabulary. Each peer quantizes it twice, with ``--windows`` windows and with half of them, of 512 tokens;
-the difference is what depends on the tokens, and the line through both is read at 128 windows. Data-free methods run
-once. The times of a shared machine are also given in processor seconds over threads, which other work disturbs less.
+the difference is what depends on the tokens, and the line through both is read at 128 windows. With 128 windows, and
+without data, it does so once. The times of a shared machine are also given in processor seconds over threads, which
+other work disturbs less.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ __all__ = ["make_model", "measure"]
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 VOCABULARY, WINDOW, FULL = 2048, 512, 128  # the vocabulary of the embedded model, whose tokenizer is used
-# Peer, method: whether the calibration tokens count.
+BFLOAT16, FLOAT32 = "bfloat16", "float32"
+# Peer, method: whether the calibration tokens count, and the dtype of the model.
 METHODS = {
-    ("gptqmodel", "gptq"): True,
-    ("llmcompressor", "gptq-actorder"): True,
-    ("neural_compressor", "gptq"): True,
-    ("hqq", "hqq"): False,
-    ("llmcompressor", "rtn"): False,
-    ("llmcompressor", "awq"): True,
-    ("neural_compressor", "teq"): True,  # it trains a step on each window
-    ("auto_round", "autoround-3"): False,
-    ("auto_round", "autoround-9"): False,
+    ("gptqmodel", "gptq"): (True, BFLOAT16),
+    ("llmcompressor", "gptq-actorder"): (True, BFLOAT16),
+    ("neural_compressor", "gptq"): (True, BFLOAT16),
+    ("hqq", "hqq"): (False, BFLOAT16),
+    ("llmcompressor", "rtn"): (False, BFLOAT16),
+    ("llmcompressor", "awq"): (True, BFLOAT16),
+    ("neural_compressor", "teq"): (True, FLOAT32),  # a step on each window; in bfloat16 it crashes
+    ("auto_round", "autoround-3"): (False, BFLOAT16),
+    ("auto_round", "autoround-9"): (False, BFLOAT16),
 }
 
 # What is measured, what it is called in the record, and whether it is divided by the threads.
@@ -62,14 +64,14 @@ def make_model(directory: Path) -> None:
     save_file({"windows": torch.randint(VOCABULARY, (FULL, WINDOW))}, directory / "tokens.safetensors")
 
 
-def run(peer: str, method: str, windows: int, options: argparse.Namespace) -> dict[str, Any]:
+def run(peer: str, method: str, dtype: str, windows: int, options: argparse.Namespace) -> dict[str, Any]:
     """What one process needed."""
     model, output = options.work_dir / "block-model", options.work_dir / "block" / f"{peer}.{method}.{windows}"
     record = output / "made.json"
     if not record.is_file():
         shutil.rmtree(output, ignore_errors=True)
         cell = {"method": method, "code": "int", "bits": 4, "group": 128, "symmetric": False, "output": str(output)}
-        jobs = {"model": str(model), "text": "", "tokens": str(model / "tokens.safetensors"), "dtype": "bfloat16"}
+        jobs = {"model": str(model), "text": "", "tokens": str(model / "tokens.safetensors"), "dtype": dtype}
         jobs |= {"threads": options.threads, "windows": windows, "keep_weights": False, "cells": [cell]}
         path = options.work_dir / "block-jobs.json"
         path.write_text(json.dumps(jobs))
@@ -81,18 +83,21 @@ def run(peer: str, method: str, windows: int, options: argparse.Namespace) -> di
     return found
 
 
-def measure(peer: str, method: str, needs_tokens: bool, options: argparse.Namespace) -> dict[str, Any]:
+def measure(peer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one method: seconds at so many windows, and at ``FULL`` along the line through both."""
-    counts = (options.windows // 2, options.windows) if needs_tokens else (options.windows,)
-    found = [run(peer, method, count, options) for count in counts]
+    needs_tokens, dtype = METHODS[peer, method]
+    is_line = needs_tokens and options.windows < FULL
+    counts = (options.windows // 2, options.windows) if is_line else (options.windows,)
+    found = [run(peer, method, dtype, count, options) for count in counts]
     row: dict[str, Any] = {"peer": peer, "method": method, "windows": options.windows, "threads": options.threads}
+    row["dtype"] = dtype
     failed = next((record["failed"] for record in found if "failed" in record), None)
     if failed is not None:
         return row | {"failed": failed}
     row |= {"versions": found[-1]["versions"], "peak_bytes": found[-1]["peak_bytes"]}
     for field, name, unit in TIMES:
         values = [record[field] / (options.threads if unit else 1) for record in found]
-        slope = (values[-1] - values[0]) / (counts[-1] - counts[0]) if needs_tokens else 0.0
+        slope = (values[-1] - values[0]) / (counts[-1] - counts[0]) if is_line else 0.0
         row |= {name: values[-1], f"{name}_scaled": values[-1] + slope * (FULL - options.windows)}
     return row
 
@@ -109,10 +114,10 @@ def main() -> None:
     options = parser.parse_args()
     make_model(options.work_dir / "block-model")
     rows = []
-    for (peer, method), needs_tokens in METHODS.items():
+    for peer, method in METHODS:
         if options.only and f"{peer}.{method}" not in options.only:
             continue
-        rows.append(measure(peer, method, needs_tokens, options))
+        rows.append(measure(peer, method, options))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
