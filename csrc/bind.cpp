@@ -109,8 +109,9 @@ bool find_ranges(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns
 }
 
 void encode(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale, uintptr_t zero,
-            bool has_whole_zeros, int32_t lowest, int32_t highest, uintptr_t codes, int32_t threads) {
+            uintptr_t offset, bool has_whole_zeros, int32_t lowest, int32_t highest, uintptr_t codes, int32_t threads) {
     bw_grid made = grid(rows, columns, group, dtype, numbers);
+    made.offset = address<const float>(offset);
     made.scale = address<const float>(scale), made.zero = address<const float>(zero);
     made.has_whole_zeros = has_whole_zeros, made.lowest = lowest, made.highest = highest;
     made.codes = address<uint8_t>(codes);
@@ -125,6 +126,17 @@ void decode(uintptr_t codes, int64_t rows, int64_t columns, int64_t group, uintp
     made.lowest = lowest, made.codes = address<uint8_t>(codes), made.decoded = address<void>(decoded);
     nb::gil_scoped_release release;
     check(bw_decode(&made, threads));
+}
+
+void offset_gradient(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale,
+                     uintptr_t zero, uintptr_t offset, int32_t lowest, int32_t highest, uintptr_t gradient,
+                     uintptr_t by_offset, uintptr_t by_scale, uintptr_t by_zero, int32_t threads) {
+    bw_grid made = grid(rows, columns, group, dtype, numbers);
+    made.scale = address<const float>(scale), made.zero = address<const float>(zero);
+    made.offset = address<const float>(offset), made.lowest = lowest, made.highest = highest;
+    nb::gil_scoped_release release;
+    check(bw_offset_gradient(&made, address<const void>(gradient), address<float>(by_offset), address<float>(by_scale),
+                             address<float>(by_zero), threads));
 }
 
 bw_scaling scaling(int64_t rows, int64_t columns, int64_t group, int32_t dtype, int32_t range, uintptr_t weight,
@@ -189,6 +201,7 @@ NB_MODULE(_native, m) {
     m.def("find_ranges", find_ranges);
     m.def("encode", encode);
     m.def("decode", decode);
+    m.def("offset_gradient", offset_gradient);
     m.def("scale_weight", scale_weight);
     m.def("scaling_gradient", scaling_gradient);
     m.attr("SCALED_ROWS") = BW_SCALED_ROWS;

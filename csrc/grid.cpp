@@ -13,9 +13,19 @@ struct Job {
     std::atomic<bool> is_finite{true};
 };
 
+struct Pulling {
+    const bw_grid* grid;
+    const void* gradient;
+    float *by_offset, *by_scale, *by_zero;
+};
+
 bool is_sound(const bw_grid* g, int32_t threads) {
     return g && g->rows >= 0 && g->columns >= 1 && g->group >= 1 && g->dtype >= BW_FLOAT32 && g->dtype <= BW_BFLOAT16 &&
            threads >= 1;
+}
+
+bool has_codes(const bw_grid& g) {
+    return g.lowest >= -128 && g.highest <= (g.lowest < 0 ? 127 : 255) && g.lowest <= g.highest;
 }
 
 int64_t grain(const bw_grid& g) { return PIECE / g.columns + 1; }
@@ -34,8 +44,7 @@ int bw_find_ranges(const bw_grid* grid, int32_t threads) {
 
 int bw_encode(const bw_grid* grid, int32_t threads) {
     if (!is_sound(grid, threads) || !grid->numbers || !grid->scale || !grid->codes) return BW_BAD_ARGUMENT;
-    if (grid->lowest < -128 || grid->highest > (grid->lowest < 0 ? 127 : 255) || grid->lowest > grid->highest)
-        return BW_BAD_ARGUMENT;
+    if (!has_codes(*grid)) return BW_BAD_ARGUMENT;
     bw_grid copy = *grid;
     bitwright::parallel(threads, grid->rows, grain(*grid), [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->encode(static_cast<bw_grid*>(context), first, last);
@@ -49,5 +58,17 @@ int bw_decode(const bw_grid* grid, int32_t threads) {
     bitwright::parallel(threads, grid->rows, grain(*grid), [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->decode(static_cast<bw_grid*>(context), first, last);
     }, &copy);
+    return BW_OK;
+}
+
+int bw_offset_gradient(const bw_grid* grid, const void* gradient, float* by_offset, float* by_scale, float* by_zero,
+                       int32_t threads) {
+    if (!is_sound(grid, threads) || !has_codes(*grid) || !grid->numbers || !grid->scale) return BW_BAD_ARGUMENT;
+    if (!gradient || !by_offset || !by_scale || !by_zero) return BW_BAD_ARGUMENT;
+    Pulling job{grid, gradient, by_offset, by_scale, by_zero};
+    bitwright::parallel(threads, grid->rows, grain(*grid), [](void* context, int64_t first, int64_t last, int) {
+        const Pulling& j = *static_cast<Pulling*>(context);
+        bw_isa()->offset_gradient(j.grid, j.gradient, first, last, j.by_offset, j.by_scale, j.by_zero);
+    }, &job);
     return BW_OK;
 }

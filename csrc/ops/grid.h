@@ -60,8 +60,9 @@ template <int DTYPE> void encode_row(const bw_grid* g, int64_t row) {
         F divisor = set_f(scale == 0.0f ? 1.0f : scale), shift = set_f(g->has_whole_zeros ? 0.0f : zero);
         I whole = set_i(is_whole ? (int32_t)zero : 0);
         for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
-            F v = div_f(load_part(g->numbers, first + start + c, DTYPE, count), divisor);
-            v = max_f(min_f(add_f(v, shift), most), sub_f(set_f(0.0f), most));
+            F v = add_f(div_f(load_part(g->numbers, first + start + c, DTYPE, count), divisor), shift);
+            if (g->offset) v = add_f(v, load_part(g->offset, first + start + c, BW_FLOAT32, count));
+            v = max_f(min_f(v, most), sub_f(set_f(0.0f), most));
             I code = min_i(max_i(add_i(round_to_i(v), whole), lowest), highest);
             store_codes(g->codes + first + start + c, code, count);
         });
@@ -73,6 +74,43 @@ void encode_rows(const bw_grid* g, int64_t first, int64_t last) {
         g->dtype == BW_FLOAT32   ? encode_row<BW_FLOAT32>(g, row)
         : g->dtype == BW_FLOAT16 ? encode_row<BW_FLOAT16>(g, row)
                                  : encode_row<BW_BFLOAT16>(g, row);
+}
+
+/* How a rounded number (code - zero) * scale moves with its offset, its scale and its zero point. */
+template <int DTYPE>
+void offset_row(const bw_grid* g, const void* gradient, int64_t row, float* by_offset, float* by_scale, float* by_zero) {
+    int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
+    const F most = set_f(65536.0f);
+    const I lowest = set_i(g->lowest), highest = set_i(g->highest), none = set_i(0), one = set_i(1);
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t start = group * g->group;
+        float scale = g->scale[row * groups + group], zero = g->zero ? g->zero[row * groups + group] : 0.0f;
+        F divisor = set_f(scale == 0.0f ? 1.0f : scale), scales = set_f(0.0f), zeros = scales;
+        I whole = set_i(zero > -65536.0f && zero < 65536.0f ? (int32_t)zero : 0);
+        for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            int64_t at = first + start + c;
+            F v = div_f(load_part(g->numbers, at, DTYPE, count), divisor), pull = load_part(gradient, at, DTYPE, count);
+            F moved = g->offset ? add_f(v, load_part(g->offset, at, BW_FLOAT32, count)) : v;
+            I wanted = add_i(round_to_i(max_f(min_f(moved, most), sub_f(set_f(0.0f), most))), whole);
+            I code = min_i(max_i(wanted, lowest), highest), beyond = sub_i(wanted, code);
+            I is_clamped = min_i(max_i(beyond, sub_i(none, beyond)), one), is_free = sub_i(is_clamped, one); /* 0 or -1 */
+            F worth = sub_f(sub_f(to_f(code), set_f(zero)), bits_to_f(and_i(bits_to_i(v), is_free)));
+            scales = add_f(scales, mul_f(worth, pull));
+            F by_code = mul_f(pull, set_f(scale));
+            zeros = add_f(zeros, mul_f(by_code, to_f(is_clamped)));
+            store_part(by_offset, at, BW_FLOAT32, count, bits_to_f(and_i(bits_to_i(by_code), is_free)));
+        });
+        by_scale[row * groups + group] = lane_sum(scales);
+        by_zero[row * groups + group] = -lane_sum(zeros);
+    }
+}
+
+void offset_rows(const bw_grid* g, const void* gradient, int64_t first, int64_t last, float* by_offset, float* by_scale,
+                 float* by_zero) {
+    for (int64_t row = first; row < last; row++)
+        g->dtype == BW_FLOAT32   ? offset_row<BW_FLOAT32>(g, gradient, row, by_offset, by_scale, by_zero)
+        : g->dtype == BW_FLOAT16 ? offset_row<BW_FLOAT16>(g, gradient, row, by_offset, by_scale, by_zero)
+                                 : offset_row<BW_BFLOAT16>(g, gradient, row, by_offset, by_scale, by_zero);
 }
 
 /* number = (code - zero) * scale. */

@@ -8,9 +8,9 @@ void grid_round() {
     int32_t highest = lowest < 0 ? draw32(0, 127) : draw32(20, 255);
     size_t bytes = static_cast<size_t>(rows * columns * size[dtype]), parts = static_cast<size_t>(rows * groups * 4);
     Bytes given(bytes), decoded(bytes), codes(static_cast<size_t>(rows * columns));
-    Bytes scale(parts), zero(parts), low(parts), high(parts);
+    Bytes scale(parts), zero(parts), low(parts), high(parts), offset(static_cast<size_t>(rows * columns * 4)), pulls(offset);
     bw_grid grid{rows, columns, group, dtype, lowest, highest, draw32(0, 1), given.as<void>(), scale.as<float>(),
-                 draw(0, 1) ? zero.as<float>() : nullptr, low.as<float>(), high.as<float>(), codes.as<uint8_t>(),
+                 draw(0, 1) ? zero.as<float>() : nullptr, draw(0, 1) ? offset.as<float>() : nullptr, low.as<float>(), high.as<float>(), codes.as<uint8_t>(),
                  decoded.as<void>()};
     if (!rows) return; /* nothing to point at */
     int status = bw_find_ranges(&grid, threads);
@@ -23,15 +23,20 @@ void grid_round() {
         require(code >= lowest && code <= highest, "codes within their range");
     }
     require(bw_decode(&grid, threads) == BW_OK, "bw_decode");
+    auto pull = [&] {
+        return bw_offset_gradient(&grid, decoded.as<void>(), pulls.as<float>(), low.as<float>(), high.as<float>(), threads);
+    };
+    require(pull() == BW_OK, "bw_offset_gradient");
     switch (draw(0, 5)) {
         case 0: grid.rows = -1; break;
         case 1: grid.columns = 0; break;
         case 2: grid.group = 0; break;
         case 3: grid.dtype = 3; break;
-        case 4: grid.codes = nullptr; break;
+        case 4: grid.codes = nullptr, grid.numbers = nullptr; break;
         default: grid.highest = lowest < 0 ? 128 : 256;
     }
     require(bw_encode(&grid, threads) == BW_BAD_ARGUMENT, "bw_encode of an unsound argument");
+    require(pull() == BW_BAD_ARGUMENT, "bw_offset_gradient of an unsound argument");
 }
 
 void scaling_round() {

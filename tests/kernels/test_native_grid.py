@@ -107,6 +107,40 @@ def test_what_is_not_finite_is_refused(isa: str, bad: float, place: int, monkeyp
     assert caught.value.code == "BW602"
 
 
+@pytest.mark.parametrize("scheme", ["w4g32", "w2g5-asym", "w3g17", "w8-asym", "w4g16-asym-sbf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offsets_and_their_gradients(isa: str, scheme: str, dtype: torch.dtype) -> None:
+    """Codes as of one expression, bit for bit; gradients as of the expression's derivatives in float64."""
+    form = parse(scheme).weight
+    for rows, columns in SHAPES:
+        group = min(form.group or columns, columns)
+        values, grad = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+        offset = torch.rand(rows, columns) - 0.5
+        parameters = grid.fit(values * 0.6, scheme=form)  # many a code is clamped
+        scale = parameters.scale.float()
+        zero = torch.zeros_like(scale) if parameters.zero is None else parameters.zero.float()
+        wide, points = (part.repeat_interleave(group, 1)[:, :columns] for part in (scale, zero))
+        scaled = values.float() / torch.where(wide == 0, 1.0, wide)
+        free = (scaled + offset).round() + points
+        codes = free.clamp(form.code_min, form.code_max)
+        found = native_grid.encode(values, scale, zero, group, form, offset)
+        assert torch.equal(found.float(), codes)
+        is_free = (free == codes).double()
+        moved = native_grid.offset_gradient(values, scale, zero, group, form, offset, grad)
+        pull = grad.double()
+        expected = [
+            pull * wide.double() * is_free,
+            summed(pull * (codes.double() - points.double() - scaled.double() * is_free), group),
+            summed(-pull * wide.double() * (1 - is_free), group),
+        ]
+        for ours, theirs in zip(moved, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)
+
+
+def summed(values: Tensor, group: int) -> Tensor:
+    return torch.stack([part.sum(1) for part in values.split(group, 1)], 1)
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     weight, kept, made = torch.randn(300, 500), torch.get_num_threads(), []
     try:

@@ -57,7 +57,7 @@ def naive_offset(weight: Tensor, scheme: QuantScheme, offset: Tensor, low: Tenso
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("spread", ["restricted", "full", "centred"])
-def test_without_offsets_it_is_rounding_to_nearest(name: str, spread: str) -> None:
+def test_without_offsets_it_is_rounding_to_nearest(kernels: str, name: str, spread: str) -> None:
     scheme, weight, fit = scheme_of(name), draw(), FitOptions(symmetric_range=spread)  # type: ignore[arg-type]
     expected = QuantizedTensor.quantize(weight, scheme, fit)
     follower = OffsetWeight(weight, scheme, fit)
@@ -69,7 +69,7 @@ def test_without_offsets_it_is_rounding_to_nearest(name: str, spread: str) -> No
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_what_is_trained_is_what_is_stored(name: str) -> None:
+def test_what_is_trained_is_what_is_stored(kernels: str, name: str) -> None:
     scheme, weight = scheme_of(name), draw(seed=1)
     follower = OffsetWeight(weight, scheme)
     generator = torch.Generator().manual_seed(2)
@@ -80,7 +80,7 @@ def test_what_is_trained_is_what_is_stored(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["w4g24-asym-sf32", "w2g72-asym-sf32", "w3g24-asym-sf32"])
-def test_gradients_of_offsets_and_ranges_are_those_of_autograd(name: str) -> None:
+def test_gradients_of_offsets_and_ranges_are_those_of_autograd(kernels: str, name: str) -> None:
     scheme, weight = scheme_of(name), draw(seed=3)[7:]  # groups of one number have a grid of their own
     follower = OffsetWeight(weight, scheme)
     generator = torch.Generator().manual_seed(4)
@@ -97,7 +97,7 @@ def test_gradients_of_offsets_and_ranges_are_those_of_autograd(name: str) -> Non
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_gradients_of_a_symmetric_range_go_to_its_larger_end() -> None:
+def test_gradients_of_a_symmetric_range_go_to_its_larger_end(kernels: str) -> None:
     scheme, weight = QuantScheme(bits=4, group=None, scale_dtype=torch.float32), torch.tensor([[-2.0, 1.1, 0.4]])
     follower = OffsetWeight(weight, scheme)
     upstream = torch.tensor([[1.0, 2.0, 4.0]])
@@ -109,7 +109,7 @@ def test_gradients_of_a_symmetric_range_go_to_its_larger_end() -> None:
     assert found.low.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_clamped_weight_has_no_gradient() -> None:
+def test_a_clamped_weight_has_no_gradient(kernels: str) -> None:
     scheme = QuantScheme(bits=2, group=None, scale_dtype=torch.float32)
     follower = OffsetWeight(torch.tensor([[2.0, -0.6]]), scheme)
     follower.high *= 0.4  # the range ends at 0.8: the first number lies outside

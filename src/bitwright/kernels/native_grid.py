@@ -13,7 +13,7 @@ from bitwright.kernels import native_library
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["LOOPS"]
+__all__ = ["LOOPS", "encode", "offset_gradient"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PLAIN = (Tensor, nn.Parameter)  # no tensors that only look like one
@@ -39,15 +39,26 @@ def find_ranges(values: Tensor, group: int) -> tuple[Tensor, Tensor] | None:
     return (low, high) if is_finite else None
 
 
-def encode(values: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme) -> Tensor:
-    """Codes of ``values``, for ``scale`` and ``zero`` of any dtype, ``[rows, groups]``."""
+def encode(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: int,
+    scheme: QuantScheme,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Codes of ``values``, for ``scale`` and ``zero`` of any dtype, ``[rows, groups]``.
+
+    ``offset`` (float32, of the shape of ``values``, in codes) is added before they are rounded.
+    """
     native_library.instruction_set()
     codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype))
     scale, zero = _parts(scale, zero, values, group)
     rows, columns = values.shape
     _native.encode(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), _address(zero),
-        scheme.zero != "float", scheme.code_min, scheme.code_max, codes.data_ptr(), _threads(),
+        _address(_matching(offset, values)), scheme.zero != "float", scheme.code_min, scheme.code_max,
+        codes.data_ptr(), _threads(),
     )  # fmt: skip
     return codes
 
@@ -67,6 +78,28 @@ def decode(
     return values
 
 
+def offset_gradient(
+    values: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme, offset: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of rounded numbers to those of ``offset``, scales and whole zero points, all float32.
+
+    ``grad`` has the shape and the dtype of ``values``. Rounding passes it on, a clamped code does not.
+    """
+    native_library.instruction_set()
+    if grad.dtype != values.dtype:
+        raise ValueError(f"a gradient of {values.dtype} numbers is not {grad.dtype}")
+    scale, zero = _parts(scale, zero, values, group)
+    by_offset = use_huge_pages(torch.empty(values.shape))
+    by_scale, by_zero = torch.empty_like(scale), torch.empty_like(scale)
+    rows, columns = values.shape
+    _native.offset_gradient(
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), _address(zero),
+        _address(_matching(offset, values)), scheme.code_min, scheme.code_max, _address(_matching(grad, values)),
+        by_offset.data_ptr(), by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
+    )  # fmt: skip
+    return by_offset, by_scale, by_zero
+
+
 LOOPS = Loops(accepts, find_ranges, encode, decode)
 
 
@@ -77,6 +110,13 @@ def _parts(scale: Tensor, zero: Tensor | None, numbers: Tensor, group: int) -> t
         raise ValueError(f"scales and zero points of {list(numbers.shape)} numbers are {list(shape)}")
     scale = scale.detach().to(torch.float32).contiguous()
     return scale, None if zero is None else zero.detach().to(torch.float32).contiguous()
+
+
+def _matching(given: Tensor | None, values: Tensor) -> Tensor | None:
+    """``given``, if it lies as ``values`` do."""
+    if given is not None and (given.shape != values.shape or not given.is_contiguous() or given.device.type != "cpu"):
+        raise ValueError(f"{list(given.shape)} beside numbers of shape {list(values.shape)}, or not in order")
+    return given
 
 
 def _address(values: Tensor | None) -> int:

@@ -21,6 +21,7 @@ from bitwright.core import grid
 from bitwright.core.grid import FitOptions, Parameters, row_tiles
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
+from bitwright.kernels import native_grid
 
 __all__ = ["CodeGradients", "CodeWeight", "Groups", "OffsetGradients", "OffsetWeight", "can_follow"]
 
@@ -137,22 +138,23 @@ class OffsetWeight:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as it would be stored, ``[out, in]``."""
         parameters = self.parameters()
-        scale, zero = _as_float(parameters)
-        rounded = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
-        for rows in row_tiles(self.rows):
-            _, codes, _ = self._codes(rows, scale, zero)
-            centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
-            self.groups.split(rounded[rows]).copy_(centred.mul_(self.groups.spread(scale[rows])))
+        rounded = grid.decode(self._codes(parameters), parameters=parameters, scheme=self.scheme, dtype=dtype)
         return rounded if self.scheme.axis == 1 else rounded.t()
 
     def gradients(self, grad: Tensor) -> OffsetGradients:
         """From the gradient of the rounded weight (``[out, in]``) to those of offsets and multipliers."""
         grad = grad if self.scheme.axis == 1 else grad.t()
-        scale, zero = _as_float(self.parameters())
+        parameters = self.parameters()
+        if self._is_native() and grad.dtype == self.rows.dtype and grad.is_contiguous():
+            offset, by_scale, by_zero = native_grid.offset_gradient(
+                self.rows, parameters.scale, parameters.zero, self.groups.size, self.scheme, self.offset, grad
+            )
+            return OffsetGradients(offset, *self._range_gradients(by_scale, by_zero))
+        scale, zero = _as_float(parameters)
         offset = torch.empty(self.rows.shape, device=self.rows.device)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
         for rows in row_tiles(self.rows):
-            scaled, codes, clamped = self._codes(rows, scale, zero)
+            scaled, codes, clamped = self._tile(rows, scale, zero)
             part = self.groups.split(grad[rows].to(torch.float32))
             centred = codes if zero is None else codes.sub_(self.groups.spread(zero[rows]))
             scale_sums[rows] = self.groups.total(centred.sub_(scaled.masked_fill_(clamped, 0.0)).mul_(part))
@@ -160,8 +162,7 @@ class OffsetWeight:
             if zero is not None:  # a clamped code stays where it is when the zero point moves
                 zero_sums[rows] = -self.groups.total(part * clamped)
             part.masked_fill_(clamped, 0.0)
-        low, high = self._range_gradients(scale_sums, zero_sums)
-        return OffsetGradients(offset, low, high)
+        return OffsetGradients(offset, *self._range_gradients(scale_sums, zero_sums))
 
     def parameters(self) -> Parameters:
         """Scales and zero points in the dtypes in which they are stored."""
@@ -171,17 +172,27 @@ class OffsetWeight:
     def tensor(self) -> QuantizedTensor:
         """The quantized tensor with the very codes, scales and zero points of :meth:`decode`."""
         parameters = self.parameters()
-        scale, zero = _as_float(parameters)
-        codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype, device=self.rows.device)
-        for rows in row_tiles(self.rows):
-            self.groups.split(codes[rows]).copy_(self._codes(rows, scale, zero)[1])
+        codes = self._codes(parameters)
         stored, points = parameters.scale, parameters.zero
         if self.scheme.axis == 0:
             codes, stored = codes.t().contiguous(), stored.t().contiguous()
             points = None if points is None else points.t().contiguous()
         return QuantizedTensor(scheme=self.scheme, codes=codes, scale=stored, zero=points)
 
-    def _codes(self, rows: slice, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _is_native(self) -> bool:
+        return native_grid.LOOPS.accepts(self.rows, self.scheme, self.rows.dtype)
+
+    def _codes(self, parameters: Parameters) -> Tensor:
+        """The codes of all numbers, offsets added: ``[rows, columns]`` in the scheme's code dtype."""
+        scale, zero = _as_float(parameters)
+        if self._is_native():
+            return native_grid.encode(self.rows, scale, zero, self.groups.size, self.scheme, self.offset)
+        codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype, device=self.rows.device)
+        for rows in row_tiles(self.rows):
+            self.groups.split(codes[rows]).copy_(self._tile(rows, scale, zero)[1])
+        return codes
+
+    def _tile(self, rows: slice, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The numbers in units of their scales, their codes (float32), and whether a code was clamped: as split."""
         divisor = self.groups.spread(torch.where(scale[rows] == 0, 1.0, scale[rows]))
         scaled = self.groups.split(self.rows[rows]).to(torch.float32) / divisor
