@@ -153,6 +153,23 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert all(torch.equal(each.dense_scale(), made[0].dense_scale()) for each in made)
 
 
+def test_defaults_of_torch_change_nothing() -> None:
+    """A user's default dtype or device is not that of what is computed here: other buffers would be read or overrun."""
+    weight, form, kept = torch.randn(40, 96), parse("w4g32-asym").weight, torch.get_default_dtype()
+    expected = QuantizedTensor.quantize(weight, form)
+    try:
+        torch.set_default_dtype(torch.float64)  # a narrower one would write beyond the end
+        wide = QuantizedTensor.quantize(weight, form)
+    finally:
+        torch.set_default_dtype(kept)
+    with torch.device("meta"):
+        away = QuantizedTensor.quantize(weight, form)
+        decoded = away.dequantize()
+    for made in (wide, away):
+        assert torch.equal(made.codes, expected.codes) and torch.equal(made.dense_scale(), expected.dense_scale())
+    assert torch.equal(decoded, expected.dequantize())
+
+
 def test_other_numbers_and_schemes_are_left_to_torch() -> None:
     weight, form = torch.randn(4, 8), QuantScheme(bits=4, group=4)
     assert LOOPS.accepts(weight, form, torch.float32)

@@ -81,6 +81,26 @@ def test_a_weight_is_scaled_as_torch_does(isa: str, dtype: torch.dtype) -> None:
             assert found is not None and torch.equal(found, expected.to(dtype))
 
 
+def test_defaults_of_torch_change_nothing() -> None:
+    weight, kept = torch.randn(300, 40), torch.get_default_dtype()
+    vectors = torch.rand(40) + 0.5, torch.rand(300) + 0.5
+
+    def work() -> list[Tensor | None]:
+        found = pull_back(weight, *vectors, weight.round(), weight * 2, QuantScheme(bits=4, group=8))
+        return [*(found or ()), scale_weight(weight, *vectors)]
+
+    expected = work()
+    try:
+        torch.set_default_dtype(torch.float64)
+        made = work()
+    finally:
+        torch.set_default_dtype(kept)
+    with torch.device("meta"):
+        made += work()
+    for ours, theirs in zip(made, expected * 2, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
 def test_threads_change_nothing() -> None:
     weight, kept, made = torch.randn(1000, 300), torch.get_num_threads(), []
     try:

@@ -32,7 +32,8 @@ def find_ranges(values: Tensor, group: int) -> tuple[Tensor, Tensor] | None:
     """Least and greatest number of each group, float32 ``[rows, groups]``; ``None`` if some are not finite."""
     native_library.instruction_set()
     rows, columns = values.shape
-    low, high = (torch.empty(rows, -(-columns // group)) for _ in range(2))
+    shape = (rows, -(-columns // group))
+    low, high = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     is_finite = _native.find_ranges(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, low.data_ptr(), high.data_ptr(), _threads()
     )
@@ -52,7 +53,7 @@ def encode(
     ``offset`` (float32, of the shape of ``values``, in codes) is added before they are rounded.
     """
     native_library.instruction_set()
-    codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype))
+    codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype, device="cpu"))
     scale, zero = _parts(scale, zero, values, group)
     rows, columns = values.shape
     _native.encode(
@@ -68,7 +69,7 @@ def decode(
 ) -> Tensor:
     """What ``codes`` stand for."""
     native_library.instruction_set()
-    values = use_huge_pages(torch.empty(codes.shape, dtype=dtype))
+    values = use_huge_pages(torch.empty(codes.shape, dtype=dtype, device="cpu"))
     scale, zero = _parts(scale, zero, codes, group)
     rows, columns = codes.shape
     _native.decode(
@@ -89,7 +90,7 @@ def offset_gradient(
     if grad.dtype != values.dtype:
         raise ValueError(f"a gradient of {values.dtype} numbers is not {grad.dtype}")
     scale, zero = _parts(scale, zero, values, group)
-    by_offset = use_huge_pages(torch.empty(values.shape))
+    by_offset = use_huge_pages(torch.empty(values.shape, dtype=torch.float32, device="cpu"))
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(scale)
     rows, columns = values.shape
     _native.offset_gradient(

@@ -63,7 +63,7 @@ def norm_linear(
     _check("x and residual", parts, torch.float32, torch.Size((*x.shape[:-1], columns)))
     _check("the norm's weight", [norm_weight], torch.float32, torch.Size((columns,)))
     _check("bias", [] if bias is None else [bias], torch.float32, torch.Size((rows,)))
-    y = torch.empty(*x.shape[:-1], rows)
+    y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device="cpu")
     total = x if residual is None else torch.empty_like(x)
     is_finite = _native.norm_linear(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), norm_weight.data_ptr(),

@@ -25,7 +25,7 @@ def scale_weight(weight: Tensor, scale: Tensor | None, divisor: Tensor | None) -
     """``weight`` (``[out, in]``) times ``scale`` (``[in]``) over ``divisor`` (``[out]``), in its dtype."""
     if not _is_at_hand(weight):
         return None
-    scaled = use_huge_pages(torch.empty(weight.shape, dtype=weight.dtype))
+    scaled = use_huge_pages(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
     rows, columns = weight.shape
     scale, divisor = _vector(scale, columns), _vector(divisor, rows)
     _native.scale_weight(
@@ -46,7 +46,8 @@ def pull_back(
     rows, columns = weight.shape
     group = columns if scheme.group is None else min(scheme.group, columns)
     range_ = MAGNITUDE if scheme.symmetric or scheme.is_codebook else WIDTH if scheme.zero == "float" else WITH_ZERO
-    by_scale, by_divisor = torch.empty(-(-rows // _native.SCALED_ROWS), columns), torch.empty(rows)
+    by_scale = torch.empty(-(-rows // _native.SCALED_ROWS), columns, dtype=torch.float32, device="cpu")
+    by_divisor = torch.empty(rows, dtype=torch.float32, device="cpu")
     scale, divisor = _vector(scale, columns), _vector(divisor, rows)
     _native.scaling_gradient(
         weight.data_ptr(), DTYPES[weight.dtype], rows, columns, group, range_, _address(scale), _address(divisor),
