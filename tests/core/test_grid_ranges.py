@@ -53,3 +53,16 @@ def test_a_search_is_blind_to_the_unit(power: int) -> None:
     plain, scaled = (QuantizedTensor.quantize(x, scheme, search) for x in (values, values * 2.0**power))
     assert torch.equal(plain.codes, scaled.codes)
     assert torch.equal(plain.dense_scale() * 2.0**power, scaled.dense_scale())
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w8g32", "w4g32-asym", "w3g32-asym-fz"])
+def test_a_search_stores_no_scale_that_overflows(scheme: str) -> None:
+    """The narrowest of its ranges would have a scale in float16; the widest, with which it begins, has not."""
+    form = parse(scheme).weight
+    for constant in (False, True):  # a constant group keeps its own range
+        values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+        values *= 150_000 * form.code_max / float(values.abs().max()) if not constant else 0
+        values = values + 70_000.0 if constant else values
+        found = QuantizedTensor.quantize(values, form, FitOptions(search=True)).dequantize()
+        assert found.isfinite().all()
+        assert (found - values).norm() <= 0.2 * values.norm()

@@ -121,9 +121,8 @@ def fit(
         low, high = _with_near_zero(low, high, scheme)
     kinds = _kinds(scheme, options)
     scales = [_scale(low, high, size, scheme, kind) for kind in kinds]
-    dtype = _stored_dtype(
-        torch.cat([scale * SHRINK_RATIOS[-1] if options.search else scale for scale in scales]), scheme
-    )
+    narrowest = [scale * SHRINK_RATIOS[-1] for scale in scales] if options.search else []
+    dtype = _stored_dtype(torch.cat([*scales, *narrowest]), scheme)
     if not options.search and len(kinds) == 1:
         return Parameters(scales[0].to(dtype), _zero(low, high, scales[0].to(dtype), scheme))
     weights = None if importance is None or not options.search else _column_weights(importance, values, scheme)
