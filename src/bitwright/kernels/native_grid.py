@@ -13,7 +13,7 @@ from bitwright.kernels import native_library
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["LOOPS", "encode", "offset_gradient"]
+__all__ = ["LOOPS", "accepts", "decode", "encode", "find_ranges", "offset_gradient"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PLAIN = (Tensor, nn.Parameter)  # no tensors that only look like one
