@@ -76,8 +76,9 @@ def test_the_newest_wait_and_steps_grow_again(tiny: PreTrainedModel) -> None:
         handles = [engine.submit([n + 1] * 8, max_tokens=110, ignore_end=True) for n in range(8)]
         all_wait.set()
         answers = [handle.result(60) for handle in handles]
-    assert answers[0].preemptions == 0 and answers[-1].preemptions > 0
-    # A step may begin before all requests are there: at most 8 to 4 to 2, and a smaller step before.
+    # A step may begin before all requests are there: then the newest have never run, and others wait; at most 8 to 4 to
+    # 2, and a smaller step before.
+    assert answers[0].preemptions == 0 and max(answer.preemptions for answer in answers) > 0
     assert decoder.failures <= 4
     assert max(size for size, _ in decoder.sizes[:CALM_STEPS]) == 2
     assert max(size for size, _ in decoder.sizes) > 4, "the limits have grown back"
