@@ -1,4 +1,4 @@
-/* Every instruction set that this processor has, against sums in float64: products, attention, layers.
+/* Every instruction set that this processor has, against sums in float64: products, attention, layers, grids.
  *
  *     float64_checks ROUNDS SEED [ISA ...]
  *
@@ -199,6 +199,73 @@ void check_layers() {
     for (size_t c = 0; c < x.size(); c++) near(y[c], x[c] / (1 + std::exp(-double(x[c]))) * residual[c], 1e-5, "bw_silu_multiply");
 }
 
+/* Numbers to codes with offsets and back, what a gradient says of the parts, and the same of a scaled weight. */
+void check_grid() {
+    int64_t rows = draw(1, 4), columns = draw(1, 100), group = draw(1, columns), groups = (columns + group - 1) / group;
+    bool are_halves = draw(0, 1);
+    auto cells = static_cast<size_t>(rows * columns), parts = static_cast<size_t>(rows * groups);
+    Tokens x(rows * columns, are_halves), pull(rows * columns, are_halves);
+    std::vector<float> scale = numbers(static_cast<int64_t>(parts), 0.3), zero(parts), offset = numbers(rows * columns, 0.2);
+    std::vector<float> low(parts), high(parts), by_offset(cells), by_scale(parts), by_zero(parts), decoded(cells);
+    for (float& each : scale) each = std::abs(each) + 0.05f;
+    for (float& each : zero) each = static_cast<float>(draw(0, 15));
+    std::vector<uint8_t> codes(cells);
+    bw_grid g{rows, columns, group, x.dtype, 0, 15, 1, x.data(), scale.data(), zero.data(), offset.data(), low.data(),
+              high.data(), codes.data(), decoded.data()};
+    require(bw_find_ranges(&g, 2) == BW_OK && bw_encode(&g, 2) == BW_OK, "bw_encode");
+    require(bw_offset_gradient(&g, pull.data(), by_offset.data(), by_scale.data(), by_zero.data(), 2) == BW_OK, "gradient");
+    g.dtype = BW_FLOAT32;
+    require(bw_decode(&g, 2) == BW_OK, "bw_decode");
+    for (size_t p = 0; p < parts; p++) {
+        size_t row = p / static_cast<size_t>(groups), start = p % static_cast<size_t>(groups) * static_cast<size_t>(group);
+        size_t end = std::min(start + static_cast<size_t>(group), static_cast<size_t>(columns));
+        double least = 1e300, most = -1e300, of_scale = 0, of_zero = 0;
+        for (size_t c = start; c < end; c++) {
+            size_t i = row * static_cast<size_t>(columns) + c;
+            double value = x.values[i], free = value / scale[p] + offset[i] + zero[p], code = codes[i], up = pull.values[i];
+            least = std::min(least, value), most = std::max(most, value);
+            near(code, std::min(15.0, std::max(0.0, free)), 0.5001, "bw_encode");
+            near(decoded[i], (code - zero[p]) * scale[p], 1e-5, "bw_decode");
+            bool is_clamped = free < -0.5 || free > 15.5;
+            near(by_offset[i], is_clamped ? 0 : up * scale[p], 1e-5, "by_offset");
+            of_scale += up * (code - zero[p] - (is_clamped ? 0 : value / scale[p]));
+            of_zero -= is_clamped ? up * scale[p] : 0;
+        }
+        near(low[p], least, 0, "bw_find_ranges");
+        near(high[p], most, 0, "bw_find_ranges");
+        near(by_scale[p], of_scale, 1e-2, "by_scale");
+        near(by_zero[p], of_zero, 1e-3, "by_zero");
+    }
+}
+
+void check_scaling() {
+    int64_t rows = draw(1, 4), columns = draw(1, 100);
+    auto cells = static_cast<size_t>(rows * columns), wide = static_cast<size_t>(columns);
+    std::vector<float> w = numbers(rows * columns), q = numbers(rows * columns), pull = numbers(rows * columns), scaled(cells);
+    std::vector<float> scale = numbers(columns), divisor(static_cast<size_t>(rows), 1.5f), by_scale(wide), by_divisor(divisor);
+    for (float& each : scale) each = std::abs(each) + 0.1f;
+    bw_scaling s{rows, columns, columns, BW_FLOAT32, BW_RANGE_WIDTH, w.data(), scale.data(), divisor.data()};
+    require(bw_scale_weight(&s, scaled.data(), 2) == BW_OK, "bw_scale_weight");
+    require(bw_scaling_gradient(&s, q.data(), pull.data(), by_scale.data(), by_divisor.data(), 2) == BW_OK, "gradient");
+    std::vector<double> of_scale(wide);
+    for (size_t r = 0; r < static_cast<size_t>(rows); r++) {
+        const float *v = &scaled[r * wide], *up = &pull[r * wide], *to = &q[r * wide];
+        double along = 0, turned = 0;
+        size_t high = 0, low = 0;
+        for (size_t c = 0; c < wide; c++) {
+            near(v[c], double(w[r * wide + c]) * scale[c] / divisor[r], 1e-5, "bw_scale_weight");
+            along += up[c] * (double(to[c]) - v[c]), turned += double(up[c]) * to[c];
+            high = v[c] > v[high] ? c : high, low = v[c] < v[low] ? c : low;
+        }
+        double width = double(v[high]) - v[low], share = width > 0 ? along / width : 0;
+        for (size_t c = 0; c < wide; c++) of_scale[c] += up[c] * double(w[r * wide + c]) / divisor[r];
+        of_scale[high] += share * w[r * wide + high] / divisor[r];
+        of_scale[low] -= share * w[r * wide + low] / divisor[r];
+        near(by_divisor[r], -turned / divisor[r], 1e-3, "by_divisor");
+    }
+    for (size_t c = 0; c < wide; c++) near(by_scale[c], of_scale[c], 1e-3 * (1 + std::abs(of_scale[c])), "by_scale");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -215,6 +282,8 @@ int main(int count, char** arguments) {
             check_linear();
             check_attention();
             check_layers();
+            check_grid();
+            check_scaling();
         }
         std::printf("%s: %ld rounds\n", name.c_str(), rounds);
     }
