@@ -154,10 +154,11 @@ def _scale_sites(
     samples = judged_samples(task, options.tokens)
     for site in sites if options.scale else ():
         if site.fold is None and options.folding:
-            apply_scale(task, site, torch.ones(site.width), folding=True, hooks=hooks)
+            apply_scale(task, site, torch.ones(site.width, dtype=torch.float32), folding=True, hooks=hooks)
             continue
         bench = open_bench(task, site, samples)
-        scale = torch.ones(site.width) if bench is None else _search_scale(task, site, bench, options)
+        ones = torch.ones(site.width, dtype=torch.float32)
+        scale = ones if bench is None else _search_scale(task, site, bench, options)
         if not bool((scale == 1).all()):
             multipliers |= apply_scale(task, site, scale, folding=options.folding, hooks=hooks) or {}
     return multipliers

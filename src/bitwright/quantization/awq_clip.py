@@ -27,7 +27,7 @@ def search_ratios(weight: Tensor, tokens: Tensor, scheme: QuantScheme, options: 
     power = tokens.to(torch.float32).square().sum(0)
     ratios, least = torch.ones(0), torch.ones(0)
     for ratio in CLIP_RATIOS:
-        clipped = apply_ratios(weight.clone(), torch.full((), ratio, device=weight.device), scheme)
+        clipped = apply_ratios(weight.clone(), torch.full((), ratio, dtype=torch.float32, device=weight.device), scheme)
         difference = fake_quantize(clipped, scheme, options) - weight.to(torch.float32)
         errors = _group_errors(difference, judges, power, scheme)
         if ratio == 1.0:

@@ -126,7 +126,7 @@ class _Problem:
 
     def turn(self, weight: Tensor) -> Tensor:
         """``[outputs, in]`` as ``[in, outputs]`` float32, in the order of rounding: a copy, made in tiles."""
-        turned = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
+        turned = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.float32, device=weight.device)
         for start in range(0, weight.shape[0], TURNED):
             tile = weight[start : start + TURNED].to(torch.float32)
             tile = tile if self.order.columns is None else tile[:, self.order.columns]

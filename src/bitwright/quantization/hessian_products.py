@@ -71,7 +71,8 @@ class GramSum:
     _is_mirrored: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.total = torch.empty(self.width, self.width)  # pages below the diagonal are not there until written
+        # Pages below the diagonal are not there until written.
+        self.total = torch.empty(self.width, self.width, dtype=torch.float32)
 
     def add(self, tokens: Tensor) -> None:
         """Count ``tokens`` (``[count, width]``, any float dtype)."""
@@ -80,9 +81,7 @@ class GramSum:
             self._pending = torch.empty(self.width, CHUNK_TOKENS[dtype], dtype=dtype, device=tokens.device)
         if self.total.device != tokens.device:  # the sum lies where the tokens do
             counted = bool(self._chunks)
-            self.total = (
-                self.total.to(tokens.device) if counted else torch.empty(self.total.shape, device=tokens.device)
-            )
+            self.total = self.total.to(tokens.device) if counted else torch.empty_like(self.total, device=tokens.device)
         while tokens.shape[0]:
             room = self._pending.shape[1] - self._waiting
             part, tokens = tokens[:room], tokens[room:]

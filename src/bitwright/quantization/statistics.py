@@ -62,14 +62,16 @@ class SiteStatistics:
     def __post_init__(self) -> None:
         self.sum_of_squares = torch.zeros(self.width, dtype=torch.float64)
         self.sum_of_magnitudes = torch.zeros(self.width, dtype=torch.float64)
-        self.largest = torch.zeros(self.width)
+        self.largest = torch.zeros(self.width, dtype=torch.float32)
 
     @property
     def gram(self) -> Tensor | None:
         """``sum(x xT)`` so far; not to be changed."""
         if not self.with_gram:
             return None
-        return torch.zeros(self.width, self.width) if self._gram is None else self._gram.symmetric()
+        if self._gram is None:
+            return torch.zeros(self.width, self.width, dtype=torch.float32)
+        return self._gram.symmetric()
 
     def upper_gram(self) -> Tensor:
         """The same, right on and above the diagonal alone, which is faster where that is enough; not to be changed."""

@@ -106,7 +106,8 @@ def train_scales(task: BlockTask, options: TeqOptions) -> TrainedScales:
     refuse_options(task, options.fit)
     sites = _trained_sites(task, options)
     if not options.steps or not sites:
-        return TrainedScales(sites, tuple(torch.ones(site.width) for site in sites), (), float("nan"))
+        ones = tuple(torch.ones(site.width, dtype=torch.float32) for site in sites)
+        return TrainedScales(sites, ones, (), float("nan"))
     with torch.no_grad():
         targets = [task.run(sample) for sample in range(len(task.inputs))]
     with _frozen(task), torch.enable_grad():

@@ -41,7 +41,7 @@ class SiteScale(nn.Module):
         rows = torch.arange(site.width) if site.fold is None else site.fold.rows
         _, index = torch.unique(rows, return_inverse=True)
         self.register_buffer("index", index, persistent=False)
-        self.alpha = nn.Parameter(torch.ones(int(index.max()) + 1))
+        self.alpha = nn.Parameter(torch.ones(int(index.max()) + 1, dtype=torch.float32))
 
     def forward(self) -> Tensor:
         """The scale, ``[in]`` float32."""
@@ -75,7 +75,7 @@ class ScaledLinear(nn.Module):
         divisor: Tensor | None = None
         parameters: dict[str, Tensor] = {}
         if self.output_scale is not None and self.output_rows is not None:
-            divisor = torch.ones(weight.shape[0], device=weight.device)
+            divisor = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
             divisor = divisor.index_put((self.output_rows.to(weight.device),), self.output_scale())
             if isinstance(bias, Tensor):
                 parameters["bias"] = (bias.detach().to(torch.float32) / divisor).to(bias.dtype)
