@@ -69,6 +69,17 @@ def test_equal_extremes_share_and_empty_groups_have_none() -> None:
     assert float(found[1]) == -float((grad * rounded).sum())
 
 
+@pytest.mark.parametrize("scheme", ["w4g4", "w4g4-asym", "w4g4-asym-fz"])
+def test_least_numbers_that_are_equal_share(scheme: str) -> None:
+    weight, form = torch.tensor([[-2.0, 1.0, -2.0, -2.0]]), parse(scheme).weight
+    found = pull_back(weight, torch.ones(4), torch.ones(1), weight + 0.25, torch.ones(1, 4), form)
+    assert found is not None
+    size = 2.0 if form.symmetric else 3.0  # the range, of which the step is a constant part
+    pull = torch.full((4,), -4 * 0.25 / size / 3)  # of four residues, to three least numbers
+    pull[1] = 0.0 if form.symmetric else 4 * 0.25 / size
+    torch.testing.assert_close(found[0], (1 + pull) * weight[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_is_scaled_as_torch_does(isa: str, dtype: torch.dtype) -> None:
     for rows, columns in SHAPES:
@@ -102,12 +113,12 @@ def test_defaults_of_torch_change_nothing() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    weight, kept, made = torch.randn(1000, 300), torch.get_num_threads(), []
+    weight, kept, made = torch.randn(100_000, 40), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 5, 5):
             torch.set_num_threads(threads)
             found = pull_back(
-                weight, torch.ones(300), torch.ones(1000), weight.round(), weight * 2, QuantScheme(bits=4)
+                weight, torch.ones(40), torch.ones(100_000), weight.round(), weight * 2, QuantScheme(bits=4)
             )
             assert found is not None
             made.append(found)
