@@ -9,13 +9,14 @@ from bitwright.core.grid import Loops
 from bitwright.core.memory import use_huge_pages
 from bitwright.core.scheme import QuantScheme
 from bitwright.kernels import native_library
+from bitwright.kernels.native import DTYPES
+from bitwright.kernels.native_library import address
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
 __all__ = ["LOOPS", "accepts", "decode", "encode", "find_ranges", "offset_gradient"]
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PLAIN = (Tensor, nn.Parameter)  # no tensors that only look like one
 
 
@@ -57,8 +58,8 @@ def encode(
     scale, zero = _parts(scale, zero, values, group)
     rows, columns = values.shape
     _native.encode(
-        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), _address(zero),
-        _address(_matching(offset, values)), scheme.zero != "float", scheme.code_min, scheme.code_max,
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
+        address(_matching(offset, values)), scheme.zero != "float", scheme.code_min, scheme.code_max,
         codes.data_ptr(), _threads(),
     )  # fmt: skip
     return codes
@@ -73,7 +74,7 @@ def decode(
     scale, zero = _parts(scale, zero, codes, group)
     rows, columns = codes.shape
     _native.decode(
-        codes.data_ptr(), rows, columns, group, scale.data_ptr(), _address(zero), scheme.code_min, DTYPES[dtype],
+        codes.data_ptr(), rows, columns, group, scale.data_ptr(), address(zero), scheme.code_min, DTYPES[dtype],
         values.data_ptr(), _threads(),
     )  # fmt: skip
     return values
@@ -94,8 +95,8 @@ def offset_gradient(
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(scale)
     rows, columns = values.shape
     _native.offset_gradient(
-        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), _address(zero),
-        _address(_matching(offset, values)), scheme.code_min, scheme.code_max, _address(_matching(grad, values)),
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
+        address(_matching(offset, values)), scheme.code_min, scheme.code_max, address(_matching(grad, values)),
         by_offset.data_ptr(), by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
     )  # fmt: skip
     return by_offset, by_scale, by_zero
@@ -118,10 +119,6 @@ def _matching(given: Tensor | None, values: Tensor) -> Tensor | None:
     if given is not None and (given.shape != values.shape or not given.is_contiguous() or given.device.type != "cpu"):
         raise ValueError(f"{list(given.shape)} beside numbers of shape {list(values.shape)}, or not in order")
     return given
-
-
-def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
 
 
 def _threads() -> int:

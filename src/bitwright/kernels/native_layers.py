@@ -11,14 +11,13 @@ from torch import Tensor
 
 from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.kernels import native, native_library
+from bitwright.kernels.native import DTYPES
 from bitwright.kernels.records import PackedWeight
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
 __all__ = ["norm_linear", "rms_norm", "rotate", "silu_multiply"]
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from bitwright.core.errors import ArgumentError
 from bitwright.core.settings import read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     from bitwright.kernels import _native
@@ -14,7 +18,7 @@ except ImportError:
 else:
     _MISSING = None
 
-__all__ = ["BUILD", "instruction_set", "instruction_sets", "missing", "use_instruction_set"]
+__all__ = ["BUILD", "address", "instruction_set", "instruction_sets", "missing", "use_instruction_set"]
 
 BUILD = "install bitwright with a C++ compiler present, or run the model in plain torch"
 
@@ -22,6 +26,11 @@ BUILD = "install bitwright with a C++ compiler present, or run the model in plai
 def missing() -> str | None:
     """Why there are no native kernels; ``None`` if there are."""
     return _MISSING
+
+
+def address(values: Tensor | None) -> int:
+    """Where ``values`` lie, as the library takes it: 0 for nothing."""
+    return 0 if values is None else values.data_ptr()
 
 
 def instruction_sets() -> list[str]:

@@ -11,13 +11,14 @@ from torch import Tensor
 from bitwright.core.memory import use_huge_pages
 from bitwright.core.scheme import QuantScheme
 from bitwright.kernels import native_library
+from bitwright.kernels.native import DTYPES
+from bitwright.kernels.native_library import address
 
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
 __all__ = ["pull_back", "scale_weight"]
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAGNITUDE, WITH_ZERO, WIDTH = range(3)  # as in csrc/kernels.h: what the step of a group's grid follows
 
 
@@ -29,7 +30,7 @@ def scale_weight(weight: Tensor, scale: Tensor | None, divisor: Tensor | None) -
     rows, columns = weight.shape
     scale, divisor = _vector(scale, columns), _vector(divisor, rows)
     _native.scale_weight(
-        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, _address(scale), _address(divisor), scaled.data_ptr(),
+        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, address(scale), address(divisor), scaled.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return scaled
@@ -50,7 +51,7 @@ def pull_back(
     by_divisor = torch.empty(rows, dtype=torch.float32, device="cpu")
     scale, divisor = _vector(scale, columns), _vector(divisor, rows)
     _native.scaling_gradient(
-        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, group, range_, _address(scale), _address(divisor),
+        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, group, range_, address(scale), address(divisor),
         rounded.data_ptr(), grad.data_ptr(), by_scale.data_ptr(), by_divisor.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return by_scale.sum(0), by_divisor
@@ -69,7 +70,3 @@ def _vector(values: Tensor | None, size: int) -> Tensor | None:
     if values.shape != (size,):
         raise ValueError(f"a scale of {size} channels has shape [{size}], not {list(values.shape)}")
     return values.detach().to(torch.float32).contiguous()
-
-
-def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
