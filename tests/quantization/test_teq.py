@@ -22,7 +22,7 @@ from bitwright.models.sites import Site
 from bitwright.quantization.smoothing import apply_scale, fake_quantize, task_sites
 from bitwright.quantization.stages import BlockTask
 from bitwright.quantization.teq import TeqOptions, scale_by_training, train_scales
-from bitwright.quantization.teq_module import TrainableSites, _Rounded, group_ranges, insert_scales
+from bitwright.quantization.teq_module import ScaledLinear, TrainableSites, _Rounded, group_ranges, insert_scales
 from tests.models.architectures import build, sample_ids
 from tests.quantization.tasks import make_task
 
@@ -94,6 +94,23 @@ def test_the_gradient_is_that_of_the_equations() -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient.double(), naive, rtol=1e-4, atol=1e-7)
     assert float(naive.abs().min()) > 1e-6
+
+
+def test_what_hangs_on_a_layer_is_called() -> None:
+    """Hooks of every kind, and a ``forward`` that another library has put in the place of its own."""
+    seen: list[str] = []
+    layers = {name: nn.Linear(8, 8) for name in ("before", "after", "back", "ahead", "own", "bare")}
+    layers["before"].register_forward_pre_hook(lambda *_: seen.append("before"))
+    layers["after"].register_forward_hook(lambda *_: seen.append("after"))
+    layers["back"].register_full_backward_hook(lambda *_: seen.append("back"))
+    layers["ahead"].register_full_backward_pre_hook(lambda *_: seen.append("ahead"))
+    forward = layers["own"].forward
+    layers["own"].forward = lambda x: (seen.append("own"), forward(x))[1]  # type: ignore[method-assign]
+    for layer in layers.values():
+        x = torch.randn(4, 8, requires_grad=True)
+        ScaledLinear(layer, parse("w4").weight, FitOptions())(x).sum().backward()
+        assert x.grad is not None
+    assert seen == ["before", "after", "back", "ahead", "own"]
 
 
 GRADED = ["w3-asym", "w2g5", "w3g5-asym", "w4g5-asym-fz", "w1g4", "nf4g5", "w3g3-axis0", "w3g4-asym-axis0", "w4g4-dq"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class ScaledLinear(nn.Module):
         if self.input_scale is not None and not self.is_divided_before:
             x = (x.to(torch.float32) / self.input_scale()).to(x.dtype)
         parameters = self.rounded() if self.prepared is None else self.prepared
-        if type(self.layer) is nn.Linear and not self.layer._forward_hooks and not self.layer._forward_pre_hooks:
+        if _is_bare(self.layer):
             return multiply(x, parameters["weight"], parameters.get("bias", self.layer.bias))
         return functional_call(self.layer, parameters, (x,))
 
@@ -100,6 +100,12 @@ class ScaledLinear(nn.Module):
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight
+
+
+def _is_bare(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling a layer is a linear product and nothing else: no hook of any kind, no ``forward`` of its own."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
 
 
 def group_ranges(rows: Tensor, scheme: QuantScheme) -> Tensor:
