@@ -115,6 +115,7 @@ def test_overrides_are_read(text: str, pattern: str, scheme: str, is_type: bool)
         ("=w8", "BW201", "'=w8'"),
         ("", "BW201", "''"),
         ("(=w8", "BW201", "not a regular expression"),
+        ("*down_proj=w8", "BW201", r".*\.down_proj"),
         ("lm_head=w99", "BW202", "bits is 99"),
         ("lm_head=", "BW202", "cannot read ''"),
     ],

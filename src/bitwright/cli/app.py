@@ -122,7 +122,9 @@ def quantize(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=SCHEME", help="Another SCHEME, SCHEME@ALGORITHM or float for some layers; repeatable."
+            metavar="NAME=SCHEME",
+            help="Another SCHEME, SCHEME@ALGORITHM or float for the layers whose whole name is NAME, or matches it as "
+            "a regular expression; repeatable.",
         ),
     ] = None,
     seed: Seed = 0,

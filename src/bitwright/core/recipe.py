@@ -38,7 +38,10 @@ class Override:
             re.compile(self.pattern)
         except re.error as error:
             message = f"override {self.pattern!r} is not a regular expression: {error}"
-            raise ArgumentError("BW201", message, suggestion="escape special characters with a backslash") from None
+            suggestion = (
+                r"write .* for any text (.*\.down_proj), and a backslash before characters that stand for themselves"
+            )
+            raise ArgumentError("BW201", message, suggestion=suggestion) from None
 
     def matches(self, name: str, type_name: str) -> bool:
         subject = type_name if self.is_type else name
