@@ -137,6 +137,17 @@ def test_offsets_and_their_gradients(isa: str, scheme: str, dtype: torch.dtype) 
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)
 
 
+def test_offsets_and_gradients_of_other_dtypes_are_refused() -> None:
+    """They would be read beyond their end."""
+    values, scale, form = torch.randn(4, 8), torch.ones(4, 1), QuantScheme(bits=4)
+    half = torch.zeros(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float32 here, not"):
+        native_grid.encode(values, scale, None, 8, form, half)
+    for offset, grad in ((half, values), (values, half)):
+        with pytest.raises(ValueError, match="float32 here, not"):
+            native_grid.offset_gradient(values, scale, None, 8, form, offset, grad)
+
+
 def summed(values: Tensor, group: int) -> Tensor:
     return torch.stack([part.sum(1) for part in values.split(group, 1)], 1)
 

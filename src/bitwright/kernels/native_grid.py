@@ -59,7 +59,7 @@ def encode(
     rows, columns = values.shape
     _native.encode(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
-        address(_matching(offset, values)), scheme.zero != "float", scheme.code_min, scheme.code_max,
+        address(_matching(offset, values, torch.float32)), scheme.zero != "float", scheme.code_min, scheme.code_max,
         codes.data_ptr(), _threads(),
     )  # fmt: skip
     return codes
@@ -88,16 +88,15 @@ def offset_gradient(
     ``grad`` has the shape and the dtype of ``values``. Rounding passes it on, a clamped code does not.
     """
     native_library.instruction_set()
-    if grad.dtype != values.dtype:
-        raise ValueError(f"a gradient of {values.dtype} numbers is not {grad.dtype}")
     scale, zero = _parts(scale, zero, values, group)
     by_offset = use_huge_pages(torch.empty(values.shape, dtype=torch.float32, device="cpu"))
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(scale)
     rows, columns = values.shape
     _native.offset_gradient(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
-        address(_matching(offset, values)), scheme.code_min, scheme.code_max, address(_matching(grad, values)),
-        by_offset.data_ptr(), by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
+        address(_matching(offset, values, torch.float32)), scheme.code_min, scheme.code_max,
+        address(_matching(grad, values, values.dtype)), by_offset.data_ptr(),
+        by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
     )  # fmt: skip
     return by_offset, by_scale, by_zero
 
@@ -114,10 +113,14 @@ def _parts(scale: Tensor, zero: Tensor | None, numbers: Tensor, group: int) -> t
     return scale, None if zero is None else zero.detach().to(torch.float32).contiguous()
 
 
-def _matching(given: Tensor | None, values: Tensor) -> Tensor | None:
-    """``given``, if it lies as ``values`` do."""
-    if given is not None and (given.shape != values.shape or not given.is_contiguous() or given.device.type != "cpu"):
+def _matching(given: Tensor | None, values: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``given``, if it is of ``dtype`` and lies as ``values`` do."""
+    if given is None:
+        return None
+    if given.shape != values.shape or not given.is_contiguous() or given.device.type != "cpu":
         raise ValueError(f"{list(given.shape)} beside numbers of shape {list(values.shape)}, or not in order")
+    if given.dtype != dtype:
+        raise ValueError(f"numbers are {dtype} here, not {given.dtype}")
     return given
 
 
