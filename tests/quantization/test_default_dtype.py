@@ -40,7 +40,16 @@ def codes(model: nn.Module, algorithm: str, options: Mapping[str, object]) -> li
 
 @pytest.mark.parametrize(
     ("algorithm", "options"),
-    [("rtn", {}), ("hqq", {}), ("gptq", {}), ("gptq", {"act_order": True}), ("awq", {}), ("teq", {"steps": 3})],
+    [
+        ("rtn", {}),
+        ("hqq", {}),
+        ("gptq", {}),
+        ("gptq", {"act_order": True}),
+        ("awq", {}),
+        ("teq", {"steps": 3}),
+        ("autoround", {"iters": 3}),
+        ("gptq+learned", {"code_steps": 3, "scale_steps": 3}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_codes_are_those_of_the_usual_default(algorithm: str, options: dict[str, object], dtype: torch.dtype) -> None:

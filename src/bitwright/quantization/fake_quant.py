@@ -132,7 +132,7 @@ class OffsetWeight:
         if not scheme.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
         self.lowest, self.highest = low, high
-        self.offset = torch.zeros(self.rows.shape, device=self.rows.device)
+        self.offset = torch.zeros(self.rows.shape, dtype=torch.float32, device=self.rows.device)
         self.low, self.high = torch.ones_like(low), torch.ones_like(high)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -151,7 +151,7 @@ class OffsetWeight:
             )
             return OffsetGradients(offset, *self._range_gradients(by_scale, by_zero))
         scale, zero = _as_float(parameters)
-        offset = torch.empty(self.rows.shape, device=self.rows.device)
+        offset = torch.empty(self.rows.shape, dtype=torch.float32, device=self.rows.device)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
         for rows in row_tiles(self.rows):
             scaled, codes, clamped = self._tile(rows, scale, zero)
@@ -274,7 +274,9 @@ class CodeWeight:
         scale, zero = self._stored()
         by_scale = torch.empty_like(self.start)
         by_zero = None if self.zero is None else torch.empty_like(self.start)
-        by_position = None if self.position is None else torch.empty(self.codes.shape, device=self.codes.device)
+        by_position = None
+        if self.position is not None:
+            by_position = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for rows in row_tiles(self.codes):
             part = self.groups.split(grad[rows].to(torch.float32))
             worth = self._worth(self._codes(rows), None if zero is None else zero[rows])
@@ -342,7 +344,7 @@ class CodeWeight:
         """What codes are worth in units of their scales: float32, a fresh tensor, split."""
         scheme = self.base.scheme
         if scheme.is_codebook or (scheme.symmetric and scheme.bits == 1):
-            unit = Parameters(torch.ones(codes.shape[0], 1, device=codes.device), None)
+            unit = Parameters(torch.ones(codes.shape[0], 1, dtype=torch.float32, device=codes.device), None)
             plain = replace(scheme, group=None, scale_scheme=None, axis=1)
             worth = grid.decode(codes.to(scheme.code_dtype), parameters=unit, scheme=plain)
         else:
