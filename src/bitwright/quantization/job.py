@@ -322,16 +322,18 @@ class Job:
             }
 
     def _tell(self, index: int, record: UnitRecord, seconds: float) -> None:
-        self.seconds.append(seconds)
+        if record.layers:  # what holds none is done at once, and says nothing of the others
+            self.seconds.append(seconds)
         remaining = len(self.plan.unit_names) - index - 1
-        eta = remaining * sum(self.seconds) / len(self.seconds)
+        mean = sum(self.seconds) / len(self.seconds) if self.seconds else None
+        eta = 0.0 if not remaining else None if mean is None else round(remaining * mean, 1)
         errors = [layer_error(row) for row in record.layers.values()]
         data = {
             "unit": record.unit,
             "done": index + 1,
             "total": len(self.plan.unit_names),
             "seconds": round(seconds, 3),
-            "eta_seconds": round(eta, 1),
+            "eta_seconds": eta,
             "error": max(errors) if errors else None,
             "output_error": record.output_error,
         }
