@@ -14,7 +14,8 @@ class Event:
     """One thing that happened. ``message`` is a sentence for people, ``data`` the same for programs (JSON-ready).
 
     Kinds: ``plan`` (before any work), ``resume`` (finished blocks were found), ``progress`` (inside a unit of work),
-    ``unit`` (one block is done and on disk; ``data`` has ``done``, ``total``, ``seconds``, ``eta_seconds``, ``error``; seconds left are ``None`` while unknown),
+    ``unit`` (one block is done and on disk; ``data`` has ``done``, ``total``, ``seconds``, ``error``, ``eta_seconds``:
+    ``None`` while it is not known),
     ``notice`` (something the user should know), ``result`` (all is done).
     """
 
