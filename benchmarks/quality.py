@@ -6,7 +6,8 @@
 A cell (model, scheme, method) is made in its own process and judged on held-out text beside the float model; both
 results stay in the work directory, so that a run that ends early goes on where it was. A peer's cell is never made
 again; one of bitwright's is, when the sources changed (unless ``--keep``). A peer that crashes or refuses is a row that
-says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it.
+says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it. What such a file of an
+earlier run has is not made again but stands in the tables as it is (``--earlier FILE``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.peers import bitwright_driver
 from benchmarks.quality_runs.cells import OURS, PEERS, SCHEMES, VARIANTS, Cell, cells_of, peer_methods
 from benchmarks.quality_runs.judge import float_model, judge, load_weights
 from benchmarks.quality_runs.material import MODELS, Material, prepare_material
-from benchmarks.quality_runs.tables import render
+from benchmarks.quality_runs.tables import compare, render
 from bitwright.quantization.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,13 +54,15 @@ def main() -> None:
         )
         missing += [name] if material is None else []
         materials += [] if material is None else [material]
+    earlier = (options.earlier and read(options.earlier)) or {"models": [], "comparisons": []}
+    rows = {(model["name"], *_place(row)): row for model in earlier["models"] for row in model["rows"]}
     records = []
     for material in materials:
         cells = list(cells_of(material, options.schemes, methods, options.work_dir))
         if not (options.no_make or options.no_judge):
-            make(cells, options)
-        records.append(judge_all(material, cells, options))
-    write(records, missing, options)
+            make([cell for cell in cells if _key(cell) not in rows], options)
+        records.append(judge_all(material, cells, rows, options))
+    write(records, earlier["comparisons"], missing, options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers-dir", type=Path, help="where benchmarks.peers.setup put the environments")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of third-party models and texts")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--earlier", type=Path, help="quality.json of an earlier run, for what is not made in this one")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--algorithms", nargs="*", default=[*ALGORITHMS, *VARIANTS], metavar="ALGORITHM")
@@ -79,6 +83,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-judge", action="store_true", help="only tabulate what was judged; implies --no-make")
     parser.add_argument("--no-write", action="store_true", help="leave the tables alone")
     return parser.parse_args()
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["scheme"], row["peer"], row["method"]
+
+
+def _key(cell: Cell) -> tuple[str, str, str, str]:
+    return cell.material.name, cell.scheme_name, cell.peer, cell.method
 
 
 def wanted(options: argparse.Namespace, method: str) -> bool:
@@ -129,8 +141,10 @@ def run_driver(python: Path, peer: str, cells: list[Cell], threads: int) -> None
     print(f"{material.name}: {len(cells)} of {peer} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def judge_all(material: Material, cells: Iterable[Cell], options: argparse.Namespace) -> dict[str, Any]:
-    """The record of one model; weights of a judged cell are deleted."""
+def judge_all(
+    material: Material, cells: Iterable[Cell], earlier: Mapping[Any, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The record of one model; weights of a judged cell are deleted. ``earlier`` rows stand for what is not there."""
     reference = float_model(material)
     path = options.work_dir / material.name / "float.json"
     beside = read(path)
@@ -142,6 +156,7 @@ def judge_all(material: Material, cells: Iterable[Cell], options: argparse.Names
         made = read(cell.folder / "made.json")
         is_judged = (cell.folder / "judged.json").is_file() or (made is not None and "failed" in made)
         if made is None or (options.no_judge and not is_judged):
+            rows += [earlier[_key(cell)]] if _key(cell) in earlier else []
             continue
         row = {"scheme": cell.scheme_name, "stored": cell.scheme.name, "peer": cell.peer, "method": cell.method}
         rows.append(row | {"family": cell.family} | made | judge_cell(cell, made, reference))
@@ -181,11 +196,13 @@ def read(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def write(records: list[dict[str, Any]], missing: list[str], options: argparse.Namespace) -> None:
+def write(
+    records: list[dict[str, Any]], earlier: list[dict[str, Any]], missing: list[str], options: argparse.Namespace
+) -> None:
     command = "python -m benchmarks.quality --work-dir DIR --peers-dir DIR"
     date = time.strftime("%Y-%m-%d")
     record = {"command": command, "date": date, "torch": torch.__version__, "threads": options.threads}
-    record |= {"models": records, "missing": missing}
+    record |= {"models": records, "comparisons": compare(records, earlier), "missing": missing}
     text = render(record)
     if options.no_write:
         print(text)

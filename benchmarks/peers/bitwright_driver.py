@@ -56,8 +56,9 @@ def scheme_name(cell: Cell) -> str:
     base = f"w{cell.bits}" if cell.code == "int" else cell.code
     group = f"g{cell.group}" if cell.group else ""
     zero = "" if cell.symmetric or cell.code != "int" else "-asym"
-    if zero and cell.method == "hqq":
+    if zero and cell.method.startswith("hqq"):
         zero += "-fz" if group else "-fz-sf32"
+        zero += "-axis0" if cell.method == "hqq-axis0" else ""
     return f"{base}{group}{zero}"
 
 

@@ -69,6 +69,7 @@ FAMILIES: Mapping[tuple[str, str], str] = {
 }
 # Ours with options other than the defaults, as peers have them: the algorithm and the options.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "hqq-axis0": ("hqq", {}),  # groups along the output, as neural-compressor has them; the scheme says so
     "rtn-search": ("rtn", {"search": True}),
     "gptq-columns": ("gptq", {"act_order": False}),
     "gptq-actorder": ("gptq", {"static_groups": False}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks.quality_runs.cells import OURS, SCHEMES
 
-__all__ = ["best", "ratio", "render"]
+__all__ = ["apart", "best", "compare", "ratio", "render"]
 
 RESAMPLES = 2000
 Row = Mapping[str, Any]
@@ -26,14 +27,16 @@ def render(record: Mapping[str, Any]) -> str:
         "The same float32 models, calibration windows and held-out windows for everyone; peers and bitwright with",
         "their defaults. KL is KL(float || quantized) over the whole vocabulary, nats per token; brackets are 95%",
         "intervals (bootstrap over windows). Ratios are of KL, ours over theirs, below 1 where ours is better; their",
-        "intervals draw the same windows for both. Where a group does not divide every layer of a model, it is changed",
+        "intervals draw the same windows for both (but for those with `~`, whose rows were measured in different runs:",
+        "those are wider than they would be). Where a group does not divide every layer of a model, it is changed",
         "for everyone to the largest that does (at least 16), else to one scale per channel: `stored as` says so. HQQ",
         "stores a float zero point, the others an integer one.",
     ]
+    compared = record["comparisons"]
     lines += ["", "## Best of ours beside the best peer", ""]
-    lines += _summary(record["models"])
+    lines += _comparisons(found for found in compared if found["family"] is None)
     lines += ["", "## Algorithm by algorithm", ""]
-    lines += _families(record["models"])
+    lines += _comparisons(found for found in compared if found["family"] is not None)
     for model in record["models"]:
         lines += _model(model)
     lines += [part for name in record["missing"] for part in ("", f"{name} was not there and is not measured.")]
@@ -57,50 +60,58 @@ def ratio(ours: Row, theirs: Row) -> tuple[float, float, float]:
     return float(above.sum() / below.sum()), low, high
 
 
-def _verdict(ours: Row, theirs: Row) -> str:
-    value, low, high = ratio(ours, theirs)
+def apart(ours: Row, theirs: Row) -> tuple[float, float, float]:
+    """As ``ratio`` where the windows of one are not known: as if both had been judged on other windows, so wider."""
+    value = float(ours["kl"]) / float(theirs["kl"])
+    spread = math.hypot(*(math.log(row["kl_ci"][1] / row["kl_ci"][0]) / 2 for row in (ours, theirs)))
+    return value, value * math.exp(-spread), value * math.exp(spread)
+
+
+def compare(models: Iterable[Mapping[str, Any]], earlier: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Our best beside the best peer for each model and scheme (``family`` is ``None``), and within each algorithm.
+
+    Where the windows of a row are not known, the same comparison of an ``earlier`` record stands.
+    """
+    known = {_key(found): found["ratio"] for found in earlier if found["paired"]}
+    compared = []
+    for model in models:
+        for scheme in SCHEMES:
+            rows = [row for row in model["rows"] if row["scheme"] == scheme]
+            for family in (None, *dict.fromkeys(row["family"] for row in rows)):
+                among = [row for row in rows if family in (None, row["family"])]
+                ours = best(row for row in among if row["peer"] == OURS)
+                theirs = best(row for row in among if row["peer"] != OURS)
+                if ours is not None and theirs is not None:
+                    compared.append(_comparison(model["name"], family, ours, theirs, known))
+    return compared
+
+
+def _comparison(model: str, family: str | None, ours: Row, theirs: Row, known: Mapping[Any, Any]) -> dict[str, Any]:
+    names = {"ours": ours["method"], "theirs": f"{theirs['peer']} {theirs['method']}"}
+    found = {"model": model, "scheme": ours["scheme"], "family": family, **names}
+    found |= {"kl_ours": ours["kl"], "kl_theirs": theirs["kl"]}
+    has_windows = "kl_windows" in ours and "kl_windows" in theirs
+    paired = ratio(ours, theirs) if has_windows else known.get(_key(found))
     overlap = ours["kl_ci"][0] <= theirs["kl_ci"][1] and theirs["kl_ci"][0] <= ours["kl_ci"][1]
-    judged = "better" if high < 1 else "worse" if low > 1 else "even"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}] | {'yes' if overlap else 'no'} | {judged}"
+    return found | {"ratio": paired or apart(ours, theirs), "paired": paired is not None, "overlap": overlap}
 
 
-HEADER = ["ours | KL | best peer | KL | ratio | intervals overlap | verdict", "---|---|---:|---|---:|---:|---|---"]
+def _key(found: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a ratio belongs to; another measurement of the same rows has other divergences."""
+    divergences = (float(f"{found[name]:.4g}") for name in ("kl_ours", "kl_theirs"))
+    return (found["model"], found["scheme"], found["ours"], found["theirs"], *divergences)
 
 
-def _pairs(title: str, found: Iterable[tuple[str, Row | None, Row | None]]) -> list[str]:
-    lines = [f"| {title} | {HEADER[0]} |", f"|{HEADER[1]}|"]
-    for name, ours, theirs in found:
-        if ours is None or theirs is None:
-            continue
-        cells = [name, ours["method"], f"{ours['kl']:.4g}", f"{theirs['peer']} {theirs['method']}"]
-        lines.append(f"| {' | '.join(cells)} | {theirs['kl']:.4g} | {_verdict(ours, theirs)} |")
+def _comparisons(compared: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = ["| model, scheme | ours | KL | best peer | KL | ratio | intervals overlap | verdict |"]
+    lines.append("|---|---|---:|---|---:|---:|---|---|")
+    for found in compared:
+        value, low, high = found["ratio"]
+        verdict = "better" if high < 1 else "worse" if low > 1 else "even"
+        cells = [f"{found['model']} {found['scheme']}", found["ours"], f"{found['kl_ours']:.4g}", found["theirs"]]
+        cells += [f"{found['kl_theirs']:.4g}", f"{value:.3f} {'' if found['paired'] else '~'}[{low:.3f}, {high:.3f}]"]
+        lines.append(f"| {' | '.join([*cells, 'yes' if found['overlap'] else 'no', verdict])} |")
     return lines
-
-
-def _summary(models: Iterable[Mapping[str, Any]]) -> list[str]:
-    found = []
-    for model in models:
-        for scheme in SCHEMES:
-            rows = [row for row in model["rows"] if row["scheme"] == scheme]
-            ours, theirs = _sides(rows)
-            found.append((f"{model['name']} {scheme}", best(ours), best(theirs)))
-    return _pairs("model, scheme", found)
-
-
-def _families(models: Iterable[Mapping[str, Any]]) -> list[str]:
-    found = []
-    for model in models:
-        for scheme in SCHEMES:
-            rows = [row for row in model["rows"] if row["scheme"] == scheme]
-            for family in dict.fromkeys(row["family"] for row in rows):
-                ours, theirs = _sides([row for row in rows if row["family"] == family])
-                found.append((f"{model['name']} {scheme}", best(ours), best(theirs)))
-    return _pairs("model, scheme", found)
-
-
-def _sides(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    rows = list(rows)
-    return [row for row in rows if row["peer"] == OURS], [row for row in rows if row["peer"] != OURS]
 
 
 def _model(model: Mapping[str, Any]) -> list[str]:
