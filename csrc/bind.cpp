@@ -109,9 +109,10 @@ bool find_ranges(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns
 }
 
 void encode(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale, uintptr_t zero,
-            uintptr_t offset, bool has_whole_zeros, int32_t lowest, int32_t highest, uintptr_t codes, int32_t threads) {
+            uintptr_t offset, bool has_whole_zeros, int32_t lowest, int32_t highest, uintptr_t codes, uintptr_t decoded,
+            int32_t threads) {
     bw_grid made = grid(rows, columns, group, dtype, numbers);
-    made.offset = address<const float>(offset);
+    made.offset = address<float>(offset), made.decoded = address<void>(decoded);
     made.scale = address<const float>(scale), made.zero = address<const float>(zero);
     made.has_whole_zeros = has_whole_zeros, made.lowest = lowest, made.highest = highest;
     made.codes = address<uint8_t>(codes);
@@ -128,15 +129,15 @@ void decode(uintptr_t codes, int64_t rows, int64_t columns, int64_t group, uintp
     check(bw_decode(&made, threads));
 }
 
-void offset_gradient(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale,
-                     uintptr_t zero, uintptr_t offset, int32_t lowest, int32_t highest, uintptr_t gradient,
-                     uintptr_t by_offset, uintptr_t by_scale, uintptr_t by_zero, int32_t threads) {
+void step_offsets(uintptr_t numbers, int32_t dtype, int64_t rows, int64_t columns, int64_t group, uintptr_t scale,
+                  uintptr_t zero, uintptr_t offset, int32_t lowest, int32_t highest, uintptr_t gradient, float step,
+                  uintptr_t by_scale, uintptr_t by_zero, int32_t threads) {
     bw_grid made = grid(rows, columns, group, dtype, numbers);
     made.scale = address<const float>(scale), made.zero = address<const float>(zero);
-    made.offset = address<const float>(offset), made.lowest = lowest, made.highest = highest;
+    made.offset = address<float>(offset), made.lowest = lowest, made.highest = highest;
     nb::gil_scoped_release release;
-    check(bw_offset_gradient(&made, address<const void>(gradient), address<float>(by_offset), address<float>(by_scale),
-                             address<float>(by_zero), threads));
+    check(bw_step_offsets(&made, address<const void>(gradient), step, address<float>(by_scale), address<float>(by_zero),
+                          threads));
 }
 
 bw_scaling scaling(int64_t rows, int64_t columns, int64_t group, int32_t dtype, int32_t range, uintptr_t weight,
@@ -201,7 +202,7 @@ NB_MODULE(_native, m) {
     m.def("find_ranges", find_ranges);
     m.def("encode", encode);
     m.def("decode", decode);
-    m.def("offset_gradient", offset_gradient);
+    m.def("step_offsets", step_offsets);
     m.def("scale_weight", scale_weight);
     m.def("scaling_gradient", scaling_gradient);
     m.attr("SCALED_ROWS") = BW_SCALED_ROWS;

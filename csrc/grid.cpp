@@ -16,7 +16,7 @@ struct Job {
 struct Pulling {
     const bw_grid* grid;
     const void* gradient;
-    float *by_offset, *by_scale, *by_zero;
+    float step, *by_scale, *by_zero;
 };
 
 bool is_sound(const bw_grid* g, int32_t threads) {
@@ -43,8 +43,8 @@ int bw_find_ranges(const bw_grid* grid, int32_t threads) {
 }
 
 int bw_encode(const bw_grid* grid, int32_t threads) {
-    if (!is_sound(grid, threads) || !grid->numbers || !grid->scale || !grid->codes) return BW_BAD_ARGUMENT;
-    if (!has_codes(*grid)) return BW_BAD_ARGUMENT;
+    if (!is_sound(grid, threads) || !grid->numbers || !grid->scale || !has_codes(*grid)) return BW_BAD_ARGUMENT;
+    if (!grid->codes && !grid->decoded) return BW_BAD_ARGUMENT;
     bw_grid copy = *grid;
     bitwright::parallel(threads, grid->rows, grain(*grid), [](void* context, int64_t first, int64_t last, int) {
         bw_isa()->encode(static_cast<bw_grid*>(context), first, last);
@@ -61,14 +61,13 @@ int bw_decode(const bw_grid* grid, int32_t threads) {
     return BW_OK;
 }
 
-int bw_offset_gradient(const bw_grid* grid, const void* gradient, float* by_offset, float* by_scale, float* by_zero,
-                       int32_t threads) {
+int bw_step_offsets(const bw_grid* grid, const void* gradient, float step, float* by_scale, float* by_zero, int32_t threads) {
     if (!is_sound(grid, threads) || !has_codes(*grid) || !grid->numbers || !grid->scale) return BW_BAD_ARGUMENT;
-    if (!gradient || !by_offset || !by_scale || !by_zero) return BW_BAD_ARGUMENT;
-    Pulling job{grid, gradient, by_offset, by_scale, by_zero};
+    if (!grid->offset || !gradient || !by_scale || !by_zero) return BW_BAD_ARGUMENT;
+    Pulling job{grid, gradient, step, by_scale, by_zero};
     bitwright::parallel(threads, grid->rows, grain(*grid), [](void* context, int64_t first, int64_t last, int) {
         const Pulling& j = *static_cast<Pulling*>(context);
-        bw_isa()->offset_gradient(j.grid, j.gradient, first, last, j.by_offset, j.by_scale, j.by_zero);
+        bw_isa()->step_offsets(j.grid, j.gradient, j.step, first, last, j.by_scale, j.by_zero);
     }, &job);
     return BW_OK;
 }

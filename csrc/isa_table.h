@@ -81,8 +81,8 @@ typedef struct bw_isa_table {
     bool (*find_ranges)(const bw_grid* grid, int64_t first, int64_t last); /* false: not all are finite */
     void (*encode)(const bw_grid* grid, int64_t first, int64_t last);
     void (*decode)(const bw_grid* grid, int64_t first, int64_t last);
-    void (*offset_gradient)(const bw_grid* grid, const void* gradient, int64_t first, int64_t last, float* by_offset,
-                            float* by_scale, float* by_zero);
+    void (*step_offsets)(const bw_grid* grid, const void* gradient, float step, int64_t first, int64_t last,
+                         float* by_scale, float* by_zero);
     void (*scale_rows)(const bw_scaling* scaling, void* scaled, int64_t first, int64_t last);
     void (*pull_back)(const bw_scaling* scaling, const void* rounded, const void* gradient, int64_t first, int64_t last,
                       float* by_scale, float* by_divisor, float* scratch);

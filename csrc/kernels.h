@@ -186,7 +186,7 @@ typedef struct bw_grid {
     int32_t dtype, lowest, highest, has_whole_zeros;
     const void* numbers;
     const float *scale, *zero; /* zero may be NULL: all are 0 */
-    const float* offset;       /* [rows, columns], in codes: added before rounding; or NULL */
+    float* offset;             /* [rows, columns], in codes: added before rounding; or NULL */
     float *low, *high;
     uint8_t* codes; /* of int8 where `lowest` is below 0 */
     void* decoded;
@@ -196,18 +196,16 @@ typedef struct bw_grid {
  * infinite. */
 int bw_find_ranges(const bw_grid* grid, int32_t threads);
 /* codes [rows, columns] = clamp(round(number / scale + offset) + zero, lowest, highest), half to even; a scale of 0 divides
- * like 1.
- * Without has_whole_zeros the zero point is added before rounding. Numbers are finite; lowest and highest are of int8 or
- * uint8. */
+ * like 1. Without has_whole_zeros the zero point is added before rounding. Numbers are finite; lowest and highest are of int8
+ * or uint8. Where `decoded` is given, what bw_decode makes of the codes is written there, too; `codes` may be NULL then. */
 int bw_encode(const bw_grid* grid, int32_t threads);
 /* decoded [rows, columns], of `dtype`: (code - zero) * scale, from `codes`. */
 int bw_decode(const bw_grid* grid, int32_t threads);
 
 /* From the gradient [rows, columns] (of the numbers' dtype) of what bw_encode and bw_decode make of `numbers`, with whole
- * zeros, to those of its parts. Rounding passes it on, a clamped code does not: by_offset [rows, columns]; by_scale and
- * by_zero, [rows][groups]. All float32. */
-int bw_offset_gradient(const bw_grid* grid, const void* gradient, float* by_offset, float* by_scale, float* by_zero,
-                       int32_t threads);
+ * zeros, to those of its parts: by_scale and by_zero, float32 [rows][groups]. Rounding passes it on, a clamped code does not.
+ * The offsets themselves move, by `step` against the sign of their gradient (0 and NaN have none), within -0.5 and 0.5. */
+int bw_step_offsets(const bw_grid* grid, const void* gradient, float step, float* by_scale, float* by_zero, int32_t threads);
 
 /* A weight W [rows, columns] of a bw_dtype whose columns are multiplied by `scale` [columns] and whose rows are divided by
  * `divisor` [rows] (each may be NULL: ones), in float32: W s / d, rounded once to its dtype. */

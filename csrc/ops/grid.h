@@ -48,6 +48,9 @@ INLINE void store_codes(uint8_t* p, I codes, int64_t count) {
     memcpy(p, part, (size_t)count);
 }
 
+/* The number that a code stands for. */
+INLINE F worth(I code, float zero, float scale) { return mul_f(sub_f(to_f(code), set_f(zero)), set_f(scale)); }
+
 /* code = clamp(round(number / scale) + zero), or with zeros that are no whole numbers clamp(round(number / scale + zero)). */
 template <int DTYPE> void encode_row(const bw_grid* g, int64_t row) {
     int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
@@ -64,7 +67,8 @@ template <int DTYPE> void encode_row(const bw_grid* g, int64_t row) {
             if (g->offset) v = add_f(v, load_part(g->offset, first + start + c, BW_FLOAT32, count));
             v = max_f(min_f(v, most), sub_f(set_f(0.0f), most));
             I code = min_i(max_i(add_i(round_to_i(v), whole), lowest), highest);
-            store_codes(g->codes + first + start + c, code, count);
+            if (g->codes) store_codes(g->codes + first + start + c, code, count);
+            if (g->decoded) store_part(g->decoded, first + start + c, DTYPE, count, worth(code, zero, scale));
         });
     }
 }
@@ -76,11 +80,19 @@ void encode_rows(const bw_grid* g, int64_t first, int64_t last) {
                                  : encode_row<BW_BFLOAT16>(g, row);
 }
 
-/* How a rounded number (code - zero) * scale moves with its offset, its scale and its zero point. */
+/* 1, 0 or -1; that of NaN is 0. */
+INLINE F sign_f(F x) {
+    const I none = set_i(0), one = set_i(1), bits = bits_to_i(x), magnitude = and_i(bits, set_i(0x7fffffff));
+    I is_number = max_i(min_i(sub_i(set_i(0x7f800001), magnitude), one), none);
+    I direction = max_i(min_i(or_i(bits, one), one), set_i(-1));
+    return to_f(and_i(direction, sub_i(none, and_i(is_number, min_i(magnitude, one)))));
+}
+
+/* How a rounded number (code - zero) * scale moves with its scale and its zero point; its offset is moved by a step. */
 template <int DTYPE>
-void offset_row(const bw_grid* g, const void* gradient, int64_t row, float* by_offset, float* by_scale, float* by_zero) {
+void step_row(const bw_grid* g, const void* gradient, float step, int64_t row, float* by_scale, float* by_zero) {
     int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
-    const F most = set_f(65536.0f);
+    const F most = set_f(65536.0f), half = set_f(0.5f), size = set_f(step);
     const I lowest = set_i(g->lowest), highest = set_i(g->highest), none = set_i(0), one = set_i(1);
     for (int64_t group = 0; group < groups; group++) {
         int64_t start = group * g->group;
@@ -90,43 +102,42 @@ void offset_row(const bw_grid* g, const void* gradient, int64_t row, float* by_o
         for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
             int64_t at = first + start + c;
             F v = div_f(load_part(g->numbers, at, DTYPE, count), divisor), pull = load_part(gradient, at, DTYPE, count);
-            F moved = g->offset ? add_f(v, load_part(g->offset, at, BW_FLOAT32, count)) : v;
+            F offset = load_part(g->offset, at, BW_FLOAT32, count), moved = add_f(v, offset);
             I wanted = add_i(round_to_i(max_f(min_f(moved, most), sub_f(set_f(0.0f), most))), whole);
             I code = min_i(max_i(wanted, lowest), highest), beyond = sub_i(wanted, code);
             I is_clamped = min_i(max_i(beyond, sub_i(none, beyond)), one), is_free = sub_i(is_clamped, one); /* 0 or -1 */
-            F worth = sub_f(sub_f(to_f(code), set_f(zero)), bits_to_f(and_i(bits_to_i(v), is_free)));
-            scales = add_f(scales, mul_f(worth, pull));
+            F inside = bits_to_f(and_i(bits_to_i(v), is_free));
+            scales = add_f(scales, mul_f(sub_f(sub_f(to_f(code), set_f(zero)), inside), pull));
             F by_code = mul_f(pull, set_f(scale));
             zeros = add_f(zeros, mul_f(by_code, to_f(is_clamped)));
-            store_part(by_offset, at, BW_FLOAT32, count, bits_to_f(and_i(bits_to_i(by_code), is_free)));
+            offset = sub_f(offset, mul_f(size, sign_f(bits_to_f(and_i(bits_to_i(by_code), is_free)))));
+            store_part(g->offset, at, BW_FLOAT32, count, max_f(min_f(offset, half), sub_f(set_f(0.0f), half)));
         });
         by_scale[row * groups + group] = lane_sum(scales);
         by_zero[row * groups + group] = -lane_sum(zeros);
     }
 }
 
-void offset_rows(const bw_grid* g, const void* gradient, int64_t first, int64_t last, float* by_offset, float* by_scale,
-                 float* by_zero) {
+void step_rows(const bw_grid* g, const void* gradient, float step, int64_t first, int64_t last, float* by_scale,
+               float* by_zero) {
     for (int64_t row = first; row < last; row++)
-        g->dtype == BW_FLOAT32   ? offset_row<BW_FLOAT32>(g, gradient, row, by_offset, by_scale, by_zero)
-        : g->dtype == BW_FLOAT16 ? offset_row<BW_FLOAT16>(g, gradient, row, by_offset, by_scale, by_zero)
-                                 : offset_row<BW_BFLOAT16>(g, gradient, row, by_offset, by_scale, by_zero);
+        g->dtype == BW_FLOAT32   ? step_row<BW_FLOAT32>(g, gradient, step, row, by_scale, by_zero)
+        : g->dtype == BW_FLOAT16 ? step_row<BW_FLOAT16>(g, gradient, step, row, by_scale, by_zero)
+                                 : step_row<BW_BFLOAT16>(g, gradient, step, row, by_scale, by_zero);
 }
 
-/* number = (code - zero) * scale. */
 template <int DTYPE> void decode_row(const bw_grid* g, int64_t row) {
     const I bias = set_i(g->lowest < 0 ? 128 : 0);
     int64_t groups = (g->columns + g->group - 1) / g->group, first = row * g->columns;
     for (int64_t group = 0; group < groups; group++) {
         int64_t start = group * g->group;
-        F scale = set_f(g->scale[row * groups + group]), zero = set_f(g->zero ? g->zero[row * groups + group] : 0.0f);
+        float scale = g->scale[row * groups + group], zero = g->zero ? g->zero[row * groups + group] : 0.0f;
         for_vectors(group_size(g, start), [&](int64_t c, int64_t count) INLINE_LAMBDA {
             const uint8_t* from = g->codes + first + start + c;
             alignas(64) uint8_t part[BW_LANES] = {};
             if (count < BW_LANES) from = (const uint8_t*)memcpy(part, from, (size_t)count);
             I code = sub_i(and_i(add_i(load_bytes(from), bias), set_i(255)), bias); /* with its sign */
-            F v = mul_f(sub_f(to_f(code), zero), scale);
-            store_part(g->decoded, first + start + c, DTYPE, count, v);
+            store_part(g->decoded, first + start + c, DTYPE, count, worth(code, zero, scale));
         });
     }
 }

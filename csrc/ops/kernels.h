@@ -101,4 +101,4 @@ void run_linear(const bw_linear_job* job, int64_t first, int64_t last) {
 #define BW_TABLE(symbol, name) \
     extern "C" const bw_isa_table symbol = {name,     BW_HAS_BFLOAT16, prepare_token, run_linear, rms_norm, silu_multiply, \
                                             rotate, write_token,     attend,        largest,    weigh_numbers, find_ranges, \
-                                            encode_rows, decode_rows, offset_rows, scale_rows, pull_back, read_memory, multiply}
+                                            encode_rows, decode_rows, step_rows, scale_rows, pull_back, read_memory, multiply}

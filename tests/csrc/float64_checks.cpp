@@ -206,14 +206,15 @@ void check_grid() {
     auto cells = static_cast<size_t>(rows * columns), parts = static_cast<size_t>(rows * groups);
     Tokens x(rows * columns, are_halves), pull(rows * columns, are_halves);
     std::vector<float> scale = numbers(static_cast<int64_t>(parts), 0.3), zero(parts), offset = numbers(rows * columns, 0.2);
-    std::vector<float> low(parts), high(parts), by_offset(cells), by_scale(parts), by_zero(parts), decoded(cells);
+    std::vector<float> low(parts), high(parts), by_scale(parts), by_zero(parts), decoded(cells);
     for (float& each : scale) each = std::abs(each) + 0.05f;
     for (float& each : zero) each = static_cast<float>(draw(0, 15));
     std::vector<uint8_t> codes(cells);
     bw_grid g{rows, columns, group, x.dtype, 0, 15, 1, x.data(), scale.data(), zero.data(), offset.data(), low.data(),
               high.data(), codes.data(), decoded.data()};
     require(bw_find_ranges(&g, 2) == BW_OK && bw_encode(&g, 2) == BW_OK, "bw_encode");
-    require(bw_offset_gradient(&g, pull.data(), by_offset.data(), by_scale.data(), by_zero.data(), 2) == BW_OK, "gradient");
+    std::vector<float> before = offset;
+    require(bw_step_offsets(&g, pull.data(), 0.125f, by_scale.data(), by_zero.data(), 2) == BW_OK, "bw_step_offsets");
     g.dtype = BW_FLOAT32;
     require(bw_decode(&g, 2) == BW_OK, "bw_decode");
     for (size_t p = 0; p < parts; p++) {
@@ -222,12 +223,13 @@ void check_grid() {
         double least = 1e300, most = -1e300, of_scale = 0, of_zero = 0;
         for (size_t c = start; c < end; c++) {
             size_t i = row * static_cast<size_t>(columns) + c;
-            double value = x.values[i], free = value / scale[p] + offset[i] + zero[p], code = codes[i], up = pull.values[i];
+            double value = x.values[i], free = value / scale[p] + before[i] + zero[p], code = codes[i], up = pull.values[i];
             least = std::min(least, value), most = std::max(most, value);
             near(code, std::min(15.0, std::max(0.0, free)), 0.5001, "bw_encode");
             near(decoded[i], (code - zero[p]) * scale[p], 1e-5, "bw_decode");
             bool is_clamped = free < -0.5 || free > 15.5;
-            near(by_offset[i], is_clamped ? 0 : up * scale[p], 1e-5, "by_offset");
+            double to = is_clamped || up == 0 ? before[i] : up > 0 ? before[i] - 0.125 : before[i] + 0.125;
+            near(offset[i], std::min(0.5, std::max(-0.5, to)), 1e-6, "bw_step_offsets");
             of_scale += up * (code - zero[p] - (is_clamped ? 0 : value / scale[p]));
             of_zero -= is_clamped ? up * scale[p] : 0;
         }

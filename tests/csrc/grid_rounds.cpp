@@ -1,4 +1,6 @@
 /* Numbers to codes and back, and scaled weights: arbitrary bytes, hostile arguments. */
+#include <cmath>
+
 #include "rounds.h"
 
 void grid_round() {
@@ -8,7 +10,7 @@ void grid_round() {
     int32_t highest = lowest < 0 ? draw32(0, 127) : draw32(20, 255);
     size_t bytes = static_cast<size_t>(rows * columns * size[dtype]), parts = static_cast<size_t>(rows * groups * 4);
     Bytes given(bytes), decoded(bytes), codes(static_cast<size_t>(rows * columns));
-    Bytes scale(parts), zero(parts), low(parts), high(parts), offset(static_cast<size_t>(rows * columns * 4)), pulls(offset);
+    Bytes scale(parts), zero(parts), low(parts), high(parts), offset(static_cast<size_t>(rows * columns * 4));
     bw_grid grid{rows, columns, group, dtype, lowest, highest, draw32(0, 1), given.as<void>(), scale.as<float>(),
                  draw(0, 1) ? zero.as<float>() : nullptr, draw(0, 1) ? offset.as<float>() : nullptr, low.as<float>(), high.as<float>(), codes.as<uint8_t>(),
                  decoded.as<void>()};
@@ -17,26 +19,32 @@ void grid_round() {
     require(status == BW_OK || status == BW_NOT_FINITE, "bw_find_ranges");
     for (int64_t i = 0; status == BW_OK && i < rows * groups; i++)
         require(low.as<float>()[i] <= high.as<float>()[i], "ranges of finite numbers");
+    if (draw(0, 1)) grid.decoded = nullptr;
     require(bw_encode(&grid, threads) == BW_OK, "bw_encode");
+    grid.decoded = decoded.as<void>(), grid.codes = nullptr;
+    require(bw_encode(&grid, threads) == BW_OK, "bw_encode of numbers alone");
+    grid.codes = codes.as<uint8_t>();
     for (unsigned char byte : codes.values) {
         int code = lowest < 0 ? static_cast<int8_t>(byte) : byte;
         require(code >= lowest && code <= highest, "codes within their range");
     }
     require(bw_decode(&grid, threads) == BW_OK, "bw_decode");
-    auto pull = [&] {
-        return bw_offset_gradient(&grid, decoded.as<void>(), pulls.as<float>(), low.as<float>(), high.as<float>(), threads);
+    auto step = [&] {
+        return bw_step_offsets(&grid, decoded.as<void>(), 0.01f, low.as<float>(), high.as<float>(), threads);
     };
-    require(pull() == BW_OK, "bw_offset_gradient");
+    require(step() == (grid.offset ? BW_OK : BW_BAD_ARGUMENT), "bw_step_offsets");
+    for (int64_t i = 0; grid.offset && i < rows * columns; i++)
+        require(!(std::abs(offset.as<float>()[i]) > 0.5f), "offsets within half a code");
     switch (draw(0, 5)) {
         case 0: grid.rows = -1; break;
         case 1: grid.columns = 0; break;
         case 2: grid.group = 0; break;
         case 3: grid.dtype = 3; break;
-        case 4: grid.codes = nullptr, grid.numbers = nullptr; break;
+        case 4: grid.codes = nullptr, grid.decoded = nullptr, grid.offset = nullptr; break;
         default: grid.highest = lowest < 0 ? 128 : 256;
     }
     require(bw_encode(&grid, threads) == BW_BAD_ARGUMENT, "bw_encode of an unsound argument");
-    require(pull() == BW_BAD_ARGUMENT, "bw_offset_gradient of an unsound argument");
+    require(step() == BW_BAD_ARGUMENT, "bw_step_offsets of an unsound argument");
 }
 
 void scaling_round() {

@@ -109,12 +109,13 @@ def test_what_is_not_finite_is_refused(isa: str, bad: float, place: int, monkeyp
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w2g5-asym", "w3g17", "w8-asym", "w4g16-asym-sbf16"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_offsets_and_their_gradients(isa: str, scheme: str, dtype: torch.dtype) -> None:
-    """Codes as of one expression, bit for bit; gradients as of the expression's derivatives in float64."""
+def test_offsets_and_their_steps(isa: str, scheme: str, dtype: torch.dtype) -> None:
+    """Codes, numbers and steps as of one expression, bit for bit; gradients as of its derivatives in float64."""
     form = parse(scheme).weight
     for rows, columns in SHAPES:
         group = min(form.group or columns, columns)
         values, grad = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+        grad.masked_fill_(torch.rand(rows, columns) < 0.1, 0.0).masked_fill_(torch.rand(rows, columns) < 0.1, -0.0)
         offset = torch.rand(rows, columns) - 0.5
         parameters = grid.fit(values * 0.6, scheme=form)  # many a code is clamped
         scale = parameters.scale.float()
@@ -125,15 +126,18 @@ def test_offsets_and_their_gradients(isa: str, scheme: str, dtype: torch.dtype) 
         codes = free.clamp(form.code_min, form.code_max)
         found = native_grid.encode(values, scale, zero, group, form, offset)
         assert torch.equal(found.float(), codes)
-        is_free = (free == codes).double()
-        moved = native_grid.offset_gradient(values, scale, zero, group, form, offset, grad)
+        number = native_grid.rounded(values, scale, zero, group, form, offset, torch.full_like(values, torch.nan))
+        assert torch.equal(bits(number), bits(((codes - points) * wide).to(dtype)))
+        is_free, start = (free == codes).double(), offset.clone()
+        found_parts = native_grid.step_offsets(values, scale, zero, group, form, offset, grad, 0.03)
         pull = grad.double()
+        by_offset = grad.float() * wide * is_free.float()
+        assert torch.equal(bits(offset), bits(start.sub(by_offset.sign(), alpha=0.03).clamp(-0.5, 0.5)))
         expected = [
-            pull * wide.double() * is_free,
             summed(pull * (codes.double() - points.double() - scaled.double() * is_free), group),
             summed(-pull * wide.double() * (1 - is_free), group),
         ]
-        for ours, theirs in zip(moved, expected, strict=True):
+        for ours, theirs in zip(found_parts, expected, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)
 
 
@@ -145,7 +149,9 @@ def test_offsets_and_gradients_of_other_dtypes_are_refused() -> None:
         native_grid.encode(values, scale, None, 8, form, half)
     for offset, grad in ((half, values), (values, half)):
         with pytest.raises(ValueError, match="float32 here, not"):
-            native_grid.offset_gradient(values, scale, None, 8, form, offset, grad)
+            native_grid.step_offsets(values, scale, None, 8, form, offset, grad, 0.1)
+    with pytest.raises(ValueError, match="float32 here, not"):
+        native_grid.rounded(values, scale, None, 8, form, values, half)
 
 
 def summed(values: Tensor, group: int) -> Tensor:

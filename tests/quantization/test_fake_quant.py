@@ -97,6 +97,25 @@ def test_gradients_of_offsets_and_ranges_are_those_of_autograd(kernels: str, nam
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_goes_against_the_sign_of_the_gradient(kernels: str, name: str, dtype: torch.dtype) -> None:
+    follower = OffsetWeight(draw(seed=5).to(dtype), scheme_of(name))
+    generator = torch.Generator().manual_seed(6)
+    follower.offset = torch.rand(follower.offset.shape, generator=generator) - 0.5
+    upstream = torch.randn(draw().shape, generator=generator).to(dtype)
+    before, stored, gradients = follower.decode(dtype), follower.tensor(), follower.gradients(upstream)
+    expected = follower.offset.sub(gradients.offset.sign(), alpha=0.3).clamp(-0.5, 0.5)
+    by_low, by_high = follower.step(upstream, 0.3)
+    assert torch.equal(follower.offset, expected)
+    torch.testing.assert_close(by_low, gradients.low, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_high, gradients.high, rtol=1e-4, atol=1e-4)
+    again = follower.decode(dtype, into=before)  # over what was there
+    assert torch.equal(again, follower.tensor(into=stored).dequantize(dtype))
+    assert torch.equal(again, follower.decode(dtype))
+    assert torch.equal(again, follower.tensor().dequantize(dtype))
+
+
 def test_gradients_of_a_symmetric_range_go_to_its_larger_end(kernels: str) -> None:
     scheme, weight = QuantScheme(bits=4, group=None, scale_dtype=torch.float32), torch.tensor([[-2.0, 1.1, 0.4]])
     follower = OffsetWeight(weight, scheme)

@@ -190,10 +190,11 @@ def encode(
     lowest: int,
     highest: int,
     codes: int,
+    decoded: int,
     threads: int,
     /,
 ) -> None: ...
-def offset_gradient(
+def step_offsets(
     numbers: int,
     dtype: int,
     rows: int,
@@ -205,7 +206,7 @@ def offset_gradient(
     lowest: int,
     highest: int,
     gradient: int,
-    by_offset: int,
+    step: float,
     by_scale: int,
     by_zero: int,
     threads: int,

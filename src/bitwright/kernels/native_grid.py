@@ -15,7 +15,7 @@ from bitwright.kernels.native_library import address
 if native_library.missing() is None:
     from bitwright.kernels import _native
 
-__all__ = ["LOOPS", "accepts", "decode", "encode", "find_ranges", "offset_gradient"]
+__all__ = ["LOOPS", "accepts", "decode", "encode", "find_ranges", "rounded", "step_offsets"]
 
 PLAIN = (Tensor, nn.Parameter)  # no tensors that only look like one
 
@@ -48,19 +48,23 @@ def encode(
     group: int,
     scheme: QuantScheme,
     offset: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Codes of ``values``, for ``scale`` and ``zero`` of any dtype, ``[rows, groups]``.
 
-    ``offset`` (float32, of the shape of ``values``, in codes) is added before they are rounded.
+    ``offset`` (float32, of the shape of ``values``, in codes) is added before they are rounded. ``into``: earlier codes
+    that are written over.
     """
     native_library.instruction_set()
-    codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype, device="cpu"))
+    codes = _matching(into, values, scheme.code_dtype)
+    if codes is None:
+        codes = use_huge_pages(torch.empty(values.shape, dtype=scheme.code_dtype, device="cpu"))
     scale, zero = _parts(scale, zero, values, group)
     rows, columns = values.shape
     _native.encode(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
         address(_matching(offset, values, torch.float32)), scheme.zero != "float", scheme.code_min, scheme.code_max,
-        codes.data_ptr(), _threads(),
+        codes.data_ptr(), 0, _threads(),
     )  # fmt: skip
     return codes
 
@@ -80,25 +84,46 @@ def decode(
     return values
 
 
-def offset_gradient(
-    values: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme, offset: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of rounded numbers to those of ``offset``, scales and whole zero points, all float32.
+def rounded(
+    values: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: QuantScheme, offset: Tensor, into: Tensor
+) -> Tensor:
+    """What the codes of :func:`encode` stand for, without writing them down: ``into``, which is like ``values``."""
+    native_library.instruction_set()
+    scale, zero = _parts(scale, zero, values, group)
+    rows, columns = values.shape
+    _native.encode(
+        values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
+        address(_matching(offset, values, torch.float32)), scheme.zero != "float", scheme.code_min, scheme.code_max,
+        0, address(_matching(into, values, values.dtype)), _threads(),
+    )  # fmt: skip
+    return into
 
-    ``grad`` has the shape and the dtype of ``values``. Rounding passes it on, a clamped code does not.
+
+def step_offsets(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: int,
+    scheme: QuantScheme,
+    offset: Tensor,
+    grad: Tensor,
+    step: float,
+) -> tuple[Tensor, Tensor]:
+    """Move ``offset`` by ``step`` against the sign of its gradient, within [-0.5, 0.5].
+
+    ``grad``, of the shape and the dtype of ``values``, is the gradient of the rounded numbers: rounding passes it on, a
+    clamped code does not. Returned are the gradients of scales and whole zero points, before the step, float32.
     """
     native_library.instruction_set()
     scale, zero = _parts(scale, zero, values, group)
-    by_offset = use_huge_pages(torch.empty(values.shape, dtype=torch.float32, device="cpu"))
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(scale)
     rows, columns = values.shape
-    _native.offset_gradient(
+    _native.step_offsets(
         values.data_ptr(), DTYPES[values.dtype], rows, columns, group, scale.data_ptr(), address(zero),
         address(_matching(offset, values, torch.float32)), scheme.code_min, scheme.code_max,
-        address(_matching(grad, values, values.dtype)), by_offset.data_ptr(),
-        by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
+        address(_matching(grad, values, values.dtype)), step, by_scale.data_ptr(), by_zero.data_ptr(), _threads(),
     )  # fmt: skip
-    return by_offset, by_scale, by_zero
+    return by_scale, by_zero
 
 
 LOOPS = Loops(accepts, find_ranges, encode, decode)

@@ -121,23 +121,25 @@ def _descend(
     """Algorithm 1: the best iterate by the error on the batches seen, as the paper's own implementation keeps it."""
     batches = _batches(loss.count, options, torch.Generator().manual_seed(seed))
     best: Mapping[str, QuantizedTensor] = {}
+    rounded: dict[str, Tensor] = {}
     least, since = float("inf"), 0
     for step in range(options.iters):
         for name, layer in layers.items():
-            layer.weight = weights[name].decode(loss.dtype).requires_grad_()
+            layer.weight = weights[name].decode(loss.dtype, into=rounded.get(name)).requires_grad_()
         error = 0.0
         for _ in range(options.gradient_accumulate_steps):
             error += loss.backward(next(batches))
         since += 1
         if error < least:
             least, since = error, 0
-            best = best if options.not_use_best_mse else {name: each.tensor() for name, each in weights.items()}
+            if not options.not_use_best_mse:
+                best = {name: each.tensor(into=best.get(name)) for name, each in weights.items()}
         if 0 < options.dynamic_max_gap <= since:
             break
         left = 1 - step / options.iters if options.lr_scheduler == "linear" else 1.0
         for name, layer in layers.items():
             _move(weights[name], layer.weight.grad, left, options)
-            layer.weight = layer.weight.detach()  # frees the gradient
+            rounded[name] = layer.weight = layer.weight.detach()  # without the gradient
     return {name: each.tensor() for name, each in weights.items()} if options.not_use_best_mse else best
 
 
@@ -146,12 +148,11 @@ def _move(weight: OffsetWeight, grad: Tensor | None, left: float, options: AutoR
     if grad is None:
         return
     lr = options.lr or 1 / options.iters
-    gradients = weight.gradients(grad)
-    weight.offset.sub_(gradients.offset.sign_(), alpha=lr * left).clamp_(-0.5, 0.5)
+    by_low, by_high = weight.step(grad, lr * left)
     if options.minmax_tuning:
         size = (options.minmax_lr or lr) * left
-        weight.low.sub_(gradients.low.sign_(), alpha=size).clamp_(0, 1)
-        weight.high.sub_(gradients.high.sign_(), alpha=size).clamp_(0, 1)
+        weight.low.sub_(by_low.sign_(), alpha=size).clamp_(0, 1)
+        weight.high.sub_(by_high.sign_(), alpha=size).clamp_(0, 1)
 
 
 @torch.no_grad()

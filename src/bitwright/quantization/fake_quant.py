@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitwright.core import grid
 from bitwright.core.grid import FitOptions, Parameters, row_tiles
+from bitwright.core.memory import use_huge_pages
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme import QuantScheme
 from bitwright.kernels import native_grid
@@ -135,22 +136,20 @@ class OffsetWeight:
         self.offset = torch.zeros(self.rows.shape, dtype=torch.float32, device=self.rows.device)
         self.low, self.high = torch.ones_like(low), torch.ones_like(high)
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as it would be stored, ``[out, in]``."""
+    def decode(self, dtype: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
+        """The weight as it would be stored, ``[out, in]``; ``into``: what this returned before, to be written over."""
         parameters = self.parameters()
+        if self._is_native() and dtype == self.rows.dtype:
+            room = use_huge_pages(torch.empty_like(self.rows)) if into is None else self._turned(into)
+            scale, zero, group = parameters.scale, parameters.zero, self.groups.size
+            return self._turned(native_grid.rounded(self.rows, scale, zero, group, self.scheme, self.offset, room))
         rounded = grid.decode(self._codes(parameters), parameters=parameters, scheme=self.scheme, dtype=dtype)
-        return rounded if self.scheme.axis == 1 else rounded.t()
+        return self._turned(rounded)
 
     def gradients(self, grad: Tensor) -> OffsetGradients:
         """From the gradient of the rounded weight (``[out, in]``) to those of offsets and multipliers."""
-        grad = grad if self.scheme.axis == 1 else grad.t()
-        parameters = self.parameters()
-        if self._is_native() and grad.dtype == self.rows.dtype and grad.is_contiguous():
-            offset, by_scale, by_zero = native_grid.offset_gradient(
-                self.rows, parameters.scale, parameters.zero, self.groups.size, self.scheme, self.offset, grad
-            )
-            return OffsetGradients(offset, *self._range_gradients(by_scale, by_zero))
-        scale, zero = _as_float(parameters)
+        grad = self._turned(grad)
+        scale, zero = _as_float(self.parameters())
         offset = torch.empty(self.rows.shape, dtype=torch.float32, device=self.rows.device)
         scale_sums, zero_sums = torch.empty_like(scale), torch.zeros_like(scale)
         for rows in row_tiles(self.rows):
@@ -164,29 +163,52 @@ class OffsetWeight:
             part.masked_fill_(clamped, 0.0)
         return OffsetGradients(offset, *self._range_gradients(scale_sums, zero_sums))
 
+    def step(self, grad: Tensor, size: float) -> tuple[Tensor, Tensor]:
+        """Move the offsets by ``size`` against the sign of their gradient, within [-0.5, 0.5].
+
+        Returned are the gradients of the multipliers ``low`` and ``high``, of before the step.
+        """
+        rows = self._turned(grad)
+        if self._is_native() and rows.dtype == self.rows.dtype and rows.is_contiguous():
+            parameters = self.parameters()
+            by_scale, by_zero = native_grid.step_offsets(
+                self.rows, parameters.scale, parameters.zero, self.groups.size, self.scheme, self.offset, rows, size
+            )
+            return self._range_gradients(by_scale, by_zero)
+        found = self.gradients(grad)
+        self.offset.sub_(found.offset.sign_(), alpha=size).clamp_(-0.5, 0.5)
+        return found.low, found.high
+
     def parameters(self) -> Parameters:
         """Scales and zero points in the dtypes in which they are stored."""
         scale, zero = self._grid(self.low, self.high)
         return Parameters(scale, None if zero is None else zero.to(self.scheme.code_dtype))
 
-    def tensor(self) -> QuantizedTensor:
-        """The quantized tensor with the very codes, scales and zero points of :meth:`decode`."""
+    def tensor(self, into: QuantizedTensor | None = None) -> QuantizedTensor:
+        """The quantized tensor with the very codes, scales and zero points of :meth:`decode`.
+
+        ``into``: what this returned before, whose codes may be written over.
+        """
         parameters = self.parameters()
-        codes = self._codes(parameters)
+        codes = self._codes(parameters, into.codes if into is not None and self.scheme.axis == 1 else None)
         stored, points = parameters.scale, parameters.zero
         if self.scheme.axis == 0:
             codes, stored = codes.t().contiguous(), stored.t().contiguous()
             points = None if points is None else points.t().contiguous()
         return QuantizedTensor(scheme=self.scheme, codes=codes, scale=stored, zero=points)
 
+    def _turned(self, weight: Tensor) -> Tensor:
+        """``[out, in]`` as ``rows`` lie, and back."""
+        return weight if self.scheme.axis == 1 else weight.t()
+
     def _is_native(self) -> bool:
         return native_grid.LOOPS.accepts(self.rows, self.scheme, self.rows.dtype)
 
-    def _codes(self, parameters: Parameters) -> Tensor:
+    def _codes(self, parameters: Parameters, into: Tensor | None = None) -> Tensor:
         """The codes of all numbers, offsets added: ``[rows, columns]`` in the scheme's code dtype."""
         scale, zero = _as_float(parameters)
         if self._is_native():
-            return native_grid.encode(self.rows, scale, zero, self.groups.size, self.scheme, self.offset)
+            return native_grid.encode(self.rows, scale, zero, self.groups.size, self.scheme, self.offset, into)
         codes = torch.empty(self.rows.shape, dtype=self.scheme.code_dtype, device=self.rows.device)
         for rows in row_tiles(self.rows):
             self.groups.split(codes[rows]).copy_(self._tile(rows, scale, zero)[1])
