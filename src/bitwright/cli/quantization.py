@@ -152,6 +152,10 @@ def render_plan(event: ProgressEvent, output: Path) -> str:
     rows = {
         "plan": f"{data['model']} to {data['scheme']} by {data['algorithm']}, format {data['format']}",
         "layers": f"{data['layers']} in {data['blocks']} blocks; {data['left_float']} left in floating point",
+    }
+    if data["otherwise"]:
+        rows["otherwise"] = "; ".join(f"{how}: {_name_some(layers)}" for how, layers in data["otherwise"].items())
+    rows |= {
         "calibration": "none" if not calibration else f"{calibration[0]} samples of {calibration[1]} tokens",
         "size": f"{format_size(data['source_bytes'])} -> {format_size(data['output_bytes'])}, {format_size(free)} free",
     }
@@ -163,6 +167,11 @@ def render_plan(event: ProgressEvent, output: Path) -> str:
         rows["device"] = f"{data['device']}, about {format_size(data['device_bytes'])} at most"
     rows["output"] = str(output)
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items()) + "\n"
+
+
+def _name_some(layers: Sequence[str]) -> str:
+    """All of a few names, or the first and how many there are."""
+    return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]} and {len(layers) - 1} more"
 
 
 def render_result(request: QuantizeRequest, report: Report, comparison: Comparison | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def plan_facts(
         "format": plan.format.name,
         "layers": len(plan.schemes),
         "left_float": len(plan.skipped),
+        "otherwise": _otherwise(plan, recipe),
         "blocks": len(plan.blocks.modules),
         "calibration": None if tokens is None else list(tokens.windows.shape),
         "source_bytes": plan.source_bytes,
@@ -51,6 +53,19 @@ def plan_facts(
         "peak_bytes": needed.peak_bytes,
         "seconds": round(needed.seconds, 1),
     }
+
+
+def _otherwise(plan: Plan, recipe: Recipe) -> dict[str, list[str]]:
+    """The layers that are not quantized as the recipe says of most, by ``SCHEME by ALGORITHM``.
+
+    A dtype of scales, which the readers of a format may ask for, is no other scheme.
+    """
+    found: dict[str, list[str]] = {}
+    for layer, scheme in plan.schemes.items():
+        weight = replace(scheme.weight, scale_dtype=recipe.scheme.weight.scale_dtype)
+        if (replace(scheme, weight=weight), plan.methods[layer].name) != (recipe.scheme, recipe.algorithm):
+            found.setdefault(f"{scheme.name} by {plan.methods[layer].name}", []).append(layer)
+    return found
 
 
 def make_report(

@@ -28,6 +28,7 @@ __all__ = ["TEQ", "TeqOptions", "TrainedScales", "scale_by_training", "train_sca
 
 CHECKS = 10  # how often, in a whole training, an iterate is judged where a step sees only some of the samples
 LENGTHS = (1.0, 3.0, 0.3, 8.0, 5.0, 12.0)  # of a step, in the order in which they are tried; the longest last
+LENGTHS_TRIED = 2  # of them, in an ordinary step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +253,7 @@ def _frozen(task: BlockTask) -> Iterator[None]:
 
 
 def _passes(options: TeqOptions, samples: int) -> float:
-    return FORWARD_AND_BACKWARD * options.steps * min(options.batch, samples)
+    return (FORWARD_AND_BACKWARD + LENGTHS_TRIED) * options.steps * min(options.batch, samples)
 
 
 def _refuse(scheme: QuantScheme, options: TeqOptions) -> str | None:
