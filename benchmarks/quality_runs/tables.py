@@ -35,7 +35,7 @@ def render(record: Mapping[str, Any]) -> str:
     compared = record["comparisons"]
     lines += ["", "## Best of ours beside the best peer", ""]
     lines += _comparisons(found for found in compared if found["family"] is None)
-    lines += ["", "## Algorithm by algorithm", ""]
+    lines += ["", "## Algorithm by algorithm", "", *_overview(compared), ""]
     lines += _comparisons(found for found in compared if found["family"] is not None)
     for model in record["models"]:
         lines += _model(model)
@@ -102,15 +102,36 @@ def _key(found: Mapping[str, Any]) -> tuple[Any, ...]:
     return (found["model"], found["scheme"], found["ours"], found["theirs"], *divergences)
 
 
+def _verdict(found: Mapping[str, Any]) -> str:
+    _, low, high = found["ratio"]
+    return "better" if high < 1 else "worse" if low > 1 else "even"
+
+
+def _overview(compared: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How each algorithm fares over all models and schemes."""
+    lines = ["| algorithm | compared | better | even | worse | of these, intervals apart | mean ratio |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for found in compared:
+        if found["family"] is not None:
+            families.setdefault(found["family"], []).append(found)
+    for family, cells in families.items():
+        verdicts = [_verdict(found) for found in cells]
+        counts = [verdicts.count(verdict) for verdict in ("better", "even", "worse")]
+        apart_ones = sum(_verdict(found) == "worse" and not found["overlap"] for found in cells)
+        mean = math.exp(sum(math.log(found["ratio"][0]) for found in cells) / len(cells))
+        lines.append(f"| {family} | {len(cells)} | {' | '.join(map(str, counts))} | {apart_ones} | {mean:.2f} |")
+    return lines
+
+
 def _comparisons(compared: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = ["| model, scheme | ours | KL | best peer | KL | ratio | intervals overlap | verdict |"]
     lines.append("|---|---|---:|---|---:|---:|---|---|")
     for found in compared:
         value, low, high = found["ratio"]
-        verdict = "better" if high < 1 else "worse" if low > 1 else "even"
         cells = [f"{found['model']} {found['scheme']}", found["ours"], f"{found['kl_ours']:.4g}", found["theirs"]]
         cells += [f"{found['kl_theirs']:.4g}", f"{value:.3f} {'' if found['paired'] else '~'}[{low:.3f}, {high:.3f}]"]
-        lines.append(f"| {' | '.join([*cells, 'yes' if found['overlap'] else 'no', verdict])} |")
+        lines.append(f"| {' | '.join([*cells, 'yes' if found['overlap'] else 'no', _verdict(found)])} |")
     return lines
 
 
