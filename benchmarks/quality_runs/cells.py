@@ -71,6 +71,7 @@ FAMILIES: Mapping[tuple[str, str], str] = {
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hqq-axis0": ("hqq", {}),  # groups along the output, as neural-compressor has them; the scheme says so
     "rtn-search": ("rtn", {"search": True}),
+    "awq-all": ("awq", {"tokens": 1 << 20}),  # scales judged on all tokens, as llm-compressor does
     "gptq-columns": ("gptq", {"act_order": False}),
     "gptq-actorder": ("gptq", {"static_groups": False}),
     "gptq-search": ("gptq", {"static_groups": False, "search": "auto"}),
