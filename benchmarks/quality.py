@@ -6,8 +6,8 @@
 A cell (model, scheme, method) is made in its own process and judged on held-out text beside the float model; both
 results stay in the work directory, so that a run that ends early goes on where it was. A peer's cell is never made
 again; one of bitwright's is, when the sources changed (unless ``--keep``). A peer that crashes or refuses is a row that
-says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it. What such a file of an
-earlier run has is not made again but stands in the tables as it is (``--earlier FILE``).
+says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it. The rows of such a file
+of an earlier run are not made again, and stand in the tables beside what this one makes (``--earlier FILE``).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main() -> None:
     """Make, judge and write down."""
     options = parse_arguments()
+    if options.earlier is not None and not options.earlier.is_file():
+        raise SystemExit(f"{options.earlier} is not there")
     methods = [(OURS, name) for name in options.algorithms]
     methods += [(peer, method) for peer in options.peers for method in peer_methods(peer) if wanted(options, method)]
     materials, missing = [], []
@@ -54,15 +56,18 @@ def main() -> None:
         )
         missing += [name] if material is None else []
         materials += [] if material is None else [material]
-    earlier = (options.earlier and read(options.earlier)) or {"models": [], "comparisons": []}
+    earlier = {"models": [], "comparisons": []} if options.earlier is None else json.loads(options.earlier.read_text())
     rows = {(model["name"], *_place(row)): row for model in earlier["models"] for row in model["rows"]}
     records = []
     for material in materials:
         cells = list(cells_of(material, options.schemes, methods, options.work_dir))
         if not (options.no_make or options.no_judge):
             make([cell for cell in cells if _key(cell) not in rows], options)
-        records.append(judge_all(material, cells, rows, options))
-    write(records, earlier["comparisons"], missing, options)
+        # What this run has made takes the place of an earlier row, unless our sources have changed since.
+        made = [cell for cell in cells if _key(cell) not in rows or is_made(cell, options)]
+        records.append(judge_all(material, made, options))
+    records = merge(earlier["models"], records)
+    write(records, earlier.get("comparisons", []), [name for name in missing if name not in _names(records)], options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,6 +88,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-judge", action="store_true", help="only tabulate what was judged; implies --no-make")
     parser.add_argument("--no-write", action="store_true", help="leave the tables alone")
     return parser.parse_args()
+
+
+def merge(earlier: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All models and rows of both; a row of ``records`` takes the place of an ``earlier`` one.
+
+    Raises:
+        ValueError: if both have a model, but not the same calibration or held-out tokens.
+    """
+    merged = {model["name"]: model for model in earlier}
+    for record in records:
+        before = merged.get(record["name"], record)
+        for field in ("seqlen", "samples", "texts"):
+            if before[field] != record[field]:
+                raise ValueError(
+                    f"{record['name']}: {field} is {record[field]}, and {before[field]} in the earlier table"
+                )
+        rows = {_place(row): row for row in before["rows"]} | {_place(row): row for row in record["rows"]}
+        merged[record["name"]] = record | {"rows": list(rows.values())}
+    return [merged[name] for name in MODELS if name in merged]
+
+
+def _names(records: list[dict[str, Any]]) -> list[str]:
+    return [record["name"] for record in records]
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -141,10 +169,8 @@ def run_driver(python: Path, peer: str, cells: list[Cell], threads: int) -> None
     print(f"{material.name}: {len(cells)} of {peer} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def judge_all(
-    material: Material, cells: Iterable[Cell], earlier: Mapping[Any, dict[str, Any]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """The record of one model; weights of a judged cell are deleted. ``earlier`` rows stand for what is not there."""
+def judge_all(material: Material, cells: Iterable[Cell], options: argparse.Namespace) -> dict[str, Any]:
+    """The record of one model; weights of a judged cell are deleted."""
     reference = float_model(material)
     path = options.work_dir / material.name / "float.json"
     beside = read(path)
@@ -156,7 +182,6 @@ def judge_all(
         made = read(cell.folder / "made.json")
         is_judged = (cell.folder / "judged.json").is_file() or (made is not None and "failed" in made)
         if made is None or (options.no_judge and not is_judged):
-            rows += [earlier[_key(cell)]] if _key(cell) in earlier else []
             continue
         row = {"scheme": cell.scheme_name, "stored": cell.scheme.name, "peer": cell.peer, "method": cell.method}
         rows.append(row | {"family": cell.family} | made | judge_cell(cell, made, reference))

@@ -196,7 +196,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_has_its_memory_told(
     facts = {"model": "m", "scheme": "w4", "algorithm": "gptq", "format": "native", "layers": 1, "blocks": 1}
     facts |= {
         "left_float": 0,
-        "otherwise": {"w8 by rtn": list("abcd")},
+        "overrides": {"w8 by rtn": list("abcd")},
         "source_bytes": 1,
         "output_bytes": 1,
         "device": "cuda:0",
@@ -204,7 +204,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_has_its_memory_told(
     }
     shown = render_plan(Event("plan", "", facts), tmp_path)
     assert re.search(r"device +cuda:0, about 3\.\d* GB at most", shown), shown
-    assert "otherwise    w8 by rtn: a and 3 more\n" in shown
+    assert "overrides    w8 by rtn: a and 3 more\n" in shown
 
 
 def test_every_option_reaches_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -152,6 +153,14 @@ def test_offsets_and_gradients_of_other_dtypes_are_refused() -> None:
             native_grid.step_offsets(values, scale, None, 8, form, offset, grad, 0.1)
     with pytest.raises(ValueError, match="float32 here, not"):
         native_grid.rounded(values, scale, None, 8, form, values, half)
+
+
+def test_a_step_knows_no_direction_of_nan_and_zero(isa: str) -> None:
+    values, form, scale = torch.zeros(1, 7), QuantScheme(bits=4), torch.ones(1, 1)
+    grad = torch.tensor([[math.nan, -math.nan, 0.0, -0.0, math.inf, -math.inf, 1e-45]])
+    offset = torch.zeros_like(values)
+    native_grid.step_offsets(values, scale, None, 7, form, offset, grad, 0.25)
+    assert offset.tolist() == [[0, 0, 0, 0, -0.25, 0.25, -0.25]]
 
 
 def summed(values: Tensor, group: int) -> Tensor:

@@ -14,6 +14,7 @@ import bitwright
 from bitwright.core.errors import BitwrightError
 from bitwright.core.qtensor import QuantizedTensor
 from bitwright.core.scheme_names import parse
+from bitwright.kernels import native_library
 from bitwright.models.blocks import find_blocks
 from bitwright.quantization import autoround
 from bitwright.quantization.autoround import AutoRoundOptions, learn_rounding
@@ -22,6 +23,7 @@ from bitwright.quantization.capture import capture
 from bitwright.quantization.fake_quant import OffsetWeight
 from bitwright.quantization.stages import BlockTask
 from bitwright.quantization.stream import Flow, _are_alike
+from tests.conftest import LEFT_ASIDE, MISSING
 from tests.quantization.few_steps import few_steps
 from tests.quantization.tiny import Plain, PlainBlock, build_model
 
@@ -241,6 +243,27 @@ def test_no_step_leads_beyond_the_bounds(sign: float) -> None:
         for bound in (weight.low, weight.high):
             assert float(bound.min()) >= 0 and float(bound.max()) <= 1
         assert float(weight.offset.abs().max()) == 0.5
+
+
+def test_a_block_whose_error_is_never_finite_keeps_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockLoss, "backward", lambda *_: float("nan"))
+    given = round_to_nearest(make_task())
+    assert learn_rounding(make_task(), given, AutoRoundOptions(iters=2)) is given
+
+
+@pytest.mark.parametrize("scheme", ["w2g16-asym", "w3g16", "w4g16-asym-axis0"])
+@pytest.mark.parametrize("last", [False, True])
+def test_native_loops_learn_the_same_codes(scheme: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many steps, whose buffers are written over again and again."""
+    if MISSING is not None:
+        pytest.skip(MISSING)
+    options, found = AutoRoundOptions(iters=30, lr=0.1, not_use_best_mse=last), []
+    for missing in (LEFT_ASIDE, None):
+        monkeypatch.setattr(native_library, "_MISSING", missing)
+        found.append(learn_rounding(make_task(scheme=scheme), round_to_nearest(make_task(scheme=scheme)), options))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.codes, found[1][name].codes)
+        assert torch.equal(tensor.dense_scale(), found[1][name].dense_scale())
 
 
 def test_the_full_range_is_for_symmetric_schemes() -> None:

@@ -177,7 +177,7 @@ def test_events_tell_the_whole_story(model: Path, tmp_path: Path) -> None:
     assert kinds[0] == "plan" and kinds[-1] == "result" and kinds.count("unit") == 4
     plan = events[0].data
     assert plan["layers"] == 15 and plan["blocks"] == 2 and plan["left_float"] == 0 and plan["format"]
-    assert plan["otherwise"] == {"w8-sbf16 by rtn": ["lm_head"]}
+    assert plan["overrides"] == {"w8-sbf16 by rtn": ["lm_head"]}
     assert plan["output_bytes"] > 0 and plan["peak_bytes"] > 0 and plan["free_disk_bytes"] > 0 and "seconds" in plan
     units = [event.data for event in events if event.kind == "unit"]
     assert [unit["done"] for unit in units] == [1, 2, 3, 4] and {unit["total"] for unit in units} == {4}

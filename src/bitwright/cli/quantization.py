@@ -153,8 +153,8 @@ def render_plan(event: ProgressEvent, output: Path) -> str:
         "plan": f"{data['model']} to {data['scheme']} by {data['algorithm']}, format {data['format']}",
         "layers": f"{data['layers']} in {data['blocks']} blocks; {data['left_float']} left in floating point",
     }
-    if data["otherwise"]:
-        rows["otherwise"] = "; ".join(f"{how}: {_name_some(layers)}" for how, layers in data["otherwise"].items())
+    if data["overrides"]:
+        rows["overrides"] = "; ".join(f"{how}: {_name_some(layers)}" for how, layers in data["overrides"].items())
     rows |= {
         "calibration": "none" if not calibration else f"{calibration[0]} samples of {calibration[1]} tokens",
         "size": f"{format_size(data['source_bytes'])} -> {format_size(data['output_bytes'])}, {format_size(free)} free",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.quantization.calibration import FEW_SAMPLES, CalibrationTokens
 from bitwright.quantization.estimate import Estimate
 from bitwright.quantization.journal import UnitRecord
-from bitwright.quantization.plan import Plan
+from bitwright.quantization.plan import Plan, head_note
 from bitwright.quantization.report import Report, versions
 from bitwright.quantization.sources import Source
 
@@ -44,7 +43,7 @@ def plan_facts(
         "format": plan.format.name,
         "layers": len(plan.schemes),
         "left_float": len(plan.skipped),
-        "otherwise": _otherwise(plan, recipe),
+        "overrides": _overrides(plan),
         "blocks": len(plan.blocks.modules),
         "calibration": None if tokens is None else list(tokens.windows.shape),
         "source_bytes": plan.source_bytes,
@@ -55,16 +54,14 @@ def plan_facts(
     }
 
 
-def _otherwise(plan: Plan, recipe: Recipe) -> dict[str, list[str]]:
-    """The layers that are not quantized as the recipe says of most, by ``SCHEME by ALGORITHM``.
-
-    A dtype of scales, which the readers of a format may ask for, is no other scheme.
-    """
+def _overrides(plan: Plan) -> dict[str, list[str]]:
+    """The layers that are not quantized as most are, by ``SCHEME by ALGORITHM``."""
+    inside = {layer for unit in plan.units if unit.is_block for layer in unit.layers}
     found: dict[str, list[str]] = {}
-    for layer, scheme in plan.schemes.items():
-        weight = replace(scheme.weight, scale_dtype=recipe.scheme.weight.scale_dtype)
-        if (replace(scheme, weight=weight), plan.methods[layer].name) != (recipe.scheme, recipe.algorithm):
-            found.setdefault(f"{scheme.name} by {plan.methods[layer].name}", []).append(layer)
+    for layer in plan.overridden:
+        method = plan.methods[layer]
+        algorithm = method.name if layer in inside else head_note(method).get("rounded_by", method.name)
+        found.setdefault(f"{plan.schemes[layer].name} by {algorithm}", []).append(layer)
     return found
 
 

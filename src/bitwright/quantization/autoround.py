@@ -107,6 +107,8 @@ def learn_rounding(
         }
         with stand_ins(task.block, task.layers) as layers:
             found = _descend(loss, layers, weights, options, task.seed)
+            if not found:  # no step had a finite error
+                return tensors
             start_error, error = (_error_of(loss, layers, candidate) for candidate in (tensors, found))
     return found if error < start_error else tensors
 

@@ -31,13 +31,15 @@ USUAL_GROUPS = (256, 128, 64, 32, 16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``skipped``: linear layers left in floating point. ``untied``: a tied head is stored apart from now on."""
+    """``skipped``: linear layers left in floating point. ``overridden``: quantized layers whose scheme or algorithm is
+    not that of the recipe. ``untied``: a tied head is stored apart from now on."""
 
     units: tuple[Unit, ...]
     blocks: Blocks
     format: Format
     schemes: Mapping[str, LayerScheme]
     methods: Mapping[str, Method]
+    overridden: tuple[str, ...]
     shapes: Mapping[str, tuple[int, int]]
     skipped: tuple[str, ...]
     untied: bool
@@ -106,6 +108,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         is_head = head is not None and module is head[1]
         if (choice := recipe.choice_for(name, type(module).__name__, is_head=is_head)) is not None:
             choices[name] = choice
+    usual = Choice(recipe.scheme, recipe.algorithm, recipe.options)
     schemes = {name: choice.scheme for name, choice in choices.items()}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
     if not schemes:
@@ -126,6 +129,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         format=chosen,
         schemes=schemes,
         methods=methods,
+        overridden=tuple(name for name in schemes if choices[name] != usual),
         shapes=shapes,
         skipped=skipped,
         untied=untied,
