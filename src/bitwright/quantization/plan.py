@@ -103,11 +103,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     shapes = {name: linear_shape(module) for name, module in layers.items()}
     _check_reach(recipe, layers, every_linear)
     head = output_head(model)
-    choices: dict[str, Choice] = {}
-    for name, module in layers.items():
-        is_head = head is not None and module is head[1]
-        if (choice := recipe.choice_for(name, type(module).__name__, is_head=is_head)) is not None:
-            choices[name] = choice
+    choices = _choose(recipe, layers, None if head is None else head[1])
     usual = Choice(recipe.scheme, recipe.algorithm, recipe.options)
     schemes = {name: choice.scheme for name, choice in choices.items()}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
@@ -146,6 +142,14 @@ def _quantizable(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         found |= linears(block, name)
     head = output_head(model)
     return found if head is None else found | {head[0]: head[1]}
+
+
+def _choose(recipe: Recipe, layers: Mapping[str, nn.Module], head: nn.Module | None) -> dict[str, Choice]:
+    """What the recipe says of each layer that it does not leave in floating point."""
+    said = {
+        name: recipe.choice_for(name, type(layer).__name__, is_head=layer is head) for name, layer in layers.items()
+    }
+    return {name: choice for name, choice in said.items() if choice is not None}
 
 
 def head_note(method: Method) -> dict[str, str]:
