@@ -108,8 +108,9 @@ def _guarded(work: Callable[[], dict[str, Any]], output: Path) -> None:
         record = work()
     except BaseException as error:
         told = traceback.format_exception_only(error)[-1].strip()
+        told = f"refused: {error}" if isinstance(error, Refusal) else f"crashed: {told}"
         (output / "traceback.txt").write_text(traceback.format_exc())
-        record = {"failed": f"{'refused' if isinstance(error, Refusal) else 'crashed'}: {told[:300]}"}
+        record = {"failed": told[:300]}
     (output / "made.json").write_text(json.dumps(record, indent=1))
 
 
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("benchmarks.peers.driving").main()  # the drivers' Refusal is that module's, not this one's
