@@ -109,6 +109,27 @@ def test_overrides_are_read(text: str, pattern: str, scheme: str, is_type: bool)
 
 
 @pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("x=w4@gptq", {}),
+        ("x=w4@gptq()", {}),
+        ("x=w4@gptq(damp=0.05)", {"damp": 0.05}),
+        (
+            "x=w4@gptq(damp=0.05, act_order=false,search=auto)",
+            {"damp": 0.05, "act_order": False, "search": "auto"},
+        ),
+        (r"(?=x).*=w4g32-dq(w8g256-asym-sf32)@awq+gptq(awq.grid=4)", {"awq.grid": 4}),
+        ('x=w4@gptq(search="a,b",damp=1)', {"search": "a,b", "damp": 1}),
+        ("x=w4@gptq(name=[1,2])", {"name": [1, 2]}),
+    ],
+)
+def test_overrides_have_options_of_their_own(text: str, options: dict[str, object]) -> None:
+    override = parse_override(text)
+    assert override.scheme is not None and override.algorithm in ("gptq", "awq+gptq")
+    assert override.options == options and override.pattern in ("x", "(?=x).*")
+
+
+@pytest.mark.parametrize(
     ("text", "code", "quoted"),
     [
         ("lm_head", "BW201", "'lm_head'"),

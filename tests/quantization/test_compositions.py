@@ -175,7 +175,7 @@ def test_layers_may_have_algorithms_of_their_own(place: Path, toy: Callable[...,
 def test_an_override_names_its_algorithm() -> None:
     rule = parse_override(r".*down_proj=w8g32@gptq")
     assert (rule.pattern, rule.scheme, rule.algorithm) == (r".*down_proj", parse("w8g32"), "gptq")
-    for wrong in ("a=w4@", "a=float@gptq"):
+    for wrong in ("a=w4@", "a=float@gptq", "a=w4@gptq(", "a=w4@gptq(damp)", "a=w4@(search=true)", "a=w4@gptq()x"):
         with pytest.raises(BitwrightError, match="BW201"):
             parse_override(wrong)
 

@@ -123,8 +123,8 @@ def quantize(
         list[str] | None,
         typer.Option(
             metavar="NAME=SCHEME",
-            help="Another SCHEME, SCHEME@ALGORITHM or float for the layers whose whole name is NAME, or matches it as "
-            "a regular expression; repeatable.",
+            help="Another SCHEME, SCHEME@ALGORITHM, SCHEME@ALGORITHM(OPTION=VALUE,...) or float for the layers whose "
+            "whole name is NAME, or matches it as a regular expression; repeatable.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -147,7 +147,8 @@ def quantize(
     plain: Plain = False,
 ) -> None:
     """Quantize a model. Interrupted, the same command resumes where it stopped."""
-    from bitwright.cli.quantization import QuantizeRequest, parse_algorithm_options, run_quantize
+    from bitwright.cli.quantization import QuantizeRequest, run_quantize
+    from bitwright.core.recipe import parse_option_texts
 
     request = QuantizeRequest(
         arguments=context.obj,
@@ -157,7 +158,7 @@ def quantize(
         options={
             "scheme": scheme,
             "algorithm": algorithm,
-            "options": parse_algorithm_options(option or ()),
+            "options": parse_option_texts(option or ()),
             "format": format,
             "calibration": calibration,
             "samples": samples,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QuantizeRequest",
-    "parse_algorithm_options",
     "render_plan",
     "render_result",
     "resume_command",
@@ -117,26 +116,6 @@ def run_quantize(request: QuantizeRequest, *, as_json: bool, plain: bool) -> Non
             progress.say(json.dumps({"event": "check", **comparison.to_dict()}))
     else:
         progress.say(render_result(request, report, comparison))
-
-
-def parse_algorithm_options(texts: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs; a value is a JSON number, ``true``, ``false``, or else text.
-
-    Raises:
-        BitwrightError: BW201 for text without ``=``.
-    """
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise BitwrightError(
-                "BW201", f"cannot read option {text!r}", suggestion="NAME=VALUE, for example search=true"
-            )
-        try:
-            options[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            options[name] = value
-    return options
 
 
 def resume_command(arguments: Sequence[str]) -> str:

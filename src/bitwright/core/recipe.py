@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from bitwright.core.errors import ArgumentError, BitwrightError
 from bitwright.core.scheme import LayerScheme
 from bitwright.core.scheme_names import parse
 
-__all__ = ["FLOAT", "OUTPUT_HEADS", "Choice", "Override", "Recipe", "parse_override"]
+__all__ = ["FLOAT", "OUTPUT_HEADS", "Choice", "Override", "Recipe", "parse_option_texts", "parse_override"]
 
 FLOAT = "float"  # the scheme name that leaves a layer as it is
 OUTPUT_HEADS = ("lm_head", "output_layer", "embed_out")  # left alone unless an override names them
@@ -145,23 +146,54 @@ class Recipe:
         }
 
 
+# The last "=" with a scheme after it ends the pattern: no "=", no "@", and whole parentheses.
+OVERRIDE = re.compile(
+    r"(?P<pattern>.+)=(?P<scheme>[^=@()]*(?:\([^=@()]*\)[^=@()]*)*)(?:@(?P<algorithm>[^=@()]+)(?:\((?P<options>.*)\))?)?",
+    re.DOTALL,
+)
+OVERRIDE_FORMS = "NAME=SCHEME, NAME=SCHEME@ALGORITHM or NAME=SCHEME@ALGORITHM(OPTION=VALUE,...)"
+
+
 def parse_override(text: str) -> Override:
-    """Read ``NAME=SCHEME``, ``PATTERN=float``, ``type:CLASS=SCHEME`` or ``NAME=SCHEME@ALGORITHM``.
+    """Read ``NAME=SCHEME``, ``PATTERN=float``, ``type:CLASS=SCHEME`` or ``NAME=SCHEME@ALGORITHM(OPTION=VALUE,...)``.
 
     Raises:
-        ArgumentError: BW201 for text without ``=``, BW202 for an unknown scheme.
+        ArgumentError: BW201 for text of another form, BW202 for an unknown scheme.
     """
-    pattern, equals, scheme = text.rpartition("=")
-    if not equals or not pattern:
-        message = f"cannot read override {text!r}"
-        raise ArgumentError(
-            "BW201", message, suggestion=r"NAME=SCHEME, for example 'model\.layers\.0\..*=w8' or lm_head=w8"
-        )
-    is_type = pattern.startswith("type:")
-    scheme, at, algorithm = scheme.partition("@")
+    found = OVERRIDE.fullmatch(text)
+    if found is None:
+        example = r"for example 'model\.layers\.0\..*=w8' or lm_head=w8"
+        raise ArgumentError("BW201", f"cannot read override {text!r}", suggestion=f"{OVERRIDE_FORMS}, {example}")
+    pattern, scheme, algorithm, options = found.groups()
     layer_scheme = None if scheme.lower() == FLOAT else parse(scheme)
-    if at and (layer_scheme is None or not algorithm):
-        raise ArgumentError("BW201", f"cannot read override {text!r}", suggestion="NAME=SCHEME@ALGORITHM")
+    if algorithm and layer_scheme is None:
+        message = f"override {text!r} leaves layers in floating point, where {algorithm} has nothing to do"
+        raise ArgumentError("BW201", message, suggestion=OVERRIDE_FORMS)
+    # A comma ends an option where the name of another one follows: values may have commas of their own.
+    options_given = re.split(r",(?=\s*[\w.]+=)", options) if options and options.strip() else []
     return Override(
-        pattern=pattern.removeprefix("type:"), scheme=layer_scheme, is_type=is_type, algorithm=algorithm or None
+        pattern=pattern.removeprefix("type:"),
+        scheme=layer_scheme,
+        is_type=pattern.startswith("type:"),
+        algorithm=algorithm,
+        options=parse_option_texts([option.strip() for option in options_given]),
     )
+
+
+def parse_option_texts(texts: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; a value is a JSON number, ``true``, ``false``, or else text.
+
+    Raises:
+        ArgumentError: BW201 for text without ``=``.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            message = f"cannot read option {text!r}"
+            raise ArgumentError("BW201", message, suggestion="NAME=VALUE, for example search=true")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
