@@ -7,7 +7,7 @@ A cell (model, scheme, method) is made in its own process and judged on held-out
 results stay in the work directory, so that a run that ends early goes on where it was. A peer's cell is never made
 again; one of bitwright's is, when the sources changed (unless ``--keep``). A peer that crashes or refuses is a row that
 says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it. The rows of such a file
-of an earlier run are not made again, and stand in the tables beside what this one makes (``--earlier FILE``).
+of an earlier run stand in the tables beside what this one makes (``--earlier FILE``); crashed ones are tried again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def main() -> None:
         missing += [name] if material is None else []
         materials += [] if material is None else [material]
     earlier = {"models": [], "comparisons": []} if options.earlier is None else json.loads(options.earlier.read_text())
-    rows = {(model["name"], *_place(row)): row for model in earlier["models"] for row in model["rows"]}
+    # What crashed is tried again; its row stands if that makes nothing.
+    done = [(model["name"], row) for model in earlier["models"] for row in model["rows"] if not has_crashed(row)]
+    rows = {(name, *_place(row)): row for name, row in done}
     records = []
     for material in materials:
         cells = list(cells_of(material, options.schemes, methods, options.work_dir))
@@ -119,6 +121,10 @@ def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _key(cell: Cell) -> tuple[str, str, str, str]:
     return cell.material.name, cell.scheme_name, cell.peer, cell.method
+
+
+def has_crashed(row: Mapping[str, Any]) -> bool:
+    return str(row.get("failed", "")).startswith("crashed")
 
 
 def wanted(options: argparse.Namespace, method: str) -> bool:

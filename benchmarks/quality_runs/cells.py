@@ -75,6 +75,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gptq-columns": ("gptq", {"act_order": False}),
     "gptq-actorder": ("gptq", {"static_groups": False}),
     "gptq-search": ("gptq", {"static_groups": False, "search": "auto"}),
+    "awq+gptq-search": ("awq+gptq", {"awq.search": True, "gptq.static_groups": False, "gptq.search": "auto"}),
     "best-100": ("best", {"logits.steps": 100}),
 }
 # Peer: the name of its environment.
