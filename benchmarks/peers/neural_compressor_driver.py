@@ -71,6 +71,8 @@ def _config(model: nn.Module, cell: Cell) -> object:
         if cell.code != "int" or cell.symmetric:
             raise Refusal("HQQ has a float zero point")
         return kind(**fields, quant_zero=False)
+    if cell.method == "teq" and cell.code != "int":
+        raise Refusal("its TEQ rounds to whole numbers whatever is asked for")
     fields |= {"dtype": DTYPES[cell.code], "use_sym": cell.symmetric or cell.code != "int"}
     if cell.method == "awq":
         fields["absorb_layer_dict"] = FOLDS
