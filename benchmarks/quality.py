@@ -31,7 +31,7 @@ from torch import nn
 
 import bitwright
 from benchmarks.peers import bitwright_driver
-from benchmarks.quality_runs.cells import OURS, PEERS, SCHEMES, VARIANTS, Cell, cells_of, peer_methods
+from benchmarks.quality_runs.cells import OURS, PEERS, SCHEMES, VARIANTS, Cell, cells_of, peer_methods, stored_schemes
 from benchmarks.quality_runs.judge import float_model, judge, load_weights
 from benchmarks.quality_runs.material import MODELS, Material, prepare_material
 from benchmarks.quality_runs.tables import compare, render
@@ -116,11 +116,11 @@ def _names(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["scheme"], row["peer"], row["method"]
+    return row["stored"], row["peer"], row["method"]
 
 
 def _key(cell: Cell) -> tuple[str, str, str, str]:
-    return cell.material.name, cell.scheme_name, cell.peer, cell.method
+    return cell.material.name, cell.scheme.name, cell.peer, cell.method
 
 
 def has_crashed(row: Mapping[str, Any]) -> bool:
@@ -192,7 +192,7 @@ def judge_all(material: Material, cells: Iterable[Cell], options: argparse.Names
         row = {"scheme": cell.scheme_name, "stored": cell.scheme.name, "peer": cell.peer, "method": cell.method}
         rows.append(row | {"family": cell.family} | made | judge_cell(cell, made, reference))
     facts = {"name": material.name, "seqlen": material.seqlen, "samples": len(material.calibration)}
-    return facts | {"texts": material.texts, "float": beside, "rows": rows}
+    return facts | {"texts": material.texts, "stored": stored_schemes(material), "float": beside, "rows": rows}
 
 
 def judge_cell(cell: Cell, made: dict[str, Any], reference: nn.Module) -> dict[str, Any]:

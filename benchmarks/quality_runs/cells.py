@@ -10,7 +10,18 @@ from typing import Any
 
 from benchmarks.quality_runs.material import Material
 
-__all__ = ["FAMILIES", "OURS", "PEERS", "SCHEMES", "VARIANTS", "Cell", "Scheme", "cells_of", "peer_methods"]
+__all__ = [
+    "FAMILIES",
+    "OURS",
+    "PEERS",
+    "SCHEMES",
+    "VARIANTS",
+    "Cell",
+    "Scheme",
+    "cells_of",
+    "peer_methods",
+    "stored_schemes",
+]
 
 LEAST_GROUP = 16
 OURS = "bitwright"
@@ -88,6 +99,11 @@ PEERS: Mapping[str, str] = {
 }
 
 
+def stored_schemes(material: Material) -> dict[str, str]:
+    """By name of a scheme, that of what is stored for it in this model; several may be stored alike."""
+    return {name: scheme.for_sizes(material.input_sizes).name for name, scheme in SCHEMES.items()}
+
+
 def peer_methods(peer: str) -> list[str]:
     return [method for name, method in FAMILIES if name == peer]
 
@@ -121,8 +137,10 @@ class Cell:
 
 
 def cells_of(material: Material, schemes: list[str], methods: list[tuple[str, str]], work: Path) -> Iterator[Cell]:
-    """In the order of methods, then schemes."""
+    """In the order of methods, then schemes; of schemes that are stored alike the first one."""
+    stored = stored_schemes(material)
+    distinct = {stored[scheme]: scheme for scheme in reversed(schemes)}
     for peer, method in methods:
-        for scheme in schemes:
-            folder = work / "cells" / material.name / scheme / f"{peer}.{method}"
+        for scheme in (scheme for scheme in schemes if distinct[stored[scheme]] == scheme):
+            folder = work / "cells" / material.name / stored[scheme] / f"{peer}.{method}"
             yield Cell(material, scheme, peer, method, folder)

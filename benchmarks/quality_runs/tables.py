@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.quality_runs.cells import OURS, SCHEMES
 
-__all__ = ["apart", "best", "compare", "ratio", "render"]
+__all__ = ["apart", "best", "compare", "ratio", "render", "schemes_by_storage"]
 
 RESAMPLES = 2000
 Row = Mapping[str, Any]
@@ -29,8 +29,8 @@ def render(record: Mapping[str, Any]) -> str:
         "intervals (bootstrap over windows). Ratios are of KL, ours over theirs, below 1 where ours is better; their",
         "intervals draw the same windows for both (but for those with `~`, whose rows were measured in different runs:",
         "those are wider than they would be). Where a group does not divide every layer of a model, it is changed",
-        "for everyone to the largest that does (at least 16), else to one scale per channel: `stored as` says so. HQQ",
-        "stores a float zero point, the others an integer one.",
+        "for everyone to the largest that does (at least 16), else to one scale per channel: `stored as` says so, and",
+        "schemes that come to the same are one. HQQ stores a float zero point, the others an integer one.",
     ]
     compared = record["comparisons"]
     lines += ["", "## Best of ours beside the best peer", ""]
@@ -67,6 +67,19 @@ def apart(ours: Row, theirs: Row) -> tuple[float, float, float]:
     return value, value * math.exp(-spread), value * math.exp(spread)
 
 
+def schemes_by_storage(model: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The schemes that are stored alike, by what is stored, in the order of ``SCHEMES``.
+
+    A record that does not say what is stored has it from its rows.
+    """
+    stored = model.get("stored") or {row["scheme"]: row["stored"] for row in model["rows"]}
+    alike: dict[str, list[str]] = {}
+    for scheme in SCHEMES:
+        if scheme in stored:
+            alike.setdefault(stored[scheme], []).append(scheme)
+    return alike
+
+
 def compare(models: Iterable[Mapping[str, Any]], earlier: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Our best beside the best peer for each model and scheme (``family`` is ``None``), and within each algorithm.
 
@@ -75,20 +88,20 @@ def compare(models: Iterable[Mapping[str, Any]], earlier: Iterable[Mapping[str, 
     known = {_key(found): found["ratio"] for found in earlier if found["paired"]}
     compared = []
     for model in models:
-        for scheme in SCHEMES:
-            rows = [row for row in model["rows"] if row["scheme"] == scheme]
+        for stored, schemes in schemes_by_storage(model).items():
+            rows = [row for row in model["rows"] if row["stored"] == stored]
             for family in (None, *dict.fromkeys(row["family"] for row in rows)):
                 among = [row for row in rows if family in (None, row["family"])]
                 ours = best(row for row in among if row["peer"] == OURS)
                 theirs = best(row for row in among if row["peer"] != OURS)
                 if ours is not None and theirs is not None:
-                    compared.append(_comparison(model["name"], family, ours, theirs, known))
+                    place = {"model": model["name"], "scheme": ", ".join(schemes), "family": family}
+                    compared.append(_comparison(place, ours, theirs, known))
     return compared
 
 
-def _comparison(model: str, family: str | None, ours: Row, theirs: Row, known: Mapping[Any, Any]) -> dict[str, Any]:
-    names = {"ours": ours["method"], "theirs": f"{theirs['peer']} {theirs['method']}"}
-    found = {"model": model, "scheme": ours["scheme"], "family": family, **names}
+def _comparison(place: Mapping[str, Any], ours: Row, theirs: Row, known: Mapping[Any, Any]) -> dict[str, Any]:
+    found = {**place, "ours": ours["method"], "theirs": f"{theirs['peer']} {theirs['method']}"}
     found |= {"kl_ours": ours["kl"], "kl_theirs": theirs["kl"]}
     has_windows = "kl_windows" in ours and "kl_windows" in theirs
     paired = ratio(ours, theirs) if has_windows else known.get(_key(found))
@@ -99,7 +112,7 @@ def _comparison(model: str, family: str | None, ours: Row, theirs: Row, known: M
 def _key(found: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a ratio belongs to; another measurement of the same rows has other divergences."""
     divergences = (float(f"{found[name]:.4g}") for name in ("kl_ours", "kl_theirs"))
-    return (found["model"], found["scheme"], found["ours"], found["theirs"], *divergences)
+    return (found["model"], found["ours"], found["theirs"], *divergences)
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -144,17 +157,16 @@ def _model(model: Mapping[str, Any]) -> list[str]:
         f"{model['samples']} calibration windows of {model['seqlen']} tokens, {beside['tokens']:,} predicted tokens "
         f"held out; {model['texts']}. Float perplexity {beside['ppl']:.4f}.",
     ]
-    for scheme in SCHEMES:
-        rows = [row for row in model["rows"] if row["scheme"] == scheme]
+    for stored, schemes in schemes_by_storage(model).items():
+        rows = [row for row in model["rows"] if row["stored"] == stored]
         if rows:
-            lines += ["", *_scheme(scheme, rows)]
+            named = ", ".join(schemes)
+            lines += ["", *_scheme(named if schemes == [stored] else f"{named}, stored as {stored}", rows)]
     return lines
 
 
-def _scheme(scheme: str, rows: list[Row]) -> list[str]:
+def _scheme(title: str, rows: list[Row]) -> list[str]:
     measured = sorted((row for row in rows if "kl" in row), key=lambda row: float(row["kl"]))
-    stored = rows[0]["stored"]
-    title = scheme if stored == scheme else f"{scheme}, stored as {stored}"
     lines = [f"**{title}**", "", "| by | algorithm | KL | perplexity | top-1 | s | CPU s | peak MB |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for row in measured:

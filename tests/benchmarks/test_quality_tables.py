@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import merge
-from benchmarks.quality_runs.tables import apart, compare, ratio
+from benchmarks.quality_runs.tables import apart, compare, ratio, schemes_by_storage
 
 Record = dict[str, Any]
 
 
 def row(peer: str, method: str, divergences: list[float] | None, kl: float = 1.0) -> Record:
     mean = kl if divergences is None else sum(divergences) / len(divergences)
-    found = {"scheme": "w4g128-asym", "peer": peer, "method": method, "family": "gptq", "kl": mean}
+    found = {"scheme": "w4g128-asym", "stored": "w4-asym", "peer": peer, "method": method, "family": "gptq", "kl": mean}
     found |= {"kl_ci": [0.9 * mean, 1.1 * mean]}
     return found if divergences is None else found | {"kl_windows": divergences}
 
@@ -63,3 +63,16 @@ def test_a_run_adds_to_an_earlier_table() -> None:
 def test_other_calibration_tokens_are_another_table() -> None:
     with pytest.raises(ValueError, match="samples is 64, and 128 in the earlier table"):
         merge([model("demo")], [model("demo", samples=64)])
+
+
+def test_schemes_that_are_stored_alike_are_one() -> None:
+    ours, theirs = row("bitwright", "gptq", [1.0]), row("peer", "gptq", [2.0]) | {"scheme": "w4g32-asym"}
+    assert schemes_by_storage(model("demo", ours, theirs)) == {"w4-asym": ["w4g128-asym", "w4g32-asym"]}
+    told = model("demo", ours, theirs) | {
+        "stored": {"w4g128-asym": "w4-asym", "w4-asym": "w4-asym", "w8-asym": "w8-asym"}
+    }
+    assert schemes_by_storage(told) == {"w8-asym": ["w8-asym"], "w4-asym": ["w4-asym", "w4g128-asym"]}
+    found = compare([told], [])
+    assert [one["scheme"] for one in found] == ["w4-asym, w4g128-asym"] * 2 and found[0]["ratio"][0] == 0.5
+    merged = merge([model("demo", ours)], [model("demo", row("bitwright", "gptq", [3.0]) | {"scheme": "w4g32-asym"})])
+    assert [one["kl"] for one in merged[0]["rows"]] == [3.0]
