@@ -4,10 +4,11 @@
     python -m benchmarks.quality --work-dir DIR --peers-dir DIR
 
 A cell (model, scheme, method) is made in its own process and judged on held-out text beside the float model; both
-results stay in the work directory, so that a run that ends early goes on where it was. A peer's cell is never made
-again; one of bitwright's is, when the sources changed (unless ``--keep``). A peer that crashes or refuses is a row that
-says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it. The rows of such a file
-of an earlier run stand in the tables beside what this one makes (``--earlier FILE``); crashed ones are tried again.
+results stay in the work directory, so that a run that ends early goes on where it was. A peer's cell that was made or
+refused is never made again; one of bitwright's is, when the sources changed (unless ``--keep``). A peer that crashes or
+refuses is a row that says why. Tables go to benchmarks/results/quality.md, everything else to quality.json beside it.
+The rows of such a file of an earlier run stand in the tables beside what this one makes (``--earlier FILE``); what
+crashed is tried again.
 """
 
 from __future__ import annotations
@@ -150,8 +151,10 @@ def make(cells: Iterable[Cell], options: argparse.Namespace) -> None:
 
 def is_made(cell: Cell, options: argparse.Namespace) -> bool:
     made = read(cell.folder / "made.json")
-    if made is None or cell.peer != OURS or options.keep:
-        return made is not None
+    if made is None or has_crashed(made):
+        return False
+    if cell.peer != OURS or options.keep:
+        return True
     return made.get("versions") == bitwright_driver.versions()
 
 
