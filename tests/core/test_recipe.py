@@ -121,6 +121,7 @@ def test_overrides_are_read(text: str, pattern: str, scheme: str, is_type: bool)
         (r"(?=x).*=w4g32-dq(w8g256-asym-sf32)@awq+gptq(awq.grid=4)", {"awq.grid": 4}),
         ('x=w4@gptq(search="a,b",damp=1)', {"search": "a,b", "damp": 1}),
         ("x=w4@gptq(name=[1,2])", {"name": [1, 2]}),
+        (" x=w4 @ gptq ( damp = 0.05 , act_order = null ) ", {"damp": 0.05, "act_order": None}),
     ],
 )
 def test_overrides_have_options_of_their_own(text: str, options: dict[str, object]) -> None:
@@ -139,6 +140,13 @@ def test_overrides_have_options_of_their_own(text: str, options: dict[str, objec
         ("*down_proj=w8", "BW201", r".*\.down_proj"),
         ("lm_head=w99", "BW202", "bits is 99"),
         ("lm_head=", "BW202", "cannot read ''"),
+        ("x=w4@gptq(damp=0.05", "BW201", "'x=w4@gptq(damp=0.05'"),
+        ("x=w4@gptq(damp=0.05,act_order=false", "BW201", "OPTION=VALUE"),
+        ("x=w4@gptq:damp=0.05", "BW201", "'x=w4@gptq:damp=0.05'"),
+        ("x=w4@gptq[damp=0.05]", "BW201", "'x=w4@gptq[damp=0.05]'"),
+        ("x=w4g32-dq(w8g256-asym-sf32)@gptq(damp=0.05", "BW201", "OPTION=VALUE"),
+        ("x=w4@gptq(damp)", "BW201", "override 'x=w4@gptq(damp)': cannot read option 'damp'"),
+        ("x=w4@gptq(damp=1,damp=2)", "BW201", "option damp is given twice"),
     ],
 )
 def test_w16_bad_overrides_are_refused_at_once(text: str, code: str, quoted: str) -> None:
@@ -165,4 +173,21 @@ def test_records_are_json_and_say_everything() -> None:
             {"pattern": "Conv1D", "type": True, "scheme": "float"},
         ],
         "seed": 3,
+    }
+
+
+def test_options_of_an_override_change_those_of_the_same_algorithm() -> None:
+    rules = ("a=w4@gptq", "b=w4@gptq(damp=0.5)", "c=w4@awq+gptq(gptq.damp=0.5)", "d=w8")
+    made = Recipe(
+        scheme=parse("w4"),
+        algorithm="gptq",
+        options={"damp": 0.1, "search": "auto"},
+        overrides=tuple(map(parse_override, rules)),
+    )
+    found = {name: made.choice_for(name, "Linear") for name in "abcd"}
+    assert {name: (choice.algorithm, choice.options) for name, choice in found.items() if choice} == {
+        "a": ("gptq", {"damp": 0.1, "search": "auto"}),
+        "b": ("gptq", {"damp": 0.5, "search": "auto"}),
+        "c": ("awq+gptq", {"gptq.damp": 0.5}),
+        "d": ("gptq", {"damp": 0.1, "search": "auto"}),
     }

@@ -17,6 +17,7 @@ from bitwright.models.blocks import linear_weight
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.quantization.algorithms import ALGORITHMS
 from bitwright.quantization.api import quantize
+from bitwright.quantization.events import Event
 from bitwright.quantization.gptq import GPTQ
 from bitwright.quantization.plan import make_plan
 from bitwright.quantization.rtn import RTN, RtnOptions
@@ -51,6 +52,50 @@ def test_an_override_with_the_same_algorithm_keeps_its_options() -> None:
     same, other = (recipe.choice_for(name, "Linear") for name in ("a.q_proj", "a.k_proj"))
     assert same is not None and dict(same.options) == {"act_order": True}
     assert other is not None and other.algorithm == "rtn" and not other.options
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rule", "option"),
+    [
+        ("rotation+gptq", "rotation+gptq(heads=false)", "rotates the whole model"),
+        ("gptq", "gptq(true_sequential=true)", "true_sequential is"),
+        ("autoround", "autoround(n_blocks=2)", "n_blocks is"),
+    ],
+)
+def test_options_that_concern_whole_blocks_are_the_same_for_all_layers(algorithm: str, rule: str, option: str) -> None:
+    found = refusal(algorithm=algorithm, overrides=(parse_override(f".*k_proj=w4g32@{rule}"),))
+    assert found.code == "BW201" and option in found.what and "k_proj" in found.what
+
+
+def test_options_spelled_out_are_those_not_given() -> None:
+    rules = tuple(map(parse_override, (".*q_proj=w4g32@autoround(n_blocks=1,iters=200)", ".*k_proj=w4g32@autoround")))
+    recipe = Recipe(scheme=parse("w4g32"), algorithm="autoround", overrides=rules)
+    plan = make_plan(MemorySource(build_model("llama")), recipe, format=None, group_fallback="error")
+    assert len({id(method) for method in plan.methods.values()}) == 1
+
+
+def test_bad_options_of_an_override_are_told_with_it(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    for rules, told in (
+        ([".*q_proj=w4g32@hqq(dmp=1)"], "override '.*q_proj': hqq has no option 'dmp'"),
+        ([".*q_proj=w4g32@nosuch", ".*q_proj=w8"], "override '.*q_proj': unknown algorithm 'nosuch'"),
+        ([".*q_proj=w4g32@rtn(search=1)"], "override '.*q_proj': "),
+    ):
+        with pytest.raises(BitwrightError) as caught:
+            quantize(tmp_path / "model", tmp_path / "out", scheme="w4g32", overrides=rules)
+        assert caught.value.code == "BW201" and caught.value.what.startswith(told)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_and_the_card_show_the_options_of_overrides(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    rules = [".*q_proj=w4g32@hqq(iterations=3)", ".*k_proj=w4g32@rtn(search=true)", ".*v_proj=w4g32@rtn(search=false)"]
+    events: list[Event] = []
+    quantize(tmp_path / "model", tmp_path / "out", scheme="w4g32", overrides=rules, on_event=events.append)
+    listed = next(event.data["overrides"] for event in events if event.kind == "plan")
+    assert [how.partition(" by ")[2] for how in listed] == ["hqq(iterations=3)", "rtn(search=true)"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`.*q_proj` → w4g32 by hqq with iterations=3" in card and "by rtn with search=false" in card
 
 
 def test_the_report_says_what_an_algorithm_leaves_out_at_the_head(tmp_path: Path) -> None:

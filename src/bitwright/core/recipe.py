@@ -24,8 +24,8 @@ class Override:
     """A rule for some layers: ``scheme`` is ``None`` to leave them in floating point.
 
     ``pattern`` is an exact layer name or a regular expression that must match the whole name; with ``is_type`` it is
-    the class name of a layer (``Linear``, ``Conv1D``). ``algorithm`` is the recipe's own, with its options, unless
-    another one is given, which has its own ``options``.
+    the class name of a layer (``Linear``, ``Conv1D``). ``algorithm`` is the recipe's own unless another one is given.
+    ``options`` change the recipe's where the algorithm is the recipe's, and are all there is where it is another.
     """
 
     pattern: str
@@ -98,9 +98,12 @@ class Recipe:
         rule = sorted(matching, key=rank)[-1]
         if rule.scheme is None:
             return None
-        if rule.algorithm is None or (rule.algorithm == self.algorithm and not rule.options):
-            return Choice(rule.scheme, self.algorithm, self.options)
-        return Choice(rule.scheme, rule.algorithm, rule.options)
+        return Choice(rule.scheme, rule.algorithm or self.algorithm, self.options_for(rule))
+
+    def options_for(self, rule: Override) -> Mapping[str, Any]:
+        """With what the algorithm of layers runs to which ``rule`` applies."""
+        own = rule.algorithm in (None, self.algorithm)
+        return {**self.options, **rule.options} if own else rule.options
 
     def check_overrides(
         self, layers: Iterable[tuple[str, str]], *, embeddings: Collection[tuple[str, str]] = ()
@@ -133,7 +136,8 @@ class Recipe:
                 "pattern": override.pattern,
                 "type": override.is_type,
                 "scheme": override.scheme.name if override.scheme else FLOAT,
-                **({"algorithm": override.algorithm, "options": dict(override.options)} if override.algorithm else {}),
+                **({"algorithm": override.algorithm} if override.algorithm else {}),
+                **({"options": dict(override.options)} if override.algorithm or override.options else {}),
             }
             for override in self.overrides
         ]
@@ -157,40 +161,48 @@ OVERRIDE_FORMS = "NAME=SCHEME, NAME=SCHEME@ALGORITHM or NAME=SCHEME@ALGORITHM(OP
 def parse_override(text: str) -> Override:
     """Read ``NAME=SCHEME``, ``PATTERN=float``, ``type:CLASS=SCHEME`` or ``NAME=SCHEME@ALGORITHM(OPTION=VALUE,...)``.
 
+    Values are those of :func:`parse_option_texts`; spaces around names and values do not count.
+
     Raises:
         ArgumentError: BW201 for text of another form, BW202 for an unknown scheme.
     """
-    found = OVERRIDE.fullmatch(text)
-    if found is None:
-        example = r"for example 'model\.layers\.0\..*=w8' or lm_head=w8"
+    found = OVERRIDE.fullmatch(text.strip())
+    # Where options are cut short their last value looks like a scheme; what stands before it shows what was meant.
+    if found is None or re.search(r"=[^=@()]+(\([^()]*\))?@[^=@()]+[(=]", found["pattern"] + "="):
+        example = r"for example 'model\.layers\.0\..*=w8', lm_head=w8 or '.*q_proj=w4g32@gptq(damp=0.05)'"
         raise ArgumentError("BW201", f"cannot read override {text!r}", suggestion=f"{OVERRIDE_FORMS}, {example}")
     pattern, scheme, algorithm, options = found.groups()
-    layer_scheme = None if scheme.lower() == FLOAT else parse(scheme)
+    layer_scheme = None if scheme.strip().lower() == FLOAT else parse(scheme)
     if algorithm and layer_scheme is None:
         message = f"override {text!r} leaves layers in floating point, where {algorithm} has nothing to do"
         raise ArgumentError("BW201", message, suggestion=OVERRIDE_FORMS)
     # A comma ends an option where the name of another one follows: values may have commas of their own.
-    options_given = re.split(r",(?=\s*[\w.]+=)", options) if options and options.strip() else []
+    options_given = re.split(r",(?=\s*[\w.]+\s*=)", options) if options and options.strip() else []
+    try:
+        values = parse_option_texts(options_given)
+    except ArgumentError as error:
+        what = f"override {text!r}: {error.what}"
+        raise ArgumentError(error.code, what, suggestion=error.suggestion) from None
     return Override(
         pattern=pattern.removeprefix("type:"),
         scheme=layer_scheme,
         is_type=pattern.startswith("type:"),
-        algorithm=algorithm,
-        options=parse_option_texts([option.strip() for option in options_given]),
+        algorithm=None if algorithm is None else algorithm.strip(),
+        options=values,
     )
 
 
 def parse_option_texts(texts: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs; a value is a JSON number, ``true``, ``false``, or else text.
+    """``NAME=VALUE`` pairs; a value is JSON (a number, ``true``, ``false``, ``null``, ...), or else text.
 
     Raises:
-        ArgumentError: BW201 for text without ``=``.
+        ArgumentError: BW201 for text without ``=``, or a name that is given twice.
     """
     options: dict[str, Any] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            message = f"cannot read option {text!r}"
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or name in options:
+            message = f"option {name} is given twice" if name in options else f"cannot read option {text!r}"
             raise ArgumentError("BW201", message, suggestion="NAME=VALUE, for example search=true")
         try:
             options[name] = json.loads(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,27 @@ def plan_facts(
 
 
 def _overrides(plan: Plan) -> dict[str, list[str]]:
-    """The layers that are not quantized as most are, by ``SCHEME by ALGORITHM``."""
+    """The layers that are not quantized as most are, by ``SCHEME by ALGORITHM(OPTION=VALUE, ...)``."""
     inside = {layer for unit in plan.units if unit.is_block for layer in unit.layers}
     found: dict[str, list[str]] = {}
     for layer in plan.overridden:
         method = plan.methods[layer]
-        algorithm = method.name if layer in inside else head_note(method).get("rounded_by", method.name)
-        found.setdefault(f"{plan.schemes[layer].name} by {algorithm}", []).append(layer)
+        rounder = None if layer in inside else head_note(method).get("rounded_by")
+        options = {stage: given for stage, given in method.options.items() if rounder in (None, stage)}
+        how = f"{plan.schemes[layer].name} by {rounder or method.name}{_changed(options)}"
+        found.setdefault(how, []).append(layer)
     return found
+
+
+def _changed(options: Mapping[str, Any]) -> str:
+    """The options of stages that are not as by default."""
+    changed = [
+        f"{field.name}={json.dumps(getattr(given, field.name), default=str)}"
+        for given in options.values()
+        for field in dataclasses.fields(given)
+        if getattr(given, field.name) != getattr(type(given)(), field.name)
+    ]
+    return f"({', '.join(changed)})" if changed else ""
 
 
 def make_report(

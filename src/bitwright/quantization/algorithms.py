@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.core.errors import BitwrightError
+from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import LayerScheme
 from bitwright.quantization.autoround import AUTOROUND
 from bitwright.quantization.awq import AWQ, AWQ_ROUND, AWQ_SCALE
@@ -23,7 +24,7 @@ from bitwright.quantization.rtn import RTN
 from bitwright.quantization.stages import Algorithm
 from bitwright.quantization.teq import TEQ
 
-__all__ = ["ALGORITHMS", "Method", "get_algorithm", "make_method", "parse_options", "refuse_schemes"]
+__all__ = ["ALGORITHMS", "Method", "check_options", "get_algorithm", "make_method", "parse_options", "refuse_schemes"]
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(round=RTN),
@@ -114,6 +115,21 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             raise BitwrightError("BW201", what, suggestion=f"its options: {', '.join(choices)}")
         given[owners[0]][field] = _checked(f"{name} option {option}", value, stages[owners[0]].options, field)
     return {stage: stages[stage].options(**values) for stage, values in given.items()}
+
+
+def check_options(recipe: Recipe) -> None:
+    """Read the options of a recipe and of each of its overrides, whether or not those apply to a layer.
+
+    Raises:
+        BitwrightError: as :func:`parse_options`, naming the override.
+    """
+    parse_options(recipe.algorithm, recipe.options)
+    for rule in recipe.overrides:
+        try:
+            parse_options(rule.algorithm or recipe.algorithm, recipe.options_for(rule))
+        except BitwrightError as error:
+            what = f"override {rule.pattern!r}: {error.what}"
+            raise BitwrightError(error.code, what, why=error.why, suggestion=error.suggestion) from None
 
 
 def _checked(what: str, value: Any, options: type, field: str) -> Any:

@@ -25,7 +25,7 @@ from bitwright.models.hf import PreTrainedModel, context_length, load_tokenizer
 from bitwright.models.loading import check_vocabulary
 from bitwright.models.location import resolve_model
 from bitwright.quantization.account import make_report, plan_facts, sample_notices
-from bitwright.quantization.algorithms import make_method, parse_options
+from bitwright.quantization.algorithms import check_options, make_method
 from bitwright.quantization.calibration import (
     CalibrationTokens,
     cut_windows,
@@ -111,7 +111,8 @@ def quantize(
         calibration: text file or name of a text that ships with bitwright; needed by calibrated algorithms, and with
             any other it adds measured output errors to the report.
         samples, seqlen: how many windows of how many tokens (by default 2048, or the model's context if shorter).
-        overrides: rules such as ``lm_head=w8``, ``.*[.]down_proj=w8g32``, ``type:Linear=float``; the last match wins.
+        overrides: rules such as ``lm_head=w8``, ``.*[.]down_proj=w8g32``, ``type:Linear=float``,
+            ``.*[.]q_proj=w4g32@gptq(damp=0.05)``; the last match wins.
         seed: of everything random.
         threads: for arithmetic; part of what a resumed run must repeat.
         device: where blocks are worked on, ``cpu`` or a GPU such as ``cuda``; part of what a resumed run must repeat.
@@ -328,9 +329,10 @@ def _recipe(
     if isinstance(overrides, str):
         raise BitwrightError("BW201", f"overrides is the text {overrides!r}", suggestion=f"a list: [{overrides!r}]")
     rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
-    parse_options(algorithm, options or {})
     stored = scheme if isinstance(scheme, LayerScheme) else parse(scheme)
-    return Recipe(scheme=stored, algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+    recipe = Recipe(scheme=stored, algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
+    check_options(recipe)
+    return recipe
 
 
 def _python_call(model: object, output: str | Path, options: Mapping[str, Any]) -> str:

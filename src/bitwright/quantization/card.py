@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from bitwright.quantization.report import Report
 
@@ -49,7 +50,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     if report.recipe["overrides"]:
         yield "Overrides: " + ", ".join(
-            f"`{rule['pattern']}` → {rule['scheme']}" for rule in report.recipe["overrides"]
+            f"`{rule['pattern']}` → {rule['scheme']}{_by(rule)}" for rule in report.recipe["overrides"]
         )
         yield ""
     for notice in report.notices:
@@ -71,6 +72,13 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"The checkpoint is in the {report.format} format: {readers}."
     yield ""
     yield "The record of every layer is in `report.json`."
+
+
+def _by(rule: Mapping[str, Any]) -> str:
+    """The algorithm and options of an override that has its own."""
+    options = ", ".join(f"{name}={json.dumps(value)}" for name, value in rule.get("options", {}).items())
+    algorithm = rule.get("algorithm")
+    return (f" by {algorithm}" if algorithm else "") + (f" with {options}" if options else "")
 
 
 def _megabytes(count: int) -> str:

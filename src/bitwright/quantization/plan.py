@@ -26,6 +26,7 @@ GroupFallback = Literal["error", "pad", "per-channel", "skip"]
 GROUP_FALLBACKS = ("error", "pad", "per-channel", "skip")
 FINISH = "finish"  # the pass over the whole model at the end, in the journal
 GPTQ_HEAD = ("the output head is quantized: GPTQModel loads that, transformers gives the head random weights",)
+BLOCK_WIDE = ("n_blocks", "true_sequential")  # options that say how whole blocks are gone through
 USUAL_GROUPS = (256, 128, 64, 32, 16)
 
 
@@ -104,12 +105,12 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
     _check_reach(recipe, layers, every_linear)
     head = output_head(model)
     choices = _choose(recipe, layers, None if head is None else head[1])
-    usual = Choice(recipe.scheme, recipe.algorithm, recipe.options)
     schemes = {name: choice.scheme for name, choice in choices.items()}
     schemes, notices = _fit_groups(schemes, shapes, group_fallback)
     if not schemes:
         raise BitwrightError("BW313", "no layer is left to quantize", suggestion="drop some of the overrides")
-    methods = _methods(recipe, choices, schemes)
+    usual = make_method(recipe.algorithm, recipe.options)
+    methods = _methods(usual, choices, schemes)
     skipped = tuple(name for name in every_linear if name not in schemes)
     chosen = choose_format(list_records(schemes, shapes, methods), skipped, layers, methods, format)
     if chosen.name == compressed_tensors.FORMAT.name:
@@ -125,7 +126,7 @@ def make_plan(source: Source, recipe: Recipe, *, format: str | None, group_fallb
         format=chosen,
         schemes=schemes,
         methods=methods,
-        overridden=tuple(name for name in schemes if choices[name] != usual),
+        overridden=tuple(n for n in schemes if (choices[n].scheme, methods[n]) != (recipe.scheme, usual)),
         shapes=shapes,
         skipped=skipped,
         untied=untied,
@@ -177,21 +178,43 @@ def _blocks_together(methods: Mapping[str, Method]) -> int:
     return int(together)
 
 
-def _methods(recipe: Recipe, choices: Mapping[str, Choice], schemes: Mapping[str, LayerScheme]) -> dict[str, Method]:
+def _methods(usual: Method, choices: Mapping[str, Choice], schemes: Mapping[str, LayerScheme]) -> dict[str, Method]:
     """Each layer's algorithm; layers of the same algorithm and options share one record."""
-    made: dict[str, Method] = {}
-    methods = {}
+    first: dict[str, str] = {}  # by algorithm and options, the first layer that has them
+    methods: dict[str, Method] = {}
     for name in schemes:
-        choice = choices[name]
-        key = f"{choice.algorithm} {sorted(choice.options.items())!r}"
-        if key not in made:
-            made[key] = make_method(choice.algorithm, choice.options)
-            if made[key].algorithm.rotate is not None and choice.algorithm != recipe.algorithm:
-                what = f"{name}: {choice.algorithm} rotates the whole model, and is given for some layers only"
-                raise BitwrightError("BW201", what, suggestion=f"--algorithm {choice.algorithm} for all layers")
-        methods[name] = made[key]
+        method = make_method(choices[name].algorithm, choices[name].options)
+        before = first.setdefault(f"{method.name} {method.options!r}", name)
+        methods[name] = methods.get(before, method)
+    for name in first.values():
+        _refuse_rotation(name, methods[name], usual)
+    for field in BLOCK_WIDE:
+        _refuse_two_values(field, {name: methods[name] for name in first.values()})
     refuse_schemes(methods, schemes)
     return methods
+
+
+def _refuse_rotation(name: str, method: Method, usual: Method) -> None:
+    """Refuse a rotation that only some layers would have."""
+    rotate = method.algorithm.rotate
+    if rotate is not None and (method.name, method.options[rotate.name]) != (usual.name, usual.options[rotate.name]):
+        what = f"{name}: {method.name} rotates the whole model, and is given otherwise for some layers only"
+        raise BitwrightError("BW201", what, suggestion=f"--algorithm {method.name} for all layers, with its options")
+
+
+def _refuse_two_values(field: str, methods: Mapping[str, Method]) -> None:
+    """Refuse values of an option that differ between layers where it says how whole blocks are gone through."""
+    values = {
+        name: getattr(options, field)
+        for name, method in methods.items()
+        for options in method.options.values()
+        if hasattr(options, field)
+    }
+    different = dict(zip(values.values(), values, strict=True))
+    if len(different) > 1:
+        told = " and ".join(f"{value} for {name}" for value, name in different.items())
+        what = f"{field} is {told}, and blocks are gone through in one way"
+        raise BitwrightError("BW201", what, suggestion=f"one {field} for all layers, as an option of the run")
 
 
 def _check_reach(recipe: Recipe, layers: Mapping[str, nn.Module], every: Mapping[str, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from bitwright.core.scheme_names import parse
 from bitwright.models.blocks import linear_weight, refuse_other_products, set_module
 from bitwright.models.quantized import QuantizedLinear
 from bitwright.models.saving import attach_saving
-from bitwright.quantization.algorithms import make_method, parse_options
+from bitwright.quantization.algorithms import check_options, make_method
 from bitwright.quantization.capture import Captured, capture, head_output, observe_head
 from bitwright.quantization.decoded import DecodedLinear
 from bitwright.quantization.logits import LogitsTask
@@ -80,7 +80,7 @@ def prepare(
     rules = tuple(rule if isinstance(rule, Override) else parse_override(rule) for rule in overrides)
     stored = scheme if isinstance(scheme, LayerScheme) else parse(scheme)
     recipe = Recipe(scheme=stored, algorithm=algorithm, options=dict(options or {}), overrides=rules, seed=seed)
-    parse_options(algorithm, recipe.options)
+    check_options(recipe)
     make_plan(MemorySource(model), recipe, format="native", group_fallback=group_fallback)
     return Prepared(model if inplace else copy.deepcopy(model), recipe, group_fallback)
 
