@@ -197,7 +197,9 @@ def _methods(usual: Method, choices: Mapping[str, Choice], schemes: Mapping[str,
 def _refuse_rotation(name: str, method: Method, usual: Method) -> None:
     """Refuse a rotation that only some layers would have."""
     rotate = method.algorithm.rotate
-    if rotate is not None and (method.name, method.options[rotate.name]) != (usual.name, usual.options[rotate.name]):
+    if rotate is None:
+        return
+    if (method.name, method.options[rotate.name]) != (usual.name, usual.options.get(rotate.name)):
         what = f"{name}: {method.name} rotates the whole model, and is given otherwise for some layers only"
         raise BitwrightError("BW201", what, suggestion=f"--algorithm {method.name} for all layers, with its options")
 
