@@ -1,4 +1,4 @@
-#define BW_PLAIN
+#define BW_PLAIN 1
 #include "../ops/prelude.h"
 
 namespace {

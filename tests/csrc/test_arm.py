@@ -26,6 +26,7 @@ def test_neon_and_dot_products_equal_float64(tmp_path: Path) -> None:
         "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
         "-DCMAKE_EXE_LINKER_FLAGS=-static",
         "-DCMAKE_BUILD_TYPE=None",  # without optimization: it takes minutes, and the emulator would gain little
+        "-DCMAKE_CXX_FLAGS=-DBW_PLAIN",
     ]
     subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options], check=True, capture_output=True)
     build = ["cmake", "--build", str(tmp_path), "-j", "2", "--target", "float64_checks"]

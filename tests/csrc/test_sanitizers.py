@@ -1,6 +1,6 @@
 """The address and undefined behaviour sanitizers find nothing in any entry point, whatever it is given.
 
-Built are the plain kernels, under both, and those with all of AVX-512, under the address sanitizer.
+Built are the plain kernels and those with all of AVX-512.
 """
 
 from __future__ import annotations
