@@ -79,6 +79,15 @@ def test_other_settings_are_refused_and_the_difference_is_shown(model: Path, tmp
     assert digests(output) == digests(tmp_path / "fresh")
 
 
+def test_long_settings_are_shown_where_they_differ(model: Path, tmp_path: Path) -> None:
+    rules = [f".*layers.{block}.{name}.*=w8g32" for block in (0, 1) for name in ("self_attn", "mlp")]
+    interrupt(model, tmp_path / "out", 2, scheme="w4g32", overrides=rules)
+    with pytest.raises(BitwrightError) as caught:
+        quantize(model, tmp_path / "out", scheme="w4g32", overrides=[*rules[:-1], rules[-1].replace("w8", "w3")])
+    there, now = (caught.value.why or "").split(" now;")[0].split(" there, ")
+    assert there.startswith("recipe.overrides: ...") and there.count("w8") == now.count("w3") == 1
+
+
 def test_the_same_tokens_cut_otherwise_are_other_calibration(model: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(TEXT[:32])
     quantities = {"calibration": tmp_path / "short.txt", "scheme": "w4g32"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,11 +81,28 @@ def test_bad_options_of_an_override_are_told_with_it(tmp_path: Path) -> None:
         ([".*q_proj=w4g32@hqq(dmp=1)"], "override '.*q_proj': hqq has no option 'dmp'"),
         ([".*q_proj=w4g32@nosuch", ".*q_proj=w8"], "override '.*q_proj': unknown algorithm 'nosuch'"),
         ([".*q_proj=w4g32@rtn(search=1)"], "override '.*q_proj': "),
+        (
+            [".*q_proj=w4g32@hqq(norm=0.5,hqq.norm=0.6)"],
+            "override '.*q_proj': hqq: norm and hqq.norm are the same option",
+        ),
     ):
         with pytest.raises(BitwrightError) as caught:
             quantize(tmp_path / "model", tmp_path / "out", scheme="w4g32", overrides=rules)
         assert caught.value.code == "BW201" and caught.value.what.startswith(told)
         assert not (tmp_path / "out").exists()
+
+
+def test_an_option_has_one_value(tmp_path: Path) -> None:
+    """By whichever of its names; an override's takes the place of the run's."""
+    save_model(tmp_path / "model", "llama")
+    given: dict[str, Any] = {"algorithm": "hqq", "scheme": "w4g32-asym", "options": {"hqq.iterations": 3}}
+    with pytest.raises(BitwrightError, match=r"hqq\.iterations and iterations are the same option"):
+        quantize(tmp_path / "model", tmp_path / "out", **given | {"options": {"hqq.iterations": 3, "iterations": 4}})
+    rule = parse_override(".*q_proj=w4g32-asym@hqq(iterations=5)")
+    recipe = Recipe(scheme=parse("w4g32-asym"), algorithm="hqq", options=given["options"], overrides=(rule,))
+    methods = make_plan(MemorySource(build_model("llama")), recipe, format=None, group_fallback="error").methods
+    found = {name.rpartition(".")[2]: method.options["hqq"].iterations for name, method in methods.items()}
+    assert found["q_proj"] == 5 and found["k_proj"] == 3
 
 
 def test_the_plan_and_the_card_show_the_options_of_overrides(tmp_path: Path) -> None:

@@ -101,35 +101,54 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             or out of range.
     """
     stages = {stage.name: stage for stage in get_algorithm(name).stages}
-    fields = {stage: [field.name for field in dataclasses.fields(stages[stage].options)] for stage in stages}
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for option, value in values.items():
-        stage, _, field = option.rpartition(".")
-        owners = [owner for owner in stages if field in fields[owner] and stage in ("", owner)]
-        if len(owners) != 1:
-            known = [
-                f"{owner}.{each}" if len(stages) > 1 else each for owner in stages for each in sorted(fields[owner])
-            ]
-            choices = [f"{owner}.{field}" for owner in owners] or known
-            what = f"{name} has several options {option!r}" if owners else f"{name} has no option {option!r}"
-            raise BitwrightError("BW201", what, suggestion=f"its options: {', '.join(choices)}")
-        given[owners[0]][field] = _checked(f"{name} option {option}", value, stages[owners[0]].options, field)
+        owner, field = _find_option(name, option)
+        given[owner][field] = _checked(f"{name} option {option}", value, stages[owner].options, field)
     return {stage: stages[stage].options(**values) for stage, values in given.items()}
+
+
+def _find_option(name: str, option: str) -> tuple[str, str]:
+    """The stage of algorithm ``name`` that has ``option``, and the field's own name."""
+    fields = {
+        stage.name: [field.name for field in dataclasses.fields(stage.options)] for stage in get_algorithm(name).stages
+    }
+    stage, _, field = option.rpartition(".")
+    owners = [owner for owner in fields if field in fields[owner] and stage in ("", owner)]
+    if len(owners) != 1:
+        known = [f"{owner}.{each}" if len(fields) > 1 else each for owner in fields for each in sorted(fields[owner])]
+        choices = [f"{owner}.{field}" for owner in owners] or known
+        what = f"{name} has several options {option!r}" if owners else f"{name} has no option {option!r}"
+        raise BitwrightError("BW201", what, suggestion=f"its options: {', '.join(choices)}")
+    return owners[0], field
 
 
 def check_options(recipe: Recipe) -> None:
     """Read the options of a recipe and of each of its overrides, whether or not those apply to a layer.
 
     Raises:
-        BitwrightError: as :func:`parse_options`, naming the override.
+        BitwrightError: as :func:`parse_options`, naming the override; BW201 for an option given by both its names.
     """
     parse_options(recipe.algorithm, recipe.options)
+    _refuse_twice(recipe.algorithm, recipe.options)
     for rule in recipe.overrides:
+        algorithm = rule.algorithm or recipe.algorithm
         try:
-            parse_options(rule.algorithm or recipe.algorithm, recipe.options_for(rule))
+            parse_options(algorithm, recipe.options_for(rule))
+            _refuse_twice(algorithm, rule.options)
         except BitwrightError as error:
             what = f"override {rule.pattern!r}: {error.what}"
             raise BitwrightError(error.code, what, why=error.why, suggestion=error.suggestion) from None
+
+
+def _refuse_twice(name: str, values: Mapping[str, Any]) -> None:
+    first: dict[tuple[str, str], str] = {}
+    for option in values:
+        before = first.setdefault(_find_option(name, option), option)
+        if before != option:
+            raise BitwrightError(
+                "BW201", f"{name}: {before} and {option} are the same option", suggestion="one of them"
+            )
 
 
 def _checked(what: str, value: Any, options: type, field: str) -> Any:

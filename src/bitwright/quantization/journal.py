@@ -19,6 +19,7 @@ from bitwright.formats.storage import append_line, file_sha256, make_directory, 
 __all__ = ["Journal", "UnitRecord", "has_units", "recorded_files"]
 
 SHOWN = 5  # differences named in a refusal
+SHOWN_LENGTH, SHOWN_BEFORE = 120, 40  # characters of a value in it, and of them before the place that differs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +177,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
     """The fields in which two fingerprints differ, by dotted name, and both values, shortened for a message."""
     before, after = dict(_fields(old, "")), dict(_fields(new, ""))
     return {
-        name: (_shorten(before.get(name)), _shorten(after.get(name)))
+        name: _shorten(before.get(name), after.get(name))
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     }
@@ -190,6 +191,17 @@ def _fields(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, item
 
 
-def _shorten(value: object) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 120 else text[:117] + "..."
+def _shorten(old: object, new: object) -> tuple[str, str]:
+    """Both as text, long ones from shortly before the place where they differ."""
+    texts = json.dumps(old, sort_keys=True), json.dumps(new, sort_keys=True)
+    shorter = min(map(len, texts))
+    differs = next((place for place in range(shorter) if texts[0][place] != texts[1][place]), shorter)
+    start = max(0, differs - SHOWN_BEFORE)
+    return _cut(texts[0], start), _cut(texts[1], start)
+
+
+def _cut(text: str, start: int) -> str:
+    if len(text) <= SHOWN_LENGTH:
+        return text
+    cut = ("..." if start else "") + text[start:]
+    return cut if len(cut) <= SHOWN_LENGTH else cut[: SHOWN_LENGTH - 3] + "..."
