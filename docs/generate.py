@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A console block whose commands can be run. "slow" ones are refreshed by this script but not run by the tests; of each
 # command's output only the first "head=N" lines are shown.
 BLOCK = re.compile(r"<!-- runnable(?P<options>[^>]*?) -->\n```console\n(?P<body>.*?)```\n", re.DOTALL)
-PROMPT, MORE = "$ ", "..."
+PROMPT, MORE, STATUS = "$ ", "...", "[exit status "
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,10 @@ def run_block(block: Block) -> str:
         if program != "bitwright":
             raise RuntimeError(f"README runs {command!r}; only bitwright's commands can be run")
         lines = capture(arguments).splitlines()
-        shown = lines if block.head is None or len(lines) <= block.head else [*lines[: block.head], MORE]
-        parts += [PROMPT + command, *shown]
+        if block.head is not None and len(lines) > block.head:
+            failed = [line for line in lines[-1:] if line.startswith(STATUS)]
+            lines = [*lines[: block.head], MORE, *failed]
+        parts += [PROMPT + command, *lines]
     return "\n".join(parts) + "\n"
 
 
@@ -189,7 +191,7 @@ def capture(arguments: list[str]) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), _columns("100"):
         status = main(arguments)
     text = "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-    return text if status == 0 else f"{text}[exit status {status}]\n".lstrip("\n")
+    return text if status == 0 else f"{text}{STATUS}{status}]\n".lstrip("\n")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@
 
 #include "../isa_table.h"
 
-/* Sums live in registers only if everything between them is inlined and unrolled. Plain C++, and whatever is compiled without
- * optimization, gains nothing from it but minutes of compilation. */
+/* Sums live in registers only if everything between them is inlined and unrolled. Plain C++, and whatever is compiled to be
+ * checked, gains nothing from it but minutes of compilation. */
 #if defined(BW_PLAIN)
 #define INLINE inline
 #define INLINE_LAMBDA

@@ -116,6 +116,18 @@ def test_the_plan_and_the_card_show_the_options_of_overrides(tmp_path: Path) -> 
     assert "`.*q_proj` → w4g32 by hqq with iterations=3" in card and "by rtn with search=false" in card
 
 
+def test_the_plan_tells_options_of_two_stages_apart(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama")
+    (tmp_path / "text").write_text(TEXT)
+    rules = [f".*{name}_proj=w8@awq+gptq({stage}.range=full)" for name, stage in (("q", "awq"), ("k", "gptq"))]
+    run: dict[str, Any] = {"scheme": "w4g32", "algorithm": "awq+gptq", "calibration": tmp_path / "text"}
+    events: list[Event] = []
+    sizes = {"samples": 2, "seqlen": 16}
+    quantize(tmp_path / "model", tmp_path / "out", overrides=rules, on_event=events.append, **run, **sizes)
+    listed = next(event.data["overrides"] for event in events if event.kind == "plan")
+    assert [how.partition("(")[2] for how in listed] == ['awq.range="full")', 'gptq.range="full")']
+
+
 def test_the_report_says_what_an_algorithm_leaves_out_at_the_head(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "llama")
     (tmp_path / "text").write_text(TEXT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ def _overrides(plan: Plan) -> dict[str, list[str]]:
 
 
 def _changed(options: Mapping[str, Any]) -> str:
-    """The options of stages that are not as by default."""
+    """The options of stages that are not as by default, with the stage where several have an option of that name."""
+    owners = Counter(field.name for given in options.values() for field in dataclasses.fields(given))
     changed = [
-        f"{field.name}={json.dumps(getattr(given, field.name), default=str)}"
-        for given in options.values()
+        f"{f'{stage}.' if owners[field.name] > 1 else ''}{field.name}="
+        f"{json.dumps(getattr(given, field.name), default=str)}"
+        for stage, given in options.items()
         for field in dataclasses.fields(given)
         if getattr(given, field.name) != getattr(type(given)(), field.name)
     ]

@@ -113,8 +113,8 @@ def _find_option(name: str, option: str) -> tuple[str, str]:
     fields = {
         stage.name: [field.name for field in dataclasses.fields(stage.options)] for stage in get_algorithm(name).stages
     }
-    stage, _, field = option.rpartition(".")
-    owners = [owner for owner in fields if field in fields[owner] and stage in ("", owner)]
+    stage, dot, field = option.rpartition(".")
+    owners = [owner for owner in fields if field in fields[owner] and (stage == owner or not dot)]
     if len(owners) != 1:
         known = [f"{owner}.{each}" if len(fields) > 1 else each for owner in fields for each in sorted(fields[owner])]
         choices = [f"{owner}.{field}" for owner in owners] or known

@@ -192,16 +192,13 @@ def _fields(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shorten(old: object, new: object) -> tuple[str, str]:
-    """Both as text, long ones from shortly before the place where they differ."""
-    texts = json.dumps(old, sort_keys=True), json.dumps(new, sort_keys=True)
-    shorter = min(map(len, texts))
+    """Both as text, long ones from the same place, shortly before the one where they differ."""
+    texts = [json.dumps(value, sort_keys=True, ensure_ascii=False) for value in (old, new)]
+    shorter, longer = sorted(map(len, texts))
     differs = next((place for place in range(shorter) if texts[0][place] != texts[1][place]), shorter)
-    start = max(0, differs - SHOWN_BEFORE)
-    return _cut(texts[0], start), _cut(texts[1], start)
-
-
-def _cut(text: str, start: int) -> str:
-    if len(text) <= SHOWN_LENGTH:
-        return text
-    cut = ("..." if start else "") + text[start:]
-    return cut if len(cut) <= SHOWN_LENGTH else cut[: SHOWN_LENGTH - 3] + "..."
+    start = max(0, min(differs - SHOWN_BEFORE, longer - SHOWN_LENGTH))
+    shown = [("..." if start else "") + text[start : start + SHOWN_LENGTH] for text in texts]
+    there, now = (
+        part + ("..." if len(text) > start + SHOWN_LENGTH else "") for part, text in zip(shown, texts, strict=True)
+    )
+    return there, now

@@ -200,8 +200,9 @@ def _refuse_rotation(name: str, method: Method, usual: Method) -> None:
     if rotate is None:
         return
     if (method.name, method.options[rotate.name]) != (usual.name, usual.options.get(rotate.name)):
-        what = f"{name}: {method.name} rotates the whole model, and is given otherwise for some layers only"
-        raise BitwrightError("BW201", what, suggestion=f"--algorithm {method.name} for all layers, with its options")
+        what = f"{name}: {method.name} rotates the whole model, which an override cannot change"
+        choice = f"--algorithm {method.name}, with the options of the rotation by --option, and no override of it"
+        raise BitwrightError("BW201", what, suggestion=choice)
 
 
 def _refuse_two_values(field: str, methods: Mapping[str, Method]) -> None:
