@@ -197,8 +197,9 @@ def _shorten(old: object, new: object) -> tuple[str, str]:
     shorter, longer = sorted(map(len, texts))
     differs = next((place for place in range(shorter) if texts[0][place] != texts[1][place]), shorter)
     start = max(0, min(differs - SHOWN_BEFORE, longer - SHOWN_LENGTH))
-    shown = [("..." if start else "") + text[start : start + SHOWN_LENGTH] for text in texts]
-    there, now = (
-        part + ("..." if len(text) > start + SHOWN_LENGTH else "") for part, text in zip(shown, texts, strict=True)
-    )
-    return there, now
+    return _cut(texts[0], start), _cut(texts[1], start)
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + SHOWN_LENGTH
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
