@@ -180,12 +180,18 @@ def _blocks_together(methods: Mapping[str, Method]) -> int:
 
 def _methods(usual: Method, choices: Mapping[str, Choice], schemes: Mapping[str, LayerScheme]) -> dict[str, Method]:
     """Each layer's algorithm; layers of the same algorithm and options share one record."""
-    first: dict[str, str] = {}  # by algorithm and options, the first layer that has them
+    made: dict[str, Method] = {}  # by what was given
+    same: dict[str, Method] = {}  # by what that comes to
     methods: dict[str, Method] = {}
+    first: dict[int, str] = {}  # by the record, the first layer that has it
     for name in schemes:
-        method = make_method(choices[name].algorithm, choices[name].options)
-        before = first.setdefault(f"{method.name} {method.options!r}", name)
-        methods[name] = methods.get(before, method)
+        choice = choices[name]
+        given = f"{choice.algorithm} {sorted(choice.options.items())!r}"
+        if given not in made:
+            method = make_method(choice.algorithm, choice.options)
+            made[given] = same.setdefault(f"{method.name} {method.options!r}", method)
+        methods[name] = made[given]
+        first.setdefault(id(made[given]), name)
     for name in first.values():
         _refuse_rotation(name, methods[name], usual)
     for field in BLOCK_WIDE:
